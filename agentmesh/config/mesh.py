@@ -1,0 +1,193 @@
+"""The mesh file: model, topology, agents, communicator, run."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
+
+from agentmesh.config.base import PYTHON_REF, VARIABLE, Bytes, Choice, Frozen, Integer, Number, Seconds, Shorthand
+from agentmesh.config.topology import Parameter, TopologySpec
+
+MIB = 2**20
+
+
+class Dtype(Choice):
+    """Number format of weights and KV."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Memory(Choice):
+    """What an agent remembers of its own earlier rounds."""
+
+    NONE = "none"
+    CONVERSATION = "conversation"
+
+
+class Reads(Choice):
+    """Whether an agent may read realigned KV (``auto``) or only exact KV."""
+
+    AUTO = "auto"
+    EXACT = "exact"
+
+
+class ModelSpec(Frozen):
+    """Which model: a known name, a Hub repo id, a local folder, a ``.gguf`` file or ``random:<family>``."""
+
+    name: str = "smollm2-135m"
+    revision: str | None = None
+    dtype: Dtype = Dtype.FLOAT32
+    device: str = "auto"
+
+
+class GenerateSpec(Frozen):
+    """How an agent's message is decoded. A stop string ends the message after the token that completes it."""
+
+    max_tokens: Annotated[Integer, Field(ge=1)] = 256
+    temperature: Annotated[Number, Field(ge=0)] = 0.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[Integer, Field(ge=1)] | None = None
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+
+class TopologyUse(Frozen):
+    """A topology file by name or path, with values for its parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Parameter]
+
+    use: Annotated[str, Field(min_length=1)]
+
+
+class AgentBase(Frozen):
+    """What every agent kind has."""
+
+    role: str | tuple[str, ...] = ""
+    timeout: Seconds | None = None
+    retry: Annotated[Integer, Field(ge=0)] | None = None
+
+
+class LlmAgentSpec(AgentBase):
+    """An agent that writes its message with the mesh's model."""
+
+    kind: Literal["llm"] = "llm"
+    system: str = ""
+    prompt: str
+    memory: Memory = Memory.NONE
+    reads: Reads = Reads.AUTO
+    generate: GenerateSpec = GenerateSpec()
+
+
+class PythonAgentSpec(AgentBase):
+    """Runs the last code block it receives in the sandbox; its message is what the code printed."""
+
+    kind: Literal["python"]
+    time_limit: Seconds = 10.0
+    memory_limit: Bytes = 1024 * MIB
+
+
+class VoteAgentSpec(AgentBase):
+    """Answers with the most frequent answer of its inbox; ``extract`` is a regular expression with one group."""
+
+    kind: Literal["vote"]
+    extract: str | None = None
+
+    @field_validator("extract")
+    @classmethod
+    def _one_group(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"expected a regular expression, found {value!r}: {error}") from error
+        if groups != 1:
+            raise ValueError(f"expected a regular expression with one group, found {groups} in {value!r}")
+        return value
+
+
+class RetrieverAgentSpec(AgentBase):
+    """Finds the passages that fit the query best (BM25) in a folder or a JSONL file of documents."""
+
+    kind: Literal["retriever"]
+    documents: str
+    top_k: Annotated[Integer, Field(ge=1)] = 4
+    query: str = "question"
+
+
+class CustomAgentSpec(AgentBase):
+    """A role of the user's own: ``python: package.module:Name``, a class or a decorated function."""
+
+    python: Annotated[str, Field(pattern=PYTHON_REF)]
+    options: dict[str, Any] = Field(default_factory=dict)
+    system: str = ""
+    prompt: str = ""
+    generate: GenerateSpec = GenerateSpec()
+
+
+def _agent_tag(value: Any) -> str:
+    if isinstance(value, CustomAgentSpec):
+        return "custom"
+    if isinstance(value, AgentBase):
+        return str(value.kind)  # type: ignore[attr-defined]  # every other kind has the field
+    if isinstance(value, dict) and "python" in value and "kind" not in value:
+        return "custom"
+    return str(value.get("kind", "llm")) if isinstance(value, dict) else "llm"
+
+
+AgentSpec = Annotated[
+    Annotated[LlmAgentSpec, Tag("llm")]
+    | Annotated[PythonAgentSpec, Tag("python")]
+    | Annotated[VoteAgentSpec, Tag("vote")]
+    | Annotated[RetrieverAgentSpec, Tag("retriever")]
+    | Annotated[CustomAgentSpec, Tag("custom")],
+    Discriminator(_agent_tag),
+]
+
+
+class CommunicatorSpec(Frozen):
+    """How agents get each other's KV: a preset's name, and what it may use."""
+
+    preset: str = "prefix"
+    budget: Bytes = 1024 * MIB
+    min_tokens: Annotated[Integer, Field(ge=1)] = 32
+
+
+class RunSpec(Frozen):
+    """How a mesh runs. ``retry`` and ``timeout`` hold for each node that does not say otherwise."""
+
+    concurrency: Annotated[Integer, Field(ge=1)] | Literal["auto"] = "auto"
+    seed: Integer = 0
+    retry: Annotated[Integer, Field(ge=0)] = 0
+    timeout: Seconds | None = None
+
+
+def _topology_tag(value: Any) -> str:
+    if isinstance(value, dict):
+        return "inline" if "use" not in value and value.keys() & {"nodes", "edges", "output"} else "use"
+    return "inline" if isinstance(value, TopologySpec) else "use"
+
+
+TopologyChoice = Annotated[
+    Annotated[TopologyUse, Tag("use")] | Annotated[TopologySpec, Tag("inline")],
+    Discriminator(_topology_tag),
+    Shorthand("use"),
+]
+
+
+class MeshSpec(Frozen):
+    """A whole mesh file."""
+
+    version: Literal[1]
+    name: str = ""
+    about: str = ""
+    model: Annotated[ModelSpec, Shorthand("name")] = ModelSpec()
+    topology: TopologyChoice
+    inputs: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] = ("question",)
+    agents: dict[str, AgentSpec] = Field(min_length=1)
+    communicator: Annotated[CommunicatorSpec, Shorthand("preset")] = CommunicatorSpec()
+    run: RunSpec = RunSpec()

@@ -1,0 +1,58 @@
+"""What one prefill is made of: tokens, what is placed, and where the computing is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from agentmesh.kv.values import KV
+
+
+@dataclass(frozen=True)
+class Placement:
+    """KV that goes to positions ``start`` … ``stop`` of a prompt instead of being computed."""
+
+    start: int
+    kv: KV
+
+    @property
+    def stop(self) -> int:
+        """Position after the last placed token."""
+        return self.start + self.kv.tokens
+
+
+@dataclass(frozen=True)
+class Composition:
+    """One prompt's prefill: every token is placed or computed (METHOD 1).
+
+    Args:
+        tokens: the whole prompt's token ids.
+        placed: placements in ascending order, without overlap; the last token is never placed.
+        cuts: positions between which computed tokens go through the model in separate forwards, ascending. Reuse
+            is bit-exact only when a prompt is cut at the same points with and without a hit, because the shape of a
+            matrix product decides the order of its sums. No cut: one forward.
+    """
+
+    tokens: tuple[int, ...]
+    placed: tuple[Placement, ...] = ()
+    cuts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.tokens, "a prompt has at least one token"
+        ends = [0, *(piece.stop for piece in self.placed)]
+        assert all(piece.start >= end for piece, end in zip(self.placed, ends, strict=False)), "placements overlap"
+        assert ends[-1] < len(self.tokens), "the last token is always computed"
+        assert list(self.cuts) == sorted(set(self.cuts)), "cuts ascend"
+        assert all(0 < cut < len(self.tokens) for cut in self.cuts), "cuts lie inside the prompt"
+
+    @property
+    def placed_tokens(self) -> int:
+        """How many tokens are placed."""
+        return sum(piece.kv.tokens for piece in self.placed)
+
+    def chunks(self) -> list[list[int]]:
+        """Computed positions of each forward, ascending; the last one ends with the prompt's last position."""
+        edges = (0, *self.cuts, len(self.tokens))
+        covered = {position for piece in self.placed for position in range(piece.start, piece.stop)}
+        computed = [[p for p in range(low, high) if p not in covered] for low, high in pairwise(edges)]
+        return [chunk for chunk in computed if chunk]

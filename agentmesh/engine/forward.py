@@ -1,0 +1,81 @@
+"""One forward of the model over an arena, and the sparse prefill built from it.
+
+It knows token ids, positions and KV. It knows no prompts, agents or stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from agentmesh.engine.cache import ArenaCache
+from agentmesh.engine.composition import Composition
+from agentmesh.engine.masks import MaskPlan, Masks
+from agentmesh.kv.arena import Arena, KVShape
+from agentmesh.kv.rope import Rope
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A transformers model and what is needed to run it over arenas.
+
+    Args:
+        model: a causal language model in eval mode.
+        shape: the size of one token's KV.
+        masks: which attention masks the model wants for scattered positions.
+        rope: how it rotates keys; ``None`` where that could not be established.
+    """
+
+    model: Any
+    shape: KVShape
+    masks: MaskPlan
+    rope: Rope | None
+
+    def arena(self, capacity: int) -> ArenaCache:
+        """A fresh arena for one sequence of up to ``capacity`` tokens."""
+        return ArenaCache(Arena(self.shape, capacity))
+
+    @torch.inference_mode()
+    def forward(self, cache: ArenaCache, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Compute tokens at ascending ``positions``; each attends to every earlier position of the arena.
+
+        Returns:
+            Logits ``[V]`` at the last of the positions.
+        """
+        device = self.shape.device
+        first, length = positions[0], positions[-1] + 1
+        index = torch.tensor(positions, device=device)
+        mask: Masks | None = None
+        if length - first == len(positions):
+            cache.arena.aim(slice(first, length), length)
+            cache.begin(first)
+        else:
+            cache.arena.aim(index, length)
+            mask = self.masks.build(index, length)
+        output = self.model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=index[None],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def prefill(self, cache: ArenaCache, composition: Composition) -> torch.Tensor:
+        """Fill an arena with a prompt: placed tokens are copied, the others computed (METHOD 1).
+
+        Returns:
+            Logits ``[V]`` at the last position of the prompt.
+        """
+        for piece in composition.placed:
+            cache.arena.place(piece.start, piece.kv, self.rope)
+        logits = None
+        for chunk in composition.chunks():
+            logits = self.forward(cache, [composition.tokens[p] for p in chunk], chunk)
+        assert logits is not None, "the last token is always computed"
+        return logits

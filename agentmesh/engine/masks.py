@@ -1,0 +1,44 @@
+"""Attention masks for computed tokens at any positions: a key is seen when it is not in the query's future.
+
+``mask[q, k] = key position ≤ query position``, and inside a sliding window also ``key position > query - window``.
+Correct for scattered positions, where transformers' own masks (derived from the cache's length) are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Masks = torch.Tensor | dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Which masks a model wants.
+
+    Args:
+        windows: layer type → window in tokens, ``None`` for full attention.
+        by_type: whether the model takes one mask for each layer type (a dict) or one mask for all layers.
+        additive: the dtype of a mask that is added to the scores (eager attention); ``None`` for a boolean one.
+    """
+
+    windows: dict[str, int | None]
+    by_type: bool
+    additive: torch.dtype | None = None
+
+    def build(self, positions: torch.Tensor, length: int) -> Masks:
+        """Masks ``[1, 1, T, length]`` for queries at ``positions [T]``: True (or 0.0) where a key is seen."""
+        keys = torch.arange(length, device=positions.device)[None, :]
+        causal = keys <= positions[:, None]
+        masks = {}
+        for kind, window in self.windows.items():
+            seen = causal if window is None else causal & (keys > positions[:, None] - window)
+            masks[kind] = self._finished(seen)[None, None]
+        return masks if self.by_type else next(iter(masks.values()))
+
+    def _finished(self, seen: torch.Tensor) -> torch.Tensor:
+        if self.additive is None:
+            return seen
+        hidden = torch.finfo(self.additive).min
+        return torch.zeros(seen.shape, dtype=self.additive, device=seen.device).masked_fill_(~seen, hidden)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from agentmesh.config.mesh import Dtype, ModelSpec
+from agentmesh.engine.loading import LoadedModel, load
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -15,3 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The embedded model in float32, fetched into the cache folder by the first run."""
+    return load(ModelSpec(name="smollm2-135m"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_bf16() -> LoadedModel:
+    """The embedded model in bfloat16."""
+    return load(ModelSpec(name="smollm2-135m", dtype=Dtype.BFLOAT16))

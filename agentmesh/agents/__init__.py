@@ -1,0 +1,1 @@
+"""The agent kinds: what turns an inbox into a message."""

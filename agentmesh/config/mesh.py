@@ -38,7 +38,7 @@ class Reads(Choice):
 class ModelSpec(Frozen):
     """Which model: a known name, a Hub repo id, a local folder, a ``.gguf`` file or ``random:<family>``."""
 
-    name: str = "smollm2-135m"
+    name: Annotated[str, Field(min_length=1)] = "smollm2-135m"
     revision: str | None = None
     dtype: Dtype = Dtype.FLOAT32
     device: str = "auto"
@@ -152,7 +152,7 @@ AgentSpec = Annotated[
 class CommunicatorSpec(Frozen):
     """How agents get each other's KV: a preset's name, and what it may use."""
 
-    preset: str = "prefix"
+    preset: Annotated[str, Field(min_length=1)] = "prefix"
     budget: Bytes = 1024 * MIB
     min_tokens: Annotated[Integer, Field(ge=1)] = 32
 

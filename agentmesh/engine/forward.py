@@ -1,6 +1,7 @@
-"""One forward of the model over an arena, and the sparse prefill built from it.
+"""One forward of the model, and the sparse prefill built from it.
 
-It knows token ids, positions and KV. It knows no prompts, agents or stores.
+It knows token ids, positions and KV. It knows no prompts, agents or stores. ``ArenaRunner`` serves every model that the
+probe accepts; ``PlainRunner`` serves the others whole, over the cache that transformers makes for them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache, DynamicCache
 
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition
@@ -19,7 +21,7 @@ from agentmesh.kv.rope import Rope
 
 
 @dataclass(frozen=True)
-class Runner:
+class ArenaRunner:
     """A transformers model and what is needed to run it over arenas.
 
     Args:
@@ -34,7 +36,7 @@ class Runner:
     masks: MaskPlan
     rope: Rope | None
 
-    def arena(self, capacity: int) -> ArenaCache:
+    def open(self, capacity: int) -> ArenaCache:
         """A fresh arena for one sequence of up to ``capacity`` tokens."""
         return ArenaCache(Arena(self.shape, capacity))
 
@@ -79,3 +81,36 @@ class Runner:
             logits = self.forward(cache, [composition.tokens[p] for p in chunk], chunk)
         assert logits is not None, "the last token is always computed"
         return logits
+
+
+@dataclass(frozen=True)
+class PlainRunner:
+    """A model whose KV cannot be sliced: every prompt is one forward over transformers' own cache."""
+
+    model: Any
+
+    def open(self, _capacity: int) -> Cache:
+        """A fresh cache of the model's own kind."""
+        return DynamicCache(config=self.model.config)
+
+    @torch.inference_mode()
+    def forward(self, cache: Cache, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Append tokens at the end of the cache; logits ``[V]`` at the last one."""
+        device = self.model.device
+        output = self.model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.tensor([list(positions)], device=device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def prefill(self, cache: Cache, composition: Composition) -> torch.Tensor:
+        """Compute a whole prompt; logits ``[V]`` at its last position."""
+        assert not composition.placed, "nothing can be placed in this model's cache"
+        return self.forward(cache, composition.tokens, range(len(composition.tokens)))
+
+
+Runner = ArenaRunner | PlainRunner

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from agentmesh.engine.composition import Composition, Placement
-from agentmesh.engine.forward import Runner
+from agentmesh.engine.forward import ArenaRunner, PlainRunner, Runner
 from agentmesh.engine.masks import MaskPlan
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.rope import Rope
@@ -48,28 +48,32 @@ class Support:
         level: the highest level of reuse.
         layers: one label a layer: ``rope``, ``nope`` or ``unsupported``.
         reason: why the level is not higher; empty at the highest.
-        runner: runs the model over arenas; ``None`` at level ``dense``.
+        runner: runs the model, over arenas above level ``dense``.
     """
 
     level: Level
     layers: tuple[str, ...]
     reason: str
-    runner: Runner | None
+    runner: Runner
+
+    @property
+    def rope(self) -> Rope | None:
+        """How keys are rotated; ``None`` where KV cannot be moved."""
+        return self.runner.rope if isinstance(self.runner, ArenaRunner) else None
 
 
 def probe(model: Any) -> Support:
     """Establish what ``model`` (a transformers causal language model in eval mode) supports."""
     config = model.config.get_text_config()
     refusal = refused_by_config(config)
-    if refusal:
-        return Support(Level.DENSE, ("unsupported",) * config.num_hidden_layers, refusal, None)
-    shape = _kv_shape(model)
+    shape = None if refusal else _kv_shape(model)
     if shape is None:
-        refusal = "its layers keep KV of different sizes"
-        return Support(Level.DENSE, ("unsupported",) * config.num_hidden_layers, refusal, None)
+        refusal = refusal or "its layers keep KV of different sizes"
+        labels: tuple[str, ...] = ("unsupported",) * config.num_hidden_layers
+        return Support(Level.DENSE, labels, refusal, PlainRunner(model))
     masks = _mask_plan(config, shape.dtype)
-    labels, rope = _rope(model, Runner(model, shape, masks, None))
-    runner = Runner(model, shape, masks, rope)
+    labels, rope = _rope(model, ArenaRunner(model, shape, masks, None))
+    runner = ArenaRunner(model, shape, masks, rope)
     if rope is None:
         return Support(Level.PREFIX, labels, "keys do not turn with their position as rotary embeddings do", runner)
     error = _sparse_error(runner)
@@ -142,7 +146,7 @@ def _inv_freq(model: Any, layers: int) -> torch.Tensor | None:
     return torch.stack(rows) if len({row.shape for row in rows}) == 1 else None
 
 
-def _rope(model: Any, runner: Runner) -> tuple[tuple[str, ...], Rope | None]:
+def _rope(model: Any, runner: ArenaRunner) -> tuple[tuple[str, ...], Rope | None]:
     """Label every layer by how its keys follow their position, and the rotation that explains all of them."""
     layers = runner.shape.layers
     inv_freq = _inv_freq(model, layers)
@@ -171,14 +175,14 @@ def _rope(model: Any, runner: Runner) -> tuple[tuple[str, ...], Rope | None]:
     return labels, Rope(inv_freq * turning, interleaved=styles == {"pairs"})
 
 
-def _probe_tokens(runner: Runner) -> list[int]:
+def _probe_tokens(runner: ArenaRunner) -> list[int]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = runner.model.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (PROBE_TOKENS,), generator=generator).tolist()
 
 
 @torch.inference_mode()
-def _keys_at(runner: Runner, positions: Sequence[int]) -> torch.Tensor:
+def _keys_at(runner: ArenaRunner, positions: Sequence[int]) -> torch.Tensor:
     """Keys ``[L, H, T, D]`` of the probe tokens computed at ``positions`` with nothing before them."""
     cache = DynamicCache()
     device = runner.shape.device
@@ -197,13 +201,13 @@ def _relative_error(found: torch.Tensor, wanted: torch.Tensor) -> list[float]:
     return [float(value) for value in difference]
 
 
-def _sparse_error(runner: Runner) -> float:
+def _sparse_error(runner: ArenaRunner) -> float:
     """Largest relative error of KV and logits when two pieces in the middle of a prompt are placed."""
     tokens = _probe_tokens(runner)
-    full = runner.arena(PROBE_TOKENS)
+    full = runner.open(PROBE_TOKENS)
     wanted = runner.prefill(full, Composition(tuple(tokens)))
     pieces = tuple(Placement(a, full.arena.read(a, b)) for a, b in ((3, 8), (12, 19)))
-    sparse = runner.arena(PROBE_TOKENS)
+    sparse = runner.open(PROBE_TOKENS)
     found = runner.prefill(sparse, Composition(tuple(tokens), pieces))
     worst = _relative_error(found.float()[None], wanted.float()[None])
     for mine, theirs in ((sparse.arena.keys, full.arena.keys), (sparse.arena.values, full.arena.values)):

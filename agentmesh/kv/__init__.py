@@ -1,0 +1,1 @@
+"""Keys and values as tensors: values, rotation, the arena."""

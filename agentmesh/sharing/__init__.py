@@ -1,0 +1,1 @@
+"""KV that outlives one prompt: stores and budgets."""

@@ -1,0 +1,35 @@
+"""``dense``: nothing is placed, every prompt is one uncut forward. The baseline of every comparison."""
+
+from __future__ import annotations
+
+from typing import final
+
+from agentmesh.communicator.base import Plan, Preset, rows
+from agentmesh.engine.composition import Composition
+from agentmesh.events import Reason
+from agentmesh.kv.arena import Arena
+from agentmesh.prompt.segments import Prompt
+
+
+@final
+class Dense(Preset):
+    """Computes everything.
+
+    Args:
+        reason: why; another than the preset itself where a model supports no reuse.
+    """
+
+    def __init__(self, reason: Reason = Reason.PRESET_DENSE) -> None:
+        self._reason = reason
+
+    def plan(self, prompt: Prompt) -> Plan:
+        """Compute the whole prompt in one forward."""
+        return Plan(Composition(prompt.tokens), rows(prompt, 0, "", self._reason))
+
+    def observe(self, prompt: Prompt, arena: Arena) -> None:
+        """Keep nothing."""
+
+    @property
+    def nbytes(self) -> int:
+        """Always 0."""
+        return 0

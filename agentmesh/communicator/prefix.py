@@ -1,0 +1,48 @@
+"""``prefix``: the longest beginning with identical tokens and history is placed, bit for bit; the rest is computed.
+
+Prefill is cut at the prompt's declared reuse points on hit and miss alike, so a hit equals a cold prefill in every bit.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from agentmesh.communicator.base import Plan, Preset, rows
+from agentmesh.engine.composition import Composition, Placement
+from agentmesh.events import Reason
+from agentmesh.kv.arena import Arena
+from agentmesh.prompt.segments import Prompt
+from agentmesh.sharing.prefix import PrefixStore
+
+
+@final
+class Prefix(Preset):
+    """Exact prefix reuse over agents and samples.
+
+    Args:
+        store: where prefixes are kept.
+        root: what their KV depends on besides tokens (model fingerprint, tenant).
+    """
+
+    def __init__(self, store: PrefixStore, root: bytes) -> None:
+        self.store = store
+        self._root = root
+
+    def plan(self, prompt: Prompt) -> Plan:
+        """Place the longest stored prefix that ends at a reuse point."""
+        placed, at = [], 0
+        for kv in self.store.match(self._root, prompt.tokens, prompt.points):
+            placed.append(Placement(at, kv))
+            at += kv.tokens
+        reason = Reason.BEHIND_PREFIX if at else Reason.NOT_SEEN
+        composition = Composition(prompt.tokens, tuple(placed), prompt.points)
+        return Plan(composition, rows(prompt, at, "prefix store", reason))
+
+    def observe(self, prompt: Prompt, arena: Arena) -> None:
+        """Keep the prompt's pieces up to its last reuse point."""
+        self.store.insert(self._root, prompt.tokens, prompt.points, arena.read)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored prefixes."""
+        return self.store.nbytes

@@ -1,0 +1,1 @@
+"""Files to models: meshes and topologies, read with positions, checked, explained."""

@@ -1,0 +1,58 @@
+"""How one sequence chooses its next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Decoding settings of one request.
+
+    Args:
+        max_tokens: at most so many tokens.
+        temperature: 0 is greedy.
+        top_p: smallest set of tokens with this probability.
+        top_k: at most so many candidates.
+        stop: texts that end the message after the token which completes one.
+        seed: of this sequence's own random numbers.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Sampler:
+    """Picks tokens for one sequence; its random numbers depend on nothing but the seed."""
+
+    def __init__(self, sampling: Sampling, suppressed: torch.Tensor) -> None:
+        self._suppressed = suppressed
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._warpers = LogitsProcessorList()
+        self._greedy = sampling.temperature == 0
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k is not None:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def pick(self, logits: torch.Tensor) -> int:
+        """The next token id for logits ``[V]``; special tokens other than stops are never picked."""
+        scores = logits.index_fill(0, self._suppressed, float("-inf"))
+        if self._greedy:
+            return int(scores.argmax())
+        warped = self._warpers(None, scores[None].float())
+        return int(torch.multinomial(warped.softmax(-1).cpu(), 1, generator=self._generator))

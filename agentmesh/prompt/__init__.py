@@ -1,0 +1,18 @@
+"""Prompts as segments: fixed text of a template and the content of its slots, each tokenised by itself."""
+
+from agentmesh.prompt.render import ChatTokenizer, Exchange, PromptRenderer
+from agentmesh.prompt.segments import Content, ContentKind, Message, Prompt, Segment
+from agentmesh.prompt.templates import RoleTemplate, Scope
+
+__all__ = [
+    "ChatTokenizer",
+    "Content",
+    "ContentKind",
+    "Exchange",
+    "Message",
+    "Prompt",
+    "PromptRenderer",
+    "RoleTemplate",
+    "Scope",
+    "Segment",
+]

@@ -1,0 +1,148 @@
+"""From a role's template to token ids: one renderer for every preset (DESIGN, "one renderer for every mode").
+
+The role's template and then the model's own chat template are rendered with sentinels in the slots' places; the text is
+split at the sentinels and every segment is tokenised by itself. So all presets run on identical token ids, slot borders
+are exact, and a message's ids are the ones it was generated as.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from agentmesh.errors import TemplateError
+from agentmesh.prompt.segments import Content, ContentKind, Prompt, Segment
+from agentmesh.prompt.templates import RoleTemplate, Scope
+
+
+class ChatTokenizer(Protocol):
+    """What the renderer needs of a tokenizer."""
+
+    def encode(self, text: str, *, control: bool) -> list[int]:
+        """Token ids of a piece of text as it stands inside a longer text, without automatic start tokens.
+
+        ``control`` says whether control strings such as ``<|im_start|>`` become control tokens.
+        """
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, control tokens included."""
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """Messages (``role``, ``content``) as the model's chat template writes them, up to where it would answer."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One earlier prompt of an agent and its reply, as kept by ``memory: conversation``.
+
+    Args:
+        pieces: the user turn as fixed text and contents.
+        reply: the agent's message, with the ids it was generated as.
+        prompt_tokens: length of the whole prompt that was answered.
+    """
+
+    pieces: tuple[str | Content, ...]
+    reply: Content
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class PromptRenderer:
+    """Renders role templates for one tokenizer.
+
+    Args:
+        tokenizer: the model's tokenizer and chat template.
+        min_tokens: reuse points closer than this to the one before are not declared.
+    """
+
+    tokenizer: ChatTokenizer
+    min_tokens: int = 32
+
+    def render(
+        self, template: RoleTemplate, scope: Scope, history: Sequence[Exchange] = (), *, common: Sequence[int] = ()
+    ) -> tuple[Prompt, tuple[str | Content, ...]]:
+        """A prompt, and its user turn in pieces for a later ``Exchange``.
+
+        Args:
+            template: the agent's role.
+            scope: the names it sees.
+            history: earlier exchanges, oldest first; they come before the new turn.
+            common: lengths at which other agents' identical beginnings end.
+
+        Raises:
+            TemplateError: the template fails, or the chat template drops or repeats a slot.
+        """
+        system, user = template.render(scope)
+        turn = tuple(scope.split(user))
+        messages = [{"role": "system", "content": system}] if system else []
+        for exchange in history:
+            messages.append({"role": "user", "content": self._sentinels(exchange.pieces, scope)})
+            messages.append({"role": "assistant", "content": self._sentinels((exchange.reply,), scope)})
+        messages.append({"role": "user", "content": user})
+        pieces = scope.split(self.tokenizer.chat(messages))
+        self._check_slots(pieces, scope.split("".join(message["content"] for message in messages)))
+        segments = self._segments(pieces)
+        points = self._points(segments, (*common, *(exchange.prompt_tokens for exchange in history)))
+        return Prompt(segments, points), turn
+
+    def _sentinels(self, pieces: Sequence[str | Content], scope: Scope) -> str:
+        """Pieces of an earlier turn as text with this scope's sentinels."""
+        texts = []
+        for piece in pieces:
+            if isinstance(piece, Content):
+                scope.handle(piece)
+                texts.append(scope.sentinel(len(scope.contents) - 1))
+            else:
+                texts.append(piece)
+        return "".join(texts)
+
+    def _check_slots(self, found: Sequence[str | Content], wanted: Sequence[str | Content]) -> None:
+        contents = [piece for piece in found if isinstance(piece, Content)]
+        if contents != [piece for piece in wanted if isinstance(piece, Content)]:
+            raise TemplateError(
+                "the model's chat template changes, drops or repeats the content of a slot; "
+                "agentmesh cannot find the slots' borders in its output. Use a model with a plain chat template"
+            )
+
+    def _segments(self, pieces: Sequence[str | Content]) -> tuple[Segment, ...]:
+        segments = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                tokens = tuple(self.tokenizer.encode(piece, control=True))
+                segments.append(Segment("fixed", piece, tokens))
+            else:
+                ids = piece.tokens
+                tokens = tuple(self.tokenizer.encode(piece.text, control=False)) if ids is None else ids
+                segments.append(Segment(piece.origin, piece.text, tokens, piece))
+        return tuple(segments)
+
+    def _points(self, segments: Sequence[Segment], ends: Sequence[int]) -> tuple[int, ...]:
+        """Declared reuse points: the end of the leading fixed text, and where identical beginnings end."""
+        total = sum(len(segment.tokens) for segment in segments)
+        leads = segments[0].content is None and len(segments) > 1
+        candidates = sorted({*ends, len(segments[0].tokens)} if leads else set(ends))
+        points: list[int] = []
+        for point in candidates:
+            if (points[-1] if points else 0) + self.min_tokens <= point < total:
+                points.append(point)
+        return tuple(points)
+
+
+def shared_beginnings(leads: Sequence[Sequence[int]], own: Sequence[int]) -> tuple[int, ...]:
+    """Lengths at which other agents' leading tokens stop being identical to ``own`` (METHOD 5, layout)."""
+    lengths = set()
+    for lead in leads:
+        same = 0
+        for mine, theirs in zip(own, lead, strict=False):
+            if mine != theirs:
+                break
+            same += 1
+        if 0 < same < len(own):
+            lengths.add(same)
+    return tuple(sorted(lengths))
+
+
+def input_content(name: str, text: str) -> Content:
+    """A run input as a slot's content."""
+    return Content(text, ContentKind.INPUT, name)

@@ -1,0 +1,93 @@
+"""The values a prompt is made of. They know no tokenizer, model or agent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from agentmesh.config.base import Choice
+
+
+class ContentKind(Choice):
+    """Where a slot's text comes from, which decides where its base KV comes from (METHOD 3)."""
+
+    INPUT = "input"
+    MESSAGE = "message"
+    DOCUMENT = "document"
+    RESULT = "result"
+
+
+@dataclass(frozen=True)
+class Content:
+    """One run of text with one origin.
+
+    Args:
+        text: the text.
+        kind: where it comes from.
+        origin: its name in plans and events, such as ``question`` or ``message solver.1@0``.
+        tokens: its token ids where they are given (a message keeps the ids it was generated as); ``None`` lets
+            the renderer tokenise the text.
+    """
+
+    text: str
+    kind: ContentKind
+    origin: str
+    tokens: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one visit of a node said: one content, or several (a retriever's passages)."""
+
+    node: str
+    role: str
+    round: int
+    contents: tuple[Content, ...]
+
+    @property
+    def text(self) -> str:
+        """The whole text, contents separated by a blank line."""
+        return "\n\n".join(content.text for content in self.contents)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of token ids with one origin; ``content`` is ``None`` for the fixed text of a template."""
+
+    label: str
+    text: str
+    tokens: tuple[int, ...]
+    content: Content | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An ordered list of segments, ready for the engine.
+
+    Args:
+        segments: the text in order; concatenating their tokens gives the prompt.
+        points: declared reuse points, ascending positions inside the prompt at which another prompt's identical
+            beginning may end. Prefill is cut there whether or not anything is reused.
+    """
+
+    segments: tuple[Segment, ...]
+    points: tuple[int, ...] = ()
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """The token ids of the whole prompt."""
+        return tuple(token for segment in self.segments for token in segment.tokens)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The position of each segment's first token."""
+        positions, at = [], 0
+        for segment in self.segments:
+            positions.append(at)
+            at += len(segment.tokens)
+        return tuple(positions)
+
+    @property
+    def text(self) -> str:
+        """The prompt as a person would read it, control tokens included."""
+        return "".join(segment.text for segment in self.segments)

@@ -1,0 +1,140 @@
+"""The exact prefix store: KV of prompts' beginnings, reused bit for bit.
+
+An entry is the KV of the tokens between two reuse points, after a history that its key chains to: ``key = sha256(key of
+the history, token ids)``. So a hit has the same tokens after the same history, computed in the same cuts. Token ids
+are compared on every hit: a hash collision costs a miss, never a wrong token. Nothing approximate is ever stored here.
+
+One owner (a communicator) uses a store from one thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from agentmesh.kv.values import KV
+
+
+@dataclass
+class Entry:
+    """KV of one piece of a prefix; ``children`` counts the entries that continue it."""
+
+    parent: bytes | None
+    tokens: tuple[int, ...]
+    kv: KV
+    children: int = 0
+
+
+@dataclass
+class PrefixStats:
+    """What a store did so far, in tokens and entries."""
+
+    hit_tokens: int = 0
+    stored: int = 0
+    evicted: int = 0
+    refused: int = 0
+
+
+@dataclass
+class PrefixStore:
+    """Prefix KV under a hard byte budget, least recently used entries evicted first, ends of chains before beginnings.
+
+    Args:
+        budget: bytes that all entries hold at most, at any time.
+    """
+
+    budget: int
+    nbytes: int = 0
+    stats: PrefixStats = field(default_factory=PrefixStats)
+    _entries: OrderedDict[bytes, Entry] = field(default_factory=OrderedDict)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def match(self, root: bytes, tokens: Sequence[int], points: Sequence[int]) -> list[KV]:
+        """The stored pieces of the longest prefix that ends at a reuse point, in order.
+
+        Args:
+            root: what the KV depends on besides tokens: model fingerprint and tenant.
+            tokens: the prompt.
+            points: its reuse points, ascending.
+        """
+        found: list[KV] = []
+        for key, _, piece in _chain(root, tokens, points):
+            entry = self._entries.get(key)
+            if entry is None or entry.tokens != piece:
+                break
+            self._entries.move_to_end(key)
+            found.append(entry.kv)
+        self.stats.hit_tokens += sum(kv.tokens for kv in found)
+        return found
+
+    def insert(self, root: bytes, tokens: Sequence[int], points: Sequence[int], read: Callable[[int, int], KV]) -> None:
+        """Keep the pieces of a prompt that are not stored yet, as far as the budget allows.
+
+        Args:
+            root: as in ``match``.
+            tokens: the prompt.
+            points: its reuse points, ascending.
+            read: gives the KV between two positions; it is copied.
+        """
+        for key, parent, piece in _chain(root, tokens, points):
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                continue
+            start = 0 if parent is None else self._reach(parent)
+            kv = read(start, start + len(piece))
+            if not self._make_room(kv.nbytes, keep=parent):
+                self.stats.refused += 1
+                break
+            if parent is not None:
+                self._entries[parent].children += 1
+            self._entries[key] = Entry(parent, piece, kv.owned())
+            self.nbytes += kv.nbytes
+            self.stats.stored += 1
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self.nbytes = 0
+
+    def _reach(self, key: bytes | None) -> int:
+        """Position at which the chain that ends with ``key`` ends."""
+        reach = 0
+        while key is not None:
+            entry = self._entries[key]
+            reach += len(entry.tokens)
+            key = entry.parent
+        return reach
+
+    def _make_room(self, need: int, keep: bytes | None) -> bool:
+        """Evict until ``need`` bytes fit; never the chain that ends with ``keep``. False where that cannot be."""
+        while self.nbytes + need > self.budget:
+            victim = next((key for key, entry in self._entries.items() if not entry.children and key != keep), None)
+            if need > self.budget or victim is None:
+                return False
+            self._evict(victim)
+        return True
+
+    def _evict(self, key: bytes) -> None:
+        entry = self._entries.pop(key)
+        self.nbytes -= entry.kv.nbytes
+        if entry.parent is not None:
+            self._entries[entry.parent].children -= 1
+        self.stats.evicted += 1
+
+
+def _chain(
+    root: bytes, tokens: Sequence[int], points: Sequence[int]
+) -> Iterator[tuple[bytes, bytes | None, tuple[int, ...]]]:
+    """Key, parent's key and tokens of every piece of a prompt, from its beginning."""
+    parent: bytes | None = None
+    for start, stop in pairwise((0, *points)):
+        piece = tuple(tokens[start:stop])
+        key = hashlib.sha256((parent or root) + array("q", piece).tobytes()).digest()
+        yield key, parent, piece
+        parent = key

@@ -198,7 +198,6 @@ def print_error(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 def run(job: dict[str, Any]) -> None:
     """Runs the code and then writes the seal, unless this is a copy of the process that the code forked."""
-    os.chdir(job["folder"])
     Path(PROGRAM).write_bytes(job.pop("code").encode("utf-8", "surrogatepass"))
     owner, report = os.getpid(), os.dup(job["report"])  # the copy is not inherited by programs that the code starts
     os.close(job["report"])
@@ -233,6 +232,8 @@ def main() -> None:
             os._exit(wait_for(child))
     elif child := os.fork():
         supervise(child)
+    os.environ.pop("PWD", None)  # bubblewrap sets it
+    os.chdir(job["folder"])  # before the other user, who may not get through the folders above
     confine(job["limits"], job["user"])
     run(job)
 

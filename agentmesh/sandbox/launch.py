@@ -111,7 +111,7 @@ def prepare(plan: Plan, code: str, limits: Limits) -> Iterator[Launch]:
             "binds": [*_readable(plan.interpreter), *DEVICES],
         }
         environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
-        yield Launch(_command(plan, base), json.dumps(job).encode(), environment, seal, report_in, report_out)
+        yield Launch(_command(plan, limits), json.dumps(job).encode(), environment, seal, report_in, report_out)
 
 
 def _limits(limits: Limits, plan: Plan) -> dict[str, int]:
@@ -129,7 +129,7 @@ def _limits(limits: Limits, plan: Plan) -> dict[str, int]:
     return values
 
 
-def _command(plan: Plan, base: str) -> list[str]:
+def _command(plan: Plan, limits: Limits) -> list[str]:
     source = importlib.resources.files("agentmesh.sandbox").joinpath("bootstrap.py").read_text(encoding="utf-8")
     python = [plan.interpreter, "-I", "-S", "-B", "-u", "-X", "utf8", "-c", source]
     if plan.isolation is not Isolation.BUBBLEWRAP:
@@ -143,8 +143,11 @@ def _command(plan: Plan, base: str) -> list[str]:
         spaces = ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--cap-add", "ALL"]
     else:
         spaces = ["--unshare-all"]
-    folders = ["--proc", "/proc", "--dev", "/dev", "--bind", base, VIEW_FOLDER, "--chdir", "/"]
-    return [plan.bwrap, *spaces, "--die-with-parent", "--new-session", *shown, *folders, "--", *python]
+    own = ["--proc", "/proc", "--dev", "/dev"]
+    for path in (VIEW_FOLDER, "/dev/shm"):  # noqa: S108 - in the view
+        own += ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", path]
+    own += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
+    return [plan.bwrap, *spaces, "--die-with-parent", "--new-session", *shown, *own, "--", *python]
 
 
 def _readable(interpreter: str) -> list[str]:

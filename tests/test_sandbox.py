@@ -192,6 +192,31 @@ def test_a_fork_bomb_meets_the_process_limit() -> None:
     assert result.duration_s < 8
 
 
+def test_a_bomb_whose_processes_leave_their_session_is_ended_with_the_run(plan: Plan) -> None:
+    if not (plan.other_user or plan.view):
+        pytest.skip("without another user id and without namespaces such processes can slip away")
+    token = secrets.token_hex(8)
+    result = run(
+        f"""
+        import ctypes, os
+        name = b"{token[:15]}"
+        ctypes.CDLL(None).prctl(15, name, 0, 0, 0)  # the name in the process list
+        print("started", flush=True)
+        while True:
+            try:
+                if os.fork() == 0:
+                    os.setsid()
+            except OSError:
+                pass
+        """,
+        time_s=1,
+        processes=8,
+    )
+    assert (result.stdout, result.timed_out) == ("started\n", True)
+    assert result.duration_s < 4
+    assert not [entry for entry in psutil.process_iter(["name"]) if entry.info["name"] == token[:15]]
+
+
 def test_files_beyond_the_limit_are_refused() -> None:
     result = run("open('big', 'wb').write(bytes(2**20))", file_bytes=2**16)
     assert not result.completed

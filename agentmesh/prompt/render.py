@@ -60,7 +60,12 @@ class PromptRenderer:
     min_tokens: int = 32
 
     def render(
-        self, template: RoleTemplate, scope: Scope, history: Sequence[Exchange] = (), *, common: Sequence[int] = ()
+        self,
+        template: RoleTemplate,
+        scope: Scope,
+        history: Sequence[Exchange] = (),
+        *,
+        leads: Sequence[Sequence[int]] = (),
     ) -> tuple[Prompt, tuple[str | Content, ...]]:
         """A prompt, and its user turn in pieces for a later ``Exchange``.
 
@@ -68,7 +73,8 @@ class PromptRenderer:
             template: the agent's role.
             scope: the names it sees.
             history: earlier exchanges, oldest first; they come before the new turn.
-            common: lengths at which other agents' identical beginnings end.
+            leads: token ids that other agents' prompts begin with; where they stop being identical to this prompt's
+                own beginning, a reuse point is declared.
 
         Raises:
             TemplateError: the template fails, or the chat template drops or repeats a slot.
@@ -83,7 +89,7 @@ class PromptRenderer:
         pieces = scope.split(self.tokenizer.chat(messages))
         self._check_slots(pieces, scope.split("".join(message["content"] for message in messages)))
         segments = self._segments(pieces)
-        points = self._points(segments, (*common, *(exchange.prompt_tokens for exchange in history)))
+        points = self._points(segments, leads, [exchange.prompt_tokens for exchange in history])
         return Prompt(segments, points), turn
 
     def _sentinels(self, pieces: Sequence[str | Content], scope: Scope) -> str:
@@ -117,13 +123,16 @@ class PromptRenderer:
                 segments.append(Segment(piece.origin, piece.text, tokens, piece))
         return tuple(segments)
 
-    def _points(self, segments: Sequence[Segment], ends: Sequence[int]) -> tuple[int, ...]:
-        """Declared reuse points: the end of the leading fixed text, and where identical beginnings end."""
+    def _points(
+        self, segments: Sequence[Segment], leads: Sequence[Sequence[int]], ends: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Declared reuse points: where identical beginnings of other prompts end, and the leading fixed text."""
         total = sum(len(segment.tokens) for segment in segments)
-        leads = segments[0].content is None and len(segments) > 1
-        candidates = sorted({*ends, len(segments[0].tokens)} if leads else set(ends))
+        candidates = set(ends)
+        if segments[0].content is None:
+            candidates |= {len(segments[0].tokens), *shared_beginnings(leads, segments[0].tokens)}
         points: list[int] = []
-        for point in candidates:
+        for point in sorted(candidates):
             if (points[-1] if points else 0) + self.min_tokens <= point < total:
                 points.append(point)
         return tuple(points)

@@ -58,27 +58,48 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 # ---- supervisor ------------------------------------------------------------------------------------------------
 
 
-def children() -> list[int]:
-    """Process ids of this process's direct children; orphans below it count as such on Linux (subreaper)."""
-    found = []
+def descendants() -> set[int]:
+    """Process ids of everything below this process, orphans too: on Linux they come up to it (subreaper)."""
+    parents = {}
     for entry in Path("/proc").iterdir() if LINUX else ():
         with contextlib.suppress(OSError, ValueError):
-            child, stat = int(entry.name), (entry / "stat").read_text(encoding="utf-8", errors="replace")
-            if int(stat.rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(child)
+            stat = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    layer = {os.getpid()}
+    while layer := {child for child, parent in parents.items() if parent in layer}:
+        found |= layer
     return found
 
 
-def sweep() -> None:
-    """Kills everything below this process: each killed child hands its own children up."""
-    ended = True
-    while ended:
-        ended = False
-        for child in children():
+def end_user(user: int) -> None:
+    """Kills all processes of the run's own user id at once, which no fork can outrun."""
+    if child := os.fork():
+        os.waitpid(child, 0)
+        return
+    try:
+        os.setuid(user)
+        os.kill(-1, signal.SIGKILL)
+    finally:
+        os._exit(0)
+
+
+def sweep(user: int | None) -> None:
+    """Kills everything below this process; stops all first, since a stopped process starts no other."""
+    if user is not None:
+        end_user(user)
+    stopped: set[int] = set()
+    while fresh := descendants() - stopped:
+        stopped |= fresh
+        for process in fresh:
             with contextlib.suppress(OSError):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                ended = True
+                os.kill(process, signal.SIGSTOP)
+    for process in stopped:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while LINUX:
+            os.wait()
 
 
 def wait_for(child: int) -> int:
@@ -90,16 +111,16 @@ def wait_for(child: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def supervise(child: int) -> None:
+def supervise(child: int, user: int | None) -> None:
     """Waits for the child, ends everything else and leaves with the child's exit code."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        sweep()
+        sweep(user)
         os._exit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
     code = wait_for(child)
-    sweep()
+    sweep(user)
     os._exit(code)
 
 
@@ -224,14 +245,14 @@ def main() -> None:
     if job["namespaces"]:
         enter_namespaces(view=job["view"])
         if child := os.fork():
-            supervise(child)
+            supervise(child, None)  # the end of init is the end of all
         libc("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         if job["view"]:
             build_view(Path(job["base"]), job["binds"], job["limits"]["RLIMIT_FSIZE"])
         if child := os.fork():
             os._exit(wait_for(child))
     elif child := os.fork():
-        supervise(child)
+        supervise(child, job["user"])
     os.environ.pop("PWD", None)  # bubblewrap sets it
     os.chdir(job["folder"])  # before the other user, who may not get through the folders above
     confine(job["limits"], job["user"])

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from agentmesh.errors import SandboxError
 from agentmesh.sandbox.values import Limits
 
 STARTED = "started\n"  # in the report: all steps before the code itself went well
@@ -85,11 +87,11 @@ class Launch:
 @contextlib.contextmanager
 def prepare(plan: Plan, code: str, limits: Limits) -> Iterator[Launch]:
     """Makes the folder and the report pipe of one run and removes both at the end."""
-    user = secrets.choice(USERS) if plan.other_user else None
     with (
         tempfile.TemporaryDirectory(prefix="agentmesh-", ignore_cleanup_errors=True) as base,
         contextlib.ExitStack() as stack,
     ):
+        user = _take_user(stack) if plan.other_user else None
         if user is not None:
             os.chown(base, user, user)
         report_in, report_out = os.pipe()
@@ -112,6 +114,20 @@ def prepare(plan: Plan, code: str, limits: Limits) -> Iterator[Launch]:
         }
         environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
         yield Launch(_command(plan, limits), json.dumps(job).encode(), environment, seal, report_in, report_out)
+
+
+def _take_user(stack: contextlib.ExitStack) -> int:
+    """A user id that no other run has: a socket name, which one process at a time can hold, stands for it."""
+    for user in secrets.SystemRandom().sample(USERS, len(USERS)):
+        holder = socket.socket(socket.AF_UNIX)
+        try:
+            holder.bind(f"\0agentmesh-user-{user}")
+        except OSError:
+            holder.close()
+            continue
+        stack.callback(holder.close)
+        return user
+    raise SandboxError(f"all {len(USERS)} user ids for sandboxed code are in use; lower the concurrency")
 
 
 def _limits(limits: Limits, plan: Plan) -> dict[str, int]:

@@ -56,7 +56,7 @@ def containment() -> tuple[Measure, ...]:
     apart = plan.isolation is not Isolation.NONE
     maker = "bubblewrap" if plan.isolation is Isolation.BUBBLEWRAP else "namespaces"
     foreign = "" if plan.interpreter == own_interpreter() else f"; runs {plan.interpreter}, which that user can read"
-    swept = "process group and descendants" if linux else "process group"
+    killed = "all processes of the user id" if plan.other_user else "descendants; a process may still slip away"
     limited = linux and (plan.other_user or os.getuid() != 0)
     return (
         Measure(
@@ -84,16 +84,19 @@ def containment() -> tuple[Measure, ...]:
         Measure(
             "process-group kill",
             active=True,
-            detail="everything in the namespace" if apart else f"{swept}; a process may still slip away",
+            detail="everything in the namespace"
+            if apart
+            else (killed if linux else "a process in a session of its own stays"),
         ),
     )
 
 
 def _candidates() -> Iterator[Plan]:
     """Every plan worth trying, strongest first."""
-    bwrap = shutil.which("bwrap") if sys.platform == "linux" else None
-    kinds = list(Isolation) if sys.platform == "linux" else [Isolation.NONE]
-    users = (True, False) if os.getuid() == 0 else (False,)
+    linux = sys.platform == "linux"
+    bwrap = shutil.which("bwrap") if linux else None
+    kinds = list(Isolation) if linux else [Isolation.NONE]
+    users = (True, False) if linux and os.getuid() == 0 else (False,)
     system = [path for path in ("/usr/bin/python3", "/usr/local/bin/python3") if Path(path).exists()]
     interpreters = dict.fromkeys([own_interpreter(), *system])
     for kind, user, interpreter in itertools.product(kinds, users, interpreters):

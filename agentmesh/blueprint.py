@@ -1,0 +1,162 @@
+"""A mesh, checked and complete, before any model is loaded: nodes, their roles, templates and edges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agentmesh.agents.base import Agent
+from agentmesh.config.load import LoadedMesh
+from agentmesh.config.mesh import AgentBase, CommunicatorSpec, CustomAgentSpec, LlmAgentSpec, ModelSpec, RunSpec
+from agentmesh.errors import ConfigError, InputError, TemplateError, TopologyError, did_you_mean, listing
+from agentmesh.prompt import RoleTemplate
+from agentmesh.prompt.templates import SCOPE_NAMES
+from agentmesh.topology import Topology
+
+PRESET_NAMES = ("dense", "prefix")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One node's agent: its specification, or an object of the user's, and the role dealt to it."""
+
+    node: str
+    role: str
+    spec: AgentBase | None = None
+    agent: Agent | None = None
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Everything a run needs but the model.
+
+    Args:
+        name: the mesh's name.
+        topology: its graph.
+        members: node → agent.
+        inputs: names of the inputs a run must give.
+        model: which model.
+        communicator: how KV is reused.
+        run: retries, time limits, seed.
+        folder: where relative paths in the mesh begin.
+    """
+
+    name: str
+    topology: Topology
+    members: Mapping[str, Member]
+    inputs: tuple[str, ...]
+    model: ModelSpec = field(default_factory=ModelSpec)
+    communicator: CommunicatorSpec = field(default_factory=CommunicatorSpec)
+    run: RunSpec = field(default_factory=RunSpec)
+    folder: Path = Path()
+
+    def check_inputs(self, given: Mapping[str, str]) -> None:
+        """Compare a run's inputs with what the mesh reads.
+
+        Raises:
+            InputError: one is missing, unknown, empty or not text.
+        """
+        for name in given:
+            if name not in self.inputs:
+                hint = did_you_mean(name, self.inputs)
+                raise InputError(f"no input {name!r}; this mesh reads {listing(self.inputs)}.{hint}")
+        for name in self.inputs:
+            text = given.get(name)
+            if text is None:
+                raise InputError(f"input {name!r} is missing; give it with -i {name}=… (or @FILE to read a file)")
+            if not text.strip():
+                raise InputError(f"input {name!r} is empty; give it some text")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"input {name!r} holds bytes that are not UTF-8; save it as UTF-8")
+
+
+def draft(loaded: LoadedMesh) -> Blueprint:
+    """Check a mesh file as a whole: graph, agents, roles, templates, preset.
+
+    Raises:
+        ConfigError: a mistake, with its position.
+        TopologyError: the graph cannot be scheduled.
+    """
+    spec = loaded.spec
+    try:
+        topology = Topology.from_spec(loaded.topology, loaded.params, loaded.topology_name)
+    except TopologyError as error:
+        raise TopologyError(f"{loaded.position(('topology',))}: {error}") from error
+    if spec.communicator.preset not in PRESET_NAMES:
+        raise ConfigError(
+            f"{loaded.position(('communicator',))}: no preset named {spec.communicator.preset!r}; there are "
+            f"{listing(PRESET_NAMES)}.{did_you_mean(spec.communicator.preset, PRESET_NAMES)}"
+        )
+    reserved = sorted(set(spec.inputs) & set(SCOPE_NAMES))
+    if reserved:
+        raise ConfigError(f"{loaded.position(('inputs',))}: {listing(reserved)} has a meaning of its own in templates")
+    members = _members(loaded, topology)
+    _check_templates(loaded, spec.inputs)
+    folder = Path() if loaded.document is None else Path(loaded.document.name).parent
+    name = spec.name or (loaded.topology_name if loaded.document is None else Path(loaded.document.name).stem)
+    return Blueprint(name, topology, members, spec.inputs, spec.model, spec.communicator, spec.run, folder)
+
+
+def _members(loaded: LoadedMesh, topology: Topology) -> dict[str, Member]:
+    """Every node's agent; a node's own entry goes before its group's."""
+    agents, groups = loaded.spec.agents, topology.groups
+    nodes = [node.name for node in topology.nodes]
+    for name in agents:
+        if name not in groups and name not in nodes:
+            known = [*groups, *(node for node in nodes if node not in groups)]
+            raise ConfigError(
+                f"{loaded.position(('agents', name))}: no group or node of that name; "
+                f"{loaded.topology_name} has {listing(known)}.{did_you_mean(name, known)}"
+            )
+    members = {}
+    for node in topology.nodes:
+        key = node.name if node.name in agents else node.group
+        if key not in agents:
+            raise ConfigError(
+                f"{loaded.position(('agents',))}: no agent for {node.name}; add an entry "
+                f"{node.group!r} (for the whole group) or {node.name!r}"
+            )
+        size = 1 if key == node.name and key != node.group else len(groups[node.group])
+        role = deal(agents[key].role, node.index if size > 1 else 0, size, loaded.position(("agents", key, "role")))
+        members[node.name] = Member(node.name, role or node.name, spec=agents[key])
+    return members
+
+
+def deal(roles: str | Sequence[str], index: int, size: int, place: str) -> str:
+    """The role of a group's member number ``index``: roles are dealt out in order, and again from the beginning.
+
+    Raises:
+        ConfigError: more roles than members.
+    """
+    if isinstance(roles, str):
+        return roles
+    if len(roles) > size:
+        raise ConfigError(f"{place}: {len(roles)} roles for {size} member(s); remove some, or raise the group's count")
+    return roles[index % len(roles)] if roles else ""
+
+
+def _check_templates(loaded: LoadedMesh, inputs: Sequence[str]) -> None:
+    for key, spec in loaded.spec.agents.items():
+        if isinstance(spec, LlmAgentSpec | CustomAgentSpec):
+            try:
+                RoleTemplate(spec.system, spec.prompt).check(inputs)
+            except TemplateError as error:
+                raise ConfigError(f"{loaded.position(('agents', key, 'prompt'))}: {error}") from error
+            if isinstance(spec, LlmAgentSpec) and not spec.prompt.strip():
+                raise ConfigError(
+                    f"{loaded.position(('agents', key, 'prompt'))}: the prompt is empty; write a template"
+                )
+
+
+def slot_warnings(blueprint: Blueprint) -> list[str]:
+    """Advice about templates whose slots share a line with fixed text, which costs tokens at the border."""
+    found = []
+    for member in blueprint.members.values():
+        if isinstance(member.spec, LlmAgentSpec):
+            lines = [line.strip() for line in member.spec.prompt.splitlines()]
+            mixed = [line for line in lines if "{{" in line and not (line.startswith("{{") and line.endswith("}}"))]
+            inputs = [line for line in mixed if any(name in line for name in (*blueprint.inputs, "{{ message }}"))]
+            if inputs and f"{member.spec.prompt}" not in found:
+                found.append(f"{member.node}: put the slot on a line of its own: {inputs[0]!r}")
+    return found

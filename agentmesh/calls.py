@@ -1,0 +1,101 @@
+"""Model calls of agents: a role template becomes a prompt, the backend answers it, the call is recorded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from agentmesh.agents.base import Turn
+from agentmesh.backend import Backend, Completion
+from agentmesh.config.mesh import GenerateSpec
+from agentmesh.events import CallRecord, Event, FirstToken, ModelFinished, PlanRow, TokenText, Treatment
+from agentmesh.prompt import Content, ContentKind, Exchange, PromptRenderer, RoleTemplate, Scope
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Runs the model calls of one run.
+
+    Args:
+        backend: the model.
+        renderer: makes prompts.
+        emit: takes events.
+        seed: of the run; every call's own seed derives from it and the call's place in the graph.
+        leads: how the mesh's prompts begin, to find what they have in common.
+    """
+
+    backend: Backend
+    renderer: PromptRenderer
+    emit: Callable[[Event], None]
+    seed: int
+    leads: Sequence[Sequence[int]] = ()
+
+    async def __call__(
+        self, turn: Turn, template: RoleTemplate, generate: GenerateSpec, history: list[Exchange] | None
+    ) -> Content:
+        """The message for one turn; a ``history`` is continued and gets the new exchange."""
+        prompt, pieces = self.renderer.render(template, scope_of(turn), history or (), leads=self.leads)
+        listener = _Listener(self.emit, turn)
+        seed = call_seed(self.seed, turn.node, turn.round, turn.attempt)
+        done = await self.backend.complete(prompt, generate, seed, listener)
+        self.emit(ModelFinished(call=_record(turn, done)))
+        label = f"message {turn.node}@{turn.round}"
+        reply = Content(done.text, ContentKind.MESSAGE, label, done.tokens)
+        if history is not None:
+            history.append(Exchange(pieces, reply, len(prompt.tokens)))
+        return reply
+
+
+def scope_of(turn: Turn) -> Scope:
+    """The names that a turn's templates see."""
+    return Scope(turn.inputs, turn.inbox, role=turn.role, node=turn.node, round=turn.round, rounds=turn.rounds)
+
+
+def call_seed(run_seed: int, node: str, round_: int, attempt: int) -> int:
+    """A call's own seed: the same for the same place in the graph, whatever else runs."""
+    digest = hashlib.sha256(f"{run_seed}:{node}:{round_}:{attempt}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+class _Listener:
+    """Turns what the backend reports of one call into events."""
+
+    def __init__(self, emit: Callable[[Event], None], turn: Turn) -> None:
+        self._emit = emit
+        self._turn = turn
+
+    def first(self, ttft_ms: float, rows: tuple[PlanRow, ...]) -> None:
+        """The first token is out."""
+        counts = counts_of(rows)
+        self._emit(FirstToken(node=self._turn.node, round=self._turn.round, ttft_ms=ttft_ms, **counts))
+
+    def text(self, piece: str) -> None:
+        """A piece of text is out."""
+        self._emit(TokenText(node=self._turn.node, round=self._turn.round, text=piece))
+
+
+def counts_of(rows: Sequence[PlanRow]) -> dict[str, int]:
+    """Prompt tokens by treatment, and their sum."""
+    tokens = {kind: sum(row.tokens for row in rows if row.kind is kind) for kind in Treatment}
+    return {
+        "prompt_tokens": sum(tokens.values()),
+        "placed_exact": tokens[Treatment.PLACED_EXACT],
+        "placed_realigned": tokens[Treatment.PLACED_REALIGNED],
+        "computed": tokens[Treatment.COMPUTED],
+    }
+
+
+def _record(turn: Turn, done: Completion) -> CallRecord:
+    return CallRecord(
+        node=turn.node,
+        round=turn.round,
+        preset=done.preset,
+        **counts_of(done.rows),
+        output_tokens=len(done.tokens),
+        queue_ms=round(done.queue_ms, 3),
+        ttft_ms=round(done.ttft_ms, 3),
+        decode_ms=round(done.decode_ms, 3),
+        finish=done.finish,
+        plan=done.rows,
+    )

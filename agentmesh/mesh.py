@@ -1,0 +1,324 @@
+"""A mesh: agents on a communication graph, a communicator, a model. The public way in.
+
+with Mesh.from_yaml("demo.yaml") as mesh:
+print(mesh.run(question="…").answer)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import networkx as nx
+
+from agentmesh.agents.base import Agent
+from agentmesh.backend import Backend
+from agentmesh.blueprint import Blueprint, Member, draft
+from agentmesh.calls import Caller
+from agentmesh.config.load import load_mesh, mesh_from_dict
+from agentmesh.config.mesh import LlmAgentSpec
+from agentmesh.errors import RunError, TemplateError, TopologyError, UsageError, did_you_mean, listing
+from agentmesh.events import (
+    Event,
+    ModelFinished,
+    NodeFinished,
+    RunCancelled,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+)
+from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, RoleTemplate, Scope
+from agentmesh.results import RunResult
+from agentmesh.scheduler import Walk
+from agentmesh.stream import EventStream, Sink
+from agentmesh.topology import Topology
+from agentmesh.workers import make_workers, predicates
+
+Progress = Callable[[str, int, int], None]
+
+
+@final
+class Mesh:
+    """Runs a blueprint. Owns the model and everything kept for it, from the first run until ``close``.
+
+    Args:
+        agents: group or node → what a mesh file says of an agent, an ``Agent`` object, or a function under ``@agent``.
+        topology: a shipped topology's name, a dict as in a mesh file, a ``Topology``, or a networkx digraph.
+        model: a name, a dict as in a mesh file, or a backend such as ``testing.ScriptedModel``.
+        communicator: a preset's name or a dict as in a mesh file.
+        inputs: names of the inputs a run gives.
+        run: as ``run:`` in a mesh file.
+        name: for people.
+
+    Raises:
+        ConfigError, TopologyError, NotFoundError: the mesh is wrong; nothing was loaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        agents: Mapping[str, Any],
+        topology: str | Mapping[str, Any] | Topology | nx.DiGraph,
+        model: str | Mapping[str, Any] | Backend = "smollm2-135m",
+        communicator: str | Mapping[str, Any] = "prefix",
+        inputs: Sequence[str] = ("question",),
+        run: Mapping[str, Any] | None = None,
+        name: str = "mesh",
+    ) -> None:
+        objects = {key: value for key, value in agents.items() if isinstance(value, Agent)}
+        written = {key: value for key, value in agents.items() if key not in objects}
+        graph = _as_topology(topology)
+        given = isinstance(model, str | Mapping)
+        data = {
+            "version": 1,
+            "name": name,
+            "model": model if given else {},
+            "topology": topology if graph is None else {"nodes": {"node": {}}, "output": "node"},
+            "inputs": list(inputs),
+            "agents": {**written, **{key: {"prompt": "an object"} for key in objects}},
+            "communicator": communicator,
+            "run": dict(run or {}),
+        }
+        self._setup(_blueprint(data, graph, objects), None if given else model)
+
+    @classmethod
+    def from_yaml(
+        cls,
+        path: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        libraries: Sequence[Path] = (),
+        model: Backend | None = None,
+    ) -> Mesh:
+        """A mesh from its file, by path or shelf name.
+
+        Args:
+            path: the file.
+            overrides: ``path=value`` texts that change entries of the file.
+            libraries: folders searched for names before the shipped ones.
+            model: a backend instead of the file's model.
+
+        Raises:
+            ConfigError, TopologyError, NotFoundError: the file is wrong; nothing was loaded.
+        """
+        mesh = cls.__new__(cls)
+        mesh._setup(draft(load_mesh(path, overrides=overrides, libraries=libraries)), model)
+        return mesh
+
+    def _setup(self, blueprint: Blueprint, backend: Any) -> None:
+        self.blueprint = blueprint
+        self._workers = make_workers(blueprint)
+        self._predicates = predicates(blueprint)
+        self._backend: Backend | None = backend
+        self._leads: tuple[tuple[int, ...], ...] | None = None
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    @property
+    def graph(self) -> nx.MultiDiGraph:
+        """The communication graph as a plain networkx graph."""
+        return self.blueprint.topology.graph
+
+    def load(self, progress: Progress | None = None) -> Backend:
+        """Load the model now instead of at the first run.
+
+        Raises:
+            ModelError: the weights cannot be fetched or read.
+        """
+        if self._backend is None:
+            from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
+
+            self._backend = LocalBackend(self.blueprint.model, self.blueprint.communicator, progress)
+        return self._backend
+
+    def close(self) -> None:
+        """Free the model and all KV; the mesh loads again if it is run again."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def run(self, inputs: Mapping[str, str] | None = None, **named: Any) -> RunResult:
+        """Run once and wait for the result; inputs as a dict or by name. Other arguments as ``arun``."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self.arun(inputs, **named))
+        raise UsageError("an event loop is running here already; use `await mesh.arun(…)` instead of `mesh.run(…)`")
+
+    async def arun(
+        self,
+        inputs: Mapping[str, str] | None = None,
+        *,
+        seed: int | None = None,
+        sample: str = "",
+        sinks: Sequence[Sink] = (),
+        **named: str,
+    ) -> RunResult:
+        """Run once.
+
+        Args:
+            inputs: the run's inputs by name.
+            seed: of this run; the mesh's own where not given.
+            sample: a name for this run in its events.
+            sinks: called with every event, in order.
+            named: more inputs.
+
+        Raises:
+            InputError: the inputs are not what the mesh reads.
+            NodeError: an agent failed for good.
+            RunError: the run has no answer.
+        """
+        given = {**(inputs or {}), **named}
+        self.blueprint.check_inputs(given)
+        backend = self.load()
+        calls: list[ModelFinished] = []
+        said: dict[tuple[str, int], NodeFinished] = {}
+        stream = EventStream((_collector(calls, said), *sinks), sample)
+        begun = time.perf_counter()
+        stream.emit(self._started(backend, given))
+        finished = False
+        try:
+            messages = await self._walk(backend, given, stream, seed)
+            answer = self._answer(messages)
+            wall = time.perf_counter() - begun
+            stream.emit(RunFinished(answer=answer, wall_s=wall))
+            finished = True
+        except (RunError, UsageError) as error:
+            wall = time.perf_counter() - begun
+            stream.emit(RunFailed(error_type=type(error).__name__, error=str(error), wall_s=wall))
+            finished = True
+            raise
+        finally:
+            if not finished:
+                stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
+        records = tuple(said[message.node, message.round].message for message in messages)
+        return RunResult(answer=answer, messages=records, calls=tuple(event.call for event in calls), wall_s=wall)
+
+    async def stream(self, inputs: Mapping[str, str] | None = None, **named: Any) -> AsyncIterator[Event]:
+        """Run once and yield its events as they happen; arguments as ``arun``. Leaving the loop cancels the run."""
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        sinks = (*named.pop("sinks", ()), queue.put_nowait)
+        task = asyncio.create_task(self.arun(inputs, sinks=sinks, **named))
+        task.add_done_callback(lambda _task: queue.put_nowait(None))
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+            await task
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _walk(
+        self, backend: Backend, given: Mapping[str, str], stream: EventStream, seed: int | None
+    ) -> list[Message]:
+        inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in given.items()}
+        renderer = PromptRenderer(backend.tokenizer, self.blueprint.communicator.min_tokens)
+        if self._leads is None:
+            self._leads = self._find_leads(renderer)
+        run_seed = self.blueprint.run.seed if seed is None else seed
+        caller = Caller(backend, renderer, stream.emit, run_seed, self._leads)
+        walk = Walk(
+            self.blueprint.topology,
+            self._workers,
+            inputs,
+            caller,
+            stream.emit,
+            self._predicates,
+            lambda text: len(backend.tokenizer.encode(text, control=False)),
+        )
+        return await walk.run()
+
+    def _find_leads(self, renderer: PromptRenderer) -> tuple[tuple[int, ...], ...]:
+        """How every agent's prompt begins, up to its first slot."""
+        leads = []
+        for member in self.blueprint.members.values():
+            if not isinstance(member.spec, LlmAgentSpec):
+                continue
+            inputs = {name: Content("", ContentKind.INPUT, name) for name in self.blueprint.inputs}
+            rounds = self.blueprint.topology.rounds
+            scope = Scope(inputs, (), role=member.role, node=member.node, round=0, rounds=rounds)
+            try:
+                prompt, _ = renderer.render(RoleTemplate(member.spec.system, member.spec.prompt), scope)
+            except TemplateError:
+                continue  # a template that needs an inbox to render has no beginning known ahead
+            if prompt.segments[0].content is None:
+                leads.append(prompt.segments[0].tokens)
+        return tuple(leads)
+
+    def _started(self, backend: Backend, given: Mapping[str, str]) -> RunStarted:
+        topology = self.blueprint.topology
+        return RunStarted(
+            mesh=self.blueprint.name,
+            preset=backend.preset,
+            model=backend.name,
+            nodes=tuple(node.name for node in topology.nodes),
+            rounds=topology.rounds,
+            inputs=dict(given),
+        )
+
+    def _answer(self, messages: Sequence[Message]) -> str:
+        output = self.blueprint.topology.output
+        said = [message for message in messages if message.node == output]
+        if not said:
+            raise RunError(f"the output node {output} never ran: no message reached it (see the edges' conditions)")
+        answer = said[-1].text.strip()
+        if not answer:
+            raise RunError(f"the output node {output} wrote an empty answer; look at its prompt and max_tokens")
+        return answer
+
+
+def _as_topology(topology: Any) -> Topology | None:
+    if isinstance(topology, Topology):
+        return topology
+    return Topology.from_graph(topology) if isinstance(topology, nx.Graph) else None
+
+
+def _blueprint(data: dict[str, Any], graph: Topology | None, objects: Mapping[str, Agent]) -> Blueprint:
+    """A blueprint from Python values: agent objects and graphs take the place of what a file would say."""
+    loaded = mesh_from_dict(data)
+    if graph is None:
+        checked = draft(loaded)
+        members = {node: _with_object(member, checked.topology, objects) for node, member in checked.members.items()}
+        return Blueprint(
+            checked.name, checked.topology, members, checked.inputs, checked.model, checked.communicator, checked.run
+        )
+    specs = loaded.spec.agents
+    known = [*graph.groups, *(node.name for node in graph.nodes)]
+    for key in specs:
+        if key not in known:
+            raise TopologyError(
+                f"no node {key!r}; the graph has {listing(dict.fromkeys(known))}.{did_you_mean(key, known)}"
+            )
+    members = {}
+    for node in graph.nodes:
+        key = node.name if node.name in specs else node.group
+        if key not in specs:
+            raise TopologyError(f"no agent for node {node.name!r}; add it to agents=…")
+        role = specs[key].role
+        name = role if isinstance(role, str) else role[node.index % len(role)]
+        members[node.name] = _with_object(Member(node.name, name or node.name, specs[key]), graph, objects)
+    spec = loaded.spec
+    return Blueprint(spec.name, graph, members, spec.inputs, spec.model, spec.communicator, spec.run)
+
+
+def _with_object(member: Member, topology: Topology, objects: Mapping[str, Agent]) -> Member:
+    group = next(node.group for node in topology.nodes if node.name == member.node)
+    found = objects.get(member.node, objects.get(group))
+    return member if found is None else Member(member.node, member.role, agent=found)
+
+
+def _collector(calls: list[ModelFinished], said: dict[tuple[str, int], NodeFinished]) -> Sink:
+    def collect(event: Event) -> None:
+        if isinstance(event, ModelFinished):
+            calls.append(event)
+        elif isinstance(event, NodeFinished):
+            said[event.message.node, event.message.round] = event
+
+    return collect

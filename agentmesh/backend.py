@@ -60,6 +60,9 @@ class Backend(Protocol):
     def tokenizer(self) -> ChatTokenizer:
         """What prompts are tokenised with."""
 
+    def describe(self) -> dict[str, str]:
+        """What a run's manifest says of the model: name, fingerprint, dtype, device, supported reuse."""
+
     async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:
         """Answer a prompt. Cancelling frees what the call holds."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from agentmesh.agents.base import Agent
 from agentmesh.config.load import LoadedMesh
 from agentmesh.config.mesh import AgentBase, CommunicatorSpec, CustomAgentSpec, LlmAgentSpec, ModelSpec, RunSpec
+from agentmesh.config.topology import Deliver
 from agentmesh.errors import ConfigError, InputError, TemplateError, TopologyError, did_you_mean, listing
 from agentmesh.prompt import RoleTemplate
 from agentmesh.prompt.templates import SCOPE_NAMES
@@ -87,6 +88,13 @@ def draft(loaded: LoadedMesh) -> Blueprint:
         raise ConfigError(
             f"{loaded.position(('communicator',))}: no preset named {spec.communicator.preset!r}; there are "
             f"{listing(PRESET_NAMES)}.{did_you_mean(spec.communicator.preset, PRESET_NAMES)}"
+        )
+    kept_apart = [edge for edge in topology.edges if edge.deliver is Deliver.KV]
+    if kept_apart:
+        edge = kept_apart[0]
+        raise ConfigError(
+            f"{loaded.position(('communicator',))}: edge {edge.source} → {edge.target} says `deliver: kv`, but the preset "
+            f"{spec.communicator.preset!r} shares no messages as KV; use `deliver: auto`"
         )
     reserved = sorted(set(spec.inputs) & set(SCOPE_NAMES))
     if reserved:

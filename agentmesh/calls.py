@@ -35,7 +35,7 @@ class Caller:
         self, turn: Turn, template: RoleTemplate, generate: GenerateSpec, history: list[Exchange] | None
     ) -> Content:
         """The message for one turn; a ``history`` is continued and gets the new exchange."""
-        prompt, pieces = self.renderer.render(template, scope_of(turn), history or (), leads=self.leads)
+        prompt, pieces = self.renderer.render(template, scope_of(turn), history, leads=self.leads)
         listener = _Listener(self.emit, turn)
         seed = call_seed(self.seed, turn.node, turn.round, turn.attempt)
         done = await self.backend.complete(prompt, generate, seed, listener)

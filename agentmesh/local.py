@@ -53,6 +53,19 @@ class LocalBackend:
         """The model's tokenizer."""
         return self.engine.tokenizer
 
+    def describe(self) -> dict[str, str]:
+        """Name, source, fingerprint, dtype, device and supported reuse."""
+        loaded, support = self.engine.loaded, self.engine.support
+        return {
+            "name": loaded.name,
+            "source": loaded.source,
+            "fingerprint": loaded.fingerprint,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": str(loaded.model.device),
+            "reuse": support.level.value,
+            "reuse_limit": support.reason,
+        }
+
     async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:
         """Plan, prefill and decode one prompt on the engine's thread.
 

@@ -104,8 +104,12 @@ class Mesh:
         Raises:
             ConfigError, TopologyError, NotFoundError: the file is wrong; nothing was loaded.
         """
+        return cls._from_blueprint(draft(load_mesh(path, overrides=overrides, libraries=libraries)), model)
+
+    @classmethod
+    def _from_blueprint(cls, blueprint: Blueprint, backend: Backend | None) -> Mesh:
         mesh = cls.__new__(cls)
-        mesh._setup(draft(load_mesh(path, overrides=overrides, libraries=libraries)), model)
+        Mesh._setup(mesh, blueprint, backend)
         return mesh
 
     def _setup(self, blueprint: Blueprint, backend: Any) -> None:

@@ -44,7 +44,8 @@ def _custom(spec: CustomAgentSpec, folder: Path) -> Agent:
     if isinstance(found, FunctionAgent):
         return found
     if isinstance(found, type) and issubclass(found, Agent):
-        return found(**spec.options)
+        made: Agent = found(**spec.options)
+        return made
     raise NotFoundError(
         f"{spec.python} is {type(found).__name__}, no agent; expected a subclass of agentmesh.Agent, "
         "or a function under @agentmesh.agent"

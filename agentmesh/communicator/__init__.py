@@ -22,7 +22,7 @@ def _dense(_spec: CommunicatorSpec, _root: bytes) -> Preset:
 
 
 def _prefix(spec: CommunicatorSpec, root: bytes) -> Preset:
-    return Prefix(PrefixStore(spec.budget), root)
+    return Prefix(PrefixStore(spec.budget), root, spec.min_tokens)
 
 
 PRESETS: dict[str, Callable[[CommunicatorSpec, bytes], Preset]] = {"dense": _dense, "prefix": _prefix}

@@ -22,11 +22,13 @@ class Prefix(Preset):
     Args:
         store: where prefixes are kept.
         root: what their KV depends on besides tokens (model fingerprint, tenant).
+        min_tokens: shorter pieces are not worth keeping; the renderer declares no reuse points closer than this.
     """
 
-    def __init__(self, store: PrefixStore, root: bytes) -> None:
+    def __init__(self, store: PrefixStore, root: bytes, min_tokens: int = 1) -> None:
         self.store = store
         self._root = root
+        self._min_tokens = min_tokens
 
     def plan(self, prompt: Prompt) -> Plan:
         """Place the longest stored prefix that ends at a reuse point."""
@@ -39,8 +41,11 @@ class Prefix(Preset):
         return Plan(composition, rows(prompt, at, "prefix store", reason))
 
     def observe(self, prompt: Prompt, arena: Arena) -> None:
-        """Keep the prompt's pieces up to its last reuse point."""
-        self.store.insert(self._root, prompt.tokens, prompt.points, arena.read)
+        """Keep the prompt's pieces up to its last reuse point, or all of it where a conversation goes on from it."""
+        points, end = prompt.points, len(prompt.tokens)
+        if prompt.continues and end - (points[-1] if points else 0) >= self._min_tokens:
+            points = (*points, end)
+        self.store.insert(self._root, prompt.tokens, points, arena.read)
 
     @property
     def nbytes(self) -> int:

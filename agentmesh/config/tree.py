@@ -102,6 +102,9 @@ class Tree:
 
     def _scalar(self, event: ScalarEvent) -> None:
         line, column = self.last
+        parent = self._open[-1] if self._open else None
+        if not event.value and event.style is None and parent is not None and parent.key is not None:
+            line, column = parent.keys[parent.key]  # the parser puts a missing value at whatever comes next
         value = self._value(event)
         style = event.style if event.style in ("'", '"', "|", ">") else None
         self._add(Node(value, line, column, style, weight=1 + len(event.value)), event)

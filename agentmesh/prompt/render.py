@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agentmesh.errors import TemplateError
-from agentmesh.prompt.segments import Content, ContentKind, Prompt, Segment
+from agentmesh.prompt.segments import Content, Prompt, Segment
 from agentmesh.prompt.templates import RoleTemplate, Scope
 
 
@@ -63,7 +63,7 @@ class PromptRenderer:
         self,
         template: RoleTemplate,
         scope: Scope,
-        history: Sequence[Exchange] = (),
+        history: Sequence[Exchange] | None = None,
         *,
         leads: Sequence[Sequence[int]] = (),
     ) -> tuple[Prompt, tuple[str | Content, ...]]:
@@ -72,7 +72,8 @@ class PromptRenderer:
         Args:
             template: the agent's role.
             scope: the names it sees.
-            history: earlier exchanges, oldest first; they come before the new turn.
+            history: earlier exchanges, oldest first, that come before the new turn; ``None`` for an agent without
+                memory, whose prompts nothing continues.
             leads: token ids that other agents' prompts begin with; where they stop being identical to this prompt's
                 own beginning, a reuse point is declared.
 
@@ -82,15 +83,15 @@ class PromptRenderer:
         system, user = template.render(scope)
         turn = tuple(scope.split(user))
         messages = [{"role": "system", "content": system}] if system else []
-        for exchange in history:
+        for exchange in history or ():
             messages.append({"role": "user", "content": self._sentinels(exchange.pieces, scope)})
             messages.append({"role": "assistant", "content": self._sentinels((exchange.reply,), scope)})
         messages.append({"role": "user", "content": user})
         pieces = scope.split(self.tokenizer.chat(messages))
         self._check_slots(pieces, scope.split("".join(message["content"] for message in messages)))
         segments = self._segments(pieces)
-        points = self._points(segments, leads, [exchange.prompt_tokens for exchange in history])
-        return Prompt(segments, points), turn
+        points = self._points(segments, leads, [exchange.prompt_tokens for exchange in history or ()])
+        return Prompt(segments, points, continues=history is not None), turn
 
     def _sentinels(self, pieces: Sequence[str | Content], scope: Scope) -> str:
         """Pieces of an earlier turn as text with this scope's sentinels."""
@@ -150,8 +151,3 @@ def shared_beginnings(leads: Sequence[Sequence[int]], own: Sequence[int]) -> tup
         if 0 < same < len(own):
             lengths.add(same)
     return tuple(sorted(lengths))
-
-
-def input_content(name: str, text: str) -> Content:
-    """A run input as a slot's content."""
-    return Content(text, ContentKind.INPUT, name)

@@ -68,10 +68,12 @@ class Prompt:
         segments: the text in order; concatenating their tokens gives the prompt.
         points: declared reuse points, ascending positions inside the prompt at which another prompt's identical
             beginning may end. Prefill is cut there whether or not anything is reused.
+        continues: whether a later prompt of the same conversation will begin with the whole of this one.
     """
 
     segments: tuple[Segment, ...]
     points: tuple[int, ...] = ()
+    continues: bool = False
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:

@@ -127,10 +127,10 @@ def supervise(child: int, user: int | None) -> None:
 # ---- namespaces ------------------------------------------------------------------------------------------------
 
 
-def enter_namespaces(*, view: bool) -> None:
+def enter_namespaces() -> None:
     """Moves to new namespaces; the next fork is the first process of the new process namespace."""
     user, group = os.getuid(), os.getgid()
-    flags = NEW_PID | NEW_NET | NEW_IPC | NEW_UTS | (NEW_MOUNT if view else 0)
+    flags = NEW_PID | NEW_NET | NEW_IPC | NEW_UTS
     libc("unshare", ctypes.c_int(flags if user == 0 else flags | NEW_USER))
     if user != 0:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
@@ -142,6 +142,7 @@ def enter_namespaces(*, view: bool) -> None:
 def build_view(base: Path, binds: list[str], size: int) -> None:
     """Makes ``base`` the root: ``binds`` read-only, /tmp and /dev/shm small and in memory, nothing else."""
     os.umask(0o022)
+    libc("unshare", NEW_MOUNT)  # here and not in the supervisor, which goes on seeing the old /proc
     mount("none", "/", "none", RECURSIVE | PRIVATE)
     mount("tmpfs", str(base), "tmpfs", NO_SUID | NO_DEVICE, "mode=755,size=1m")
     for name in ("tmp", "dev/shm"):
@@ -243,7 +244,7 @@ def main() -> None:
         libc("prctl", PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
         libc("prctl", SUBREAPER, 1, 0, 0, 0)
     if job["namespaces"]:
-        enter_namespaces(view=job["view"])
+        enter_namespaces()
         if child := os.fork():
             supervise(child, None)  # the end of init is the end of all
         libc("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)

@@ -1,0 +1,37 @@
+# Every target sets up .venv by itself. PYTHON chooses the interpreter, e.g. make test PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+QUESTION ?= A box holds 6 eggs. How many eggs are in 5 boxes?
+
+.PHONY: run test check bench wheel clean
+
+run: $(READY)   ## three agents on a small question, with the embedded model
+	$(BIN)/agentmesh run configs/demo.yaml -i question="$(QUESTION)"
+
+test: $(READY)  ## all tests; the slowest are listed at the end
+	$(BIN)/python -m pytest
+
+check: $(READY) ## lint, types, architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: $(READY) ## the figures that README quotes
+	$(BIN)/agentmesh bench prefix
+	$(BIN)/agentmesh bench decode
+
+wheel: $(READY) ## build the wheel and run it from an empty folder
+	rm -rf dist
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -q -w dist .
+	$(BIN)/python tests/wheel_smoke.py dist
+
+clean:          ## remove everything that was made here
+	rm -rf .venv dist build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch hatchling editables
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $(READY)

@@ -1,0 +1,62 @@
+"""The command line: ``agentmesh VERB``. Exit codes: 0 ok, 1 run failed, 2 usage or config, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+from rich.console import Console
+from typer.main import get_command
+
+from agentmesh.cli import bench, doctor, look, models, run, runs
+from agentmesh.errors import AgentmeshError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="agentmesh",
+    help="Run meshes of agents that hand each other KV caches instead of text to read again.",
+    epilog="Every option can also be set as AGENTMESH_<VERB>_<OPTION>, such as AGENTMESH_RUN_PRESET=dense.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("run")(run.run)
+app.command("validate")(look.validate)
+app.command("graph")(look.graph)
+app.command("schema")(look.schema)
+app.command("ls")(look.ls)
+app.command("cp")(look.cp)
+app.command("doctor")(doctor.doctor)
+app.add_typer(models.app, name="models")
+app.add_typer(runs.app, name="runs")
+app.add_typer(bench.app, name="bench")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    sys.exit(invoke(arguments))
+
+
+def invoke(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    error_console = Console(stderr=True)
+    try:
+        code = get_command(app).main(
+            args=None if arguments is None else list(arguments),
+            prog_name="agentmesh",
+            standalone_mode=False,
+            auto_envvar_prefix="AGENTMESH",
+        )
+    except click.exceptions.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        error_console.print("interrupted")
+        return INTERRUPTED
+    except AgentmeshError as error:
+        error_console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+        return error.exit_code
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,31 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentmesh.config.base import Choice
+
+
+class Format(Choice):
+    """How a command prints its result."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+Config = Annotated[str, typer.Argument(help="A mesh file, or the name of a shipped one (see `agentmesh ls configs`).")]
+Libraries = Annotated[
+    list[Path] | None,
+    typer.Option("--library", help="A folder of your own topologies/ and configs/; the last one given wins."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change an entry, e.g. agents.agent.generate.max_tokens=32."),
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for programs.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all run records.")]
+DEFAULT_RUNS = Path("runs")

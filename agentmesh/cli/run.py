@@ -1,0 +1,96 @@
+"""``agentmesh run``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.rule import Rule
+
+from agentmesh.cli.options import DEFAULT_RUNS, Config, Format, FormatOption, Libraries, RunsDir, Sets
+from agentmesh.config.load import dump, load_mesh
+from agentmesh.display import Display, calls_table, fetching, showing
+from agentmesh.errors import InputError
+from agentmesh.mesh import Mesh
+from agentmesh.record import Recorder
+
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", metavar="NAME=TEXT", help="A run input; NAME=@FILE reads a file, NAME=@- stdin."),
+]
+
+
+def run(
+    config: Config,
+    inputs: Inputs = None,
+    sets: Sets = None,
+    preset: Annotated[str | None, typer.Option(help="Communicator preset, instead of the file's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
+    display: Annotated[Display, typer.Option(help="How to show the run while it goes on.")] = Display.AUTO,
+    format_: FormatOption = Format.TEXT,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+    library: Libraries = None,
+) -> None:
+    """Run a mesh once and print the answer.
+
+    Example: agentmesh run demo -i question="Tom has 3 apples and buys 4 more. How many has he?"
+    """
+    overrides = [*(sets or ()), *([f"communicator.preset={preset}"] if preset else ())]
+    errors = Console(stderr=True)
+    given = read_inputs(inputs or ())
+    loaded = load_mesh(config, overrides=overrides, libraries=library or ())
+    with Mesh.from_yaml(config, overrides=overrides, libraries=library or ()) as mesh:
+        mesh.blueprint.check_inputs(given)
+        with fetching(errors, quiet=display is Display.NONE) as progress:
+            backend = mesh.load(progress)
+        facts = {"seed": mesh.blueprint.run.seed if seed is None else seed, "model": backend.describe()}
+        recorder = Recorder(runs_dir, mesh.blueprint.name, dump(loaded.spec), facts)
+        try:
+            with showing(display, errors) as sinks:
+                result = mesh.run(given, seed=seed, sinks=(recorder.write, *sinks))
+            recorder.finish(result)
+        finally:
+            recorder.close()
+            if display is not Display.NONE:
+                errors.print(f"record: {recorder.path}", markup=False, highlight=False, soft_wrap=True)
+    if format_ is Format.JSON:
+        typer.echo(result.model_dump_json(indent=2))
+        return
+    console = Console()
+    console.print(calls_table(result.calls))
+    console.print(Rule("answer"))
+    console.print(result.answer, markup=False, highlight=False)
+
+
+def read_inputs(texts: list[str] | tuple[str, ...]) -> dict[str, str]:
+    """``name=text`` options as a dict; ``@FILE`` and ``@-`` are read.
+
+    Raises:
+        InputError: no ``=``, a name given twice, or a file that cannot be read as UTF-8.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"--input {text!r}: expected NAME=TEXT, such as question='How many?'")
+        if name in found:
+            raise InputError(f"--input {name} is given twice; give it once")
+        found[name] = _read(value[1:], name) if value.startswith("@") else value
+    return found
+
+
+def _read(source: str, name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise InputError(f"--input {name}=@{source}: cannot be read: {error.strerror or error}") from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--input {name}=@{source}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8; "
+            "save the file as UTF-8"
+        ) from error

@@ -93,7 +93,7 @@ def draft(loaded: LoadedMesh) -> Blueprint:
     if kept_apart:
         edge = kept_apart[0]
         raise ConfigError(
-            f"{loaded.position(('communicator',))}: edge {edge.source} → {edge.target} says `deliver: kv`, but the preset "
+            f"{loaded.position(('communicator',))}: edge {edge.source} → {edge.target} says `deliver: kv`, but preset "
             f"{spec.communicator.preset!r} shares no messages as KV; use `deliver: auto`"
         )
     reserved = sorted(set(spec.inputs) & set(SCOPE_NAMES))

@@ -32,7 +32,11 @@ def assert_sparse_equals_full(runner: ArenaRunner, tokens: list[int], spans: lis
 
     found = runner.prefill(sparse, Composition(tuple(tokens), placed))
 
-    for mine, theirs in ((found, wanted), (sparse.arena.keys, full.arena.keys), (sparse.arena.values, full.arena.values)):
+    for mine, theirs in (
+        (found, wanted),
+        (sparse.arena.keys, full.arena.keys),
+        (sparse.arena.values, full.arena.values),
+    ):
         assert float((mine - theirs).norm() / theirs.norm()) < 2e-5
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=1e-3)
 

@@ -47,9 +47,7 @@ def zoo() -> dict[str, tuple[Any, str, tuple[str, ...]]]:
     import transformers as t
 
     yarn = rope("yarn", factor=4.0, original_max_position_embeddings=128)
-    llama3 = rope(
-        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128
-    )
+    llama3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128)
     roped = ("rope", "rope", "rope")
     return {
         "llama-default": (build(t.LlamaConfig(**COMMON)), "realign", roped),

@@ -1,0 +1,172 @@
+"""The engine on the real model and on tiny ones: tokens, seeds, stops, cancelling."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from agentmesh.config.mesh import ModelSpec
+from agentmesh.engine.composition import Composition
+from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.loading import LoadedModel, load
+from agentmesh.engine.loop import Engine, FirstTokenReport, Generation
+from agentmesh.engine.probe import probe
+from agentmesh.engine.sampling import Sampling
+from agentmesh.errors import RequestTooLongError
+from agentmesh.kv.arena import Arena
+
+QUESTION = "A box holds 6 eggs. How many eggs are in 5 boxes? Explain step by step."
+
+
+class Whole:
+    """A source that computes its whole prompt."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tuple(tokens)
+        self.seen: list[int] = []
+
+    def compose(self) -> Composition:
+        return Composition(self.tokens)
+
+    def prefilled(self, arena: Arena | None) -> None:
+        self.seen.append(-1 if arena is None else arena.length)
+
+
+def generate(engine: Engine, tokens: list[int], sampling: Sampling) -> tuple[Generation, str, list[FirstTokenReport]]:
+    pieces: list[str] = []
+    reports: list[FirstTokenReport] = []
+    done = asyncio.run(engine.generate(Whole(tokens), len(tokens), sampling, reports.append, pieces.append))
+    return done, "".join(pieces), reports
+
+
+@pytest.fixture(scope="module")
+def tiny_engine() -> Iterator[Engine]:
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    with Engine(loaded, probe(loaded.model)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2: LoadedModel) -> Iterator[Engine]:
+    with Engine(smollm2, probe(smollm2.model)) as engine:
+        yield engine
+
+
+def chat(loaded: LoadedModel, text: str) -> list[int]:
+    messages = [{"role": "user", "content": text}]
+    text = loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return loaded.tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.model
+def test_greedy_decoding_equals_generate_token_for_token(engine: Engine) -> None:
+    tokens = chat(engine.loaded, QUESTION)
+
+    done, streamed, reports = generate(engine, tokens, Sampling(max_tokens=60))
+
+    out = engine.loaded.model.generate(
+        input_ids=torch.tensor([tokens]), max_new_tokens=60, do_sample=False, pad_token_id=2
+    )
+    wanted = [token for token in out[0, len(tokens) :].tolist() if token not in engine.loaded.stop_token_ids]
+    assert list(done.tokens) == wanted
+    assert streamed == done.text == engine.loaded.tokenizer.decode(wanted)
+    assert done.finish in ("stop", "length")
+    assert len(reports) == 1
+    assert reports[0].ttft_ms > 0
+
+
+@pytest.mark.model
+def test_kv_made_by_decoding_is_exact_to_rounding(engine: Engine) -> None:
+    tokens = chat(engine.loaded, QUESTION)
+    done, _, _ = generate(engine, tokens, Sampling(max_tokens=24))
+    runner = engine.support.runner
+    assert isinstance(runner, ArenaRunner)
+    whole = [*tokens, *done.tokens]
+    decoded, computed = runner.open(len(whole)), runner.open(len(whole))
+    runner.prefill(decoded, Composition(tuple(tokens)))
+    for position in range(len(tokens), len(whole)):
+        runner.forward(decoded, whole[position : position + 1], (position,))
+    runner.prefill(computed, Composition(tuple(whole)))
+
+    for mine, theirs in (
+        (decoded.arena.keys, computed.arena.keys),
+        (decoded.arena.values, computed.arena.values),
+    ):
+        assert float((mine - theirs).norm() / theirs.norm()) < 1e-4
+
+
+@pytest.mark.model
+def test_a_stop_text_ends_the_message_after_the_token_that_completes_it(engine: Engine) -> None:
+    tokens = chat(engine.loaded, QUESTION)
+    free, _, _ = generate(engine, tokens, Sampling(max_tokens=40))
+    stop = free.text[10:16]
+
+    done, _, _ = generate(engine, tokens, Sampling(max_tokens=40, stop=(stop,)))
+
+    assert done.finish == "stop"
+    assert stop in done.text
+    assert free.tokens[: len(done.tokens)] == done.tokens
+    assert stop not in engine.loaded.tokenizer.decode(done.tokens[:-1])
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_does_not(tiny_engine: Engine) -> None:
+    def sample(seed: int) -> tuple[int, ...]:
+        return generate(tiny_engine, list(range(40)), Sampling(24, temperature=1.0, top_p=0.9, top_k=50, seed=seed))[
+            0
+        ].tokens
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_special_tokens_other_than_stops_are_never_generated(tiny_engine: Engine) -> None:
+    done, _, _ = generate(tiny_engine, list(range(40)), Sampling(200, temperature=5.0, seed=3))
+
+    assert not set(done.tokens) & tiny_engine.loaded.special_token_ids
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(tiny_engine: Engine) -> None:
+    with pytest.raises(RequestTooLongError, match=r"5,000 tokens.*at most 4,095"):
+        generate(tiny_engine, [1] * 5000, Sampling())
+
+
+def test_a_message_ends_where_the_context_is_full(tiny_engine: Engine) -> None:
+    done, _, _ = generate(tiny_engine, [1] * 4090, Sampling(max_tokens=100))
+
+    assert done.finish in ("context", "stop")
+    assert len(done.tokens) <= 6
+
+
+def test_cancelling_one_sequence_leaves_the_others_running(tiny_engine: Engine) -> None:
+    async def both() -> Generation:
+        quiet = Sampling(max_tokens=2000)
+        slow = asyncio.create_task(
+            tiny_engine.generate(Whole([5] * 50), 50, quiet, lambda _report: None, lambda _piece: None)
+        )
+        await asyncio.sleep(0.05)
+        other = asyncio.create_task(
+            tiny_engine.generate(Whole([7] * 50), 50, Sampling(8), lambda _report: None, lambda _piece: None)
+        )
+        slow.cancel()
+        done = await other
+        assert slow.cancelled() or slow.done()
+        return done
+
+    assert len(asyncio.run(both()).tokens) <= 8
+
+
+def test_sequences_decoded_side_by_side_equal_those_decoded_alone(tiny_engine: Engine) -> None:
+    prompts = [[number] * 30 for number in range(3, 9)]
+
+    async def together() -> list[Generation]:
+        work = [
+            tiny_engine.generate(Whole(p), 30, Sampling(20), lambda _report: None, lambda _piece: None) for p in prompts
+        ]
+        return await asyncio.gather(*work)
+
+    alone = [generate(tiny_engine, prompt, Sampling(20))[0].tokens for prompt in prompts]
+
+    assert [done.tokens for done in asyncio.run(together())] == alone

@@ -114,7 +114,7 @@ def _members(loaded: LoadedMesh, topology: Topology) -> dict[str, Member]:
         if name not in groups and name not in nodes:
             known = [*groups, *(node for node in nodes if node not in groups)]
             raise ConfigError(
-                f"{loaded.position(('agents', name))}: no group or node of that name; "
+                f"{loaded.position(('agents', name), at_key=True)}: no group or node of that name; "
                 f"{loaded.topology_name} has {listing(known)}.{did_you_mean(name, known)}"
             )
     members = {}

@@ -15,6 +15,7 @@ from agentmesh.errors import NotFoundError, UsageError, did_you_mean, listing
 KINDS = ("topologies", "tasks", "configs")
 SINGULAR = {"topologies": "topology", "tasks": "task", "configs": "config"}
 SUFFIXES = (".yaml", ".yml")
+SHOWN = 80
 HERE = Path(__file__).resolve().parent
 
 
@@ -138,6 +139,7 @@ def _shelves(kind: str, libraries: Sequence[Path]) -> list[Path]:
 
 def _miss(kind: str, name: str, libraries: Sequence[Path], beside: Path | None) -> NotFoundError:
     choices = names(kind, libraries)
+    name = name if len(name) <= SHOWN else f"{name[:SHOWN]}…"
     known = f"known {kind}: {listing(choices)}.{did_you_mean(name, choices)}"
     if not _is_path(name):
         return NotFoundError(f"no {SINGULAR[kind]} named {name!r}; {known}")

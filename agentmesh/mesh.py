@@ -20,7 +20,7 @@ from agentmesh.blueprint import Blueprint, Member, draft
 from agentmesh.calls import Caller
 from agentmesh.config.load import load_mesh, mesh_from_dict
 from agentmesh.config.mesh import LlmAgentSpec
-from agentmesh.errors import RunError, TemplateError, TopologyError, UsageError, did_you_mean, listing
+from agentmesh.errors import RecordError, RunError, TemplateError, TopologyError, UsageError, did_you_mean, listing
 from agentmesh.events import (
     Event,
     ModelFinished,
@@ -150,11 +150,9 @@ class Mesh:
 
     def run(self, inputs: Mapping[str, str] | None = None, **named: Any) -> RunResult:
         """Run once and wait for the result; inputs as a dict or by name. Other arguments as ``arun``."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(self.arun(inputs, **named))
-        raise UsageError("an event loop is running here already; use `await mesh.arun(…)` instead of `mesh.run(…)`")
+        if _loop_is_running():
+            raise UsageError("an event loop is running here already; use `await mesh.arun(…)` instead of `mesh.run(…)`")
+        return asyncio.run(self.arun(inputs, **named))
 
     async def arun(
         self,
@@ -192,12 +190,15 @@ class Mesh:
             messages = await self._walk(backend, given, stream, seed)
             answer = self._answer(messages)
             wall = time.perf_counter() - begun
-            stream.emit(RunFinished(answer=answer, wall_s=wall))
             finished = True
+            stream.emit(RunFinished(answer=answer, wall_s=wall))
+        except RecordError:
+            finished = True  # no record can be written, so none of the failure either
+            raise
         except (RunError, UsageError) as error:
+            finished = True
             wall = time.perf_counter() - begun
             stream.emit(RunFailed(error_type=type(error).__name__, error=str(error), wall_s=wall))
-            finished = True
             raise
         finally:
             if not finished:
@@ -276,6 +277,14 @@ class Mesh:
         if not answer:
             raise RunError(f"the output node {output} wrote an empty answer; look at its prompt and max_tokens")
         return answer
+
+
+def _loop_is_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _as_topology(topology: Any) -> Topology | None:

@@ -89,8 +89,13 @@ class Recorder:
             _whole(self.path / "summary.md", summary(result))
 
     def close(self) -> None:
-        """Close the files."""
-        self._events.close()
+        """Close the files.
+
+        Raises:
+            RecordError: what was still to be written does not fit the disk.
+        """
+        with _disk(self.path):
+            self._events.close()
 
 
 def environment() -> dict[str, Any]:

@@ -307,7 +307,7 @@ def test_a_wrong_mesh_is_refused_when_it_is_built(
 
 def test_a_running_event_loop_is_told_to_await() -> None:
     async def inside() -> None:
-        with pytest.raises(UsageError, match="await mesh.arun"):
+        with pytest.raises(UsageError, match="await mesh"):
             chain(["a"]).run(question="?")
 
     asyncio.run(inside())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from agentmesh.sharing.prefix import PrefixStore
 BYTES = 2 * 4 * 4
 
 
-def reader(tokens: Sequence[int]):
+def reader(tokens: Sequence[int]) -> Callable[[int, int], KV]:
     """KV whose values are the token ids, so that a wrong hit would show."""
     data = torch.tensor(tokens, dtype=torch.float32).reshape(1, 1, -1, 1).expand(1, 1, len(tokens), 4).contiguous()
 

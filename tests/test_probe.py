@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from transformers.cache_utils import DynamicCache
 
 from agentmesh.communicator.prefix import Prefix
 from agentmesh.engine.composition import Composition, Placement
@@ -29,8 +29,8 @@ def runner_of(model: Any) -> ArenaRunner:
 
 
 @pytest.fixture(params=REUSABLE)
-def reusable(request: pytest.FixtureRequest) -> Iterator[ArenaRunner]:
-    yield runner_of(ZOO[request.param][0])
+def reusable(request: pytest.FixtureRequest) -> ArenaRunner:
+    return runner_of(ZOO[request.param][0])
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -66,14 +66,8 @@ def test_keys_moved_to_another_position_are_the_models_keys_there(reusable: Aren
     here = reusable.open(40)
     reusable.prefill(here, Composition(TOKENS[:40]))
     there = reusable.open(200)
-    there.arena.keys.zero_()
+    shifted, positions = DynamicCache(), torch.arange(100, 140)
     with torch.inference_mode():
-        cache = there
-        cache.arena.aim(slice(100, 140), 140)
-        positions = torch.arange(100, 140)
-        from transformers.cache_utils import DynamicCache
-
-        shifted = DynamicCache()
         reusable.model(
             input_ids=torch.tensor([TOKENS[:40]]), position_ids=positions[None], past_key_values=shifted, use_cache=True
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,7 +62,7 @@ def test_cutting_and_joining_is_the_identity(sizes: list[int]) -> None:
     whole = KV(keys(total), keys(total) * 2, Frame.FREE)
     edges = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
 
-    joined = join([whole.cut(a, b) for a, b in zip(edges, edges[1:], strict=False)])
+    joined = join([whole.cut(a, b) for a, b in pairwise(edges)])
 
     assert torch.equal(joined.keys, whole.keys)
     assert torch.equal(joined.values, whole.values)

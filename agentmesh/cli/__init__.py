@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 from rich.console import Console
 from typer.main import get_command
@@ -42,21 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def invoke(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    error_console = Console(stderr=True)
+    errors = Console(stderr=True)
     try:
-        code = get_command(app).main(
-            args=None if arguments is None else list(arguments),
-            prog_name="agentmesh",
-            standalone_mode=False,
-            auto_envvar_prefix="AGENTMESH",
+        get_command(app).main(
+            args=None if arguments is None else list(arguments), prog_name="agentmesh", auto_envvar_prefix="AGENTMESH"
         )
-    except click.exceptions.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        error_console.print("interrupted")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        errors.print("interrupted")
         return INTERRUPTED
     except AgentmeshError as error:
-        error_console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
         return error.exit_code
-    return code if isinstance(code, int) else 0
+    return 0

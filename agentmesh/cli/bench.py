@@ -32,7 +32,7 @@ def prefix(
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 2000,
     seen: Annotated[int, typer.Option(min=1, help="Tokens of its beginning that were seen before.")] = 1500,
     repeat: Repeat = 5,
-    format_: FormatOption = Format.TEXT,
+    format: FormatOption = Format.TEXT,
 ) -> None:
     """Time to first token of a prompt whose beginning was seen before: prefix against dense."""
     if seen >= prompt:
@@ -43,7 +43,7 @@ def prefix(
         figures = bench.prefix(
             _spec(model, dtype), prompt=prompt, seen=seen, repeats=repeat, progress=progress, tick=tick
         )
-    _show(figures, format_)
+    _show(figures, format)
 
 
 @app.command("decode")
@@ -53,7 +53,7 @@ def decode(
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
     output: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
     repeat: Repeat = 5,
-    format_: FormatOption = Format.TEXT,
+    format: FormatOption = Format.TEXT,
 ) -> None:
     """Decoding speed of one sequence: arena against transformers' generate."""
     from agentmesh import bench  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
@@ -62,7 +62,7 @@ def decode(
         figures = bench.decode(
             _spec(model, dtype), prompt=prompt, output=output, repeats=repeat, progress=progress, tick=tick
         )
-    _show(figures, format_)
+    _show(figures, format)
 
 
 def _spec(model: str, dtype: Dtype) -> ModelSpec:
@@ -81,8 +81,8 @@ def _bars(rounds: int) -> Iterator[tuple[Callable[[str, int, int], None], Callab
         yield progress, lambda: bars.advance(task)
 
 
-def _show(figures: Frozen, format_: Format) -> None:
-    if format_ is Format.JSON:
+def _show(figures: Frozen, format: Format) -> None:
+    if format is Format.JSON:
         typer.echo(figures.model_dump_json(indent=2))
         return
     table = Table(show_header=False)

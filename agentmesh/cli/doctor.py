@@ -17,11 +17,11 @@ from agentmesh.sandbox import containment
 
 def doctor(
     model: Annotated[str, typer.Option(help="Load this model and say what KV reuse it supports.")] = "",
-    format_: FormatOption = Format.TEXT,
+    format: FormatOption = Format.TEXT,
 ) -> None:
     """Show versions, threads, memory, the model cache, the sandbox, and what a model supports."""
     report = _report(model)
-    if format_ is Format.JSON:
+    if format is Format.JSON:
         typer.echo(json.dumps(report, indent=2))
         return
     for section, facts in report.items():

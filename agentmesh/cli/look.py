@@ -21,46 +21,46 @@ from agentmesh.topology import Topology
 
 def validate(
     configs: Annotated[list[str], typer.Argument(help="Mesh files, or names of shipped ones.")],
-    sets: Sets = None,
+    set: Sets = None,
     library: Libraries = None,
-    format_: FormatOption = Format.TEXT,
+    format: FormatOption = Format.TEXT,
 ) -> None:
     """Check mesh files: keys, values, graph, agents, templates. Loads no model."""
     rows = []
     for config in configs:
-        blueprint = draft(load_mesh(config, overrides=sets or (), libraries=library or ()))
+        blueprint = draft(load_mesh(config, overrides=set or (), libraries=library or ()))
         warnings = slot_warnings(blueprint)
         rows.append({"config": config, "ok": True, "nodes": len(blueprint.members), "warnings": warnings})
-        if format_ is Format.TEXT:
+        if format is Format.TEXT:
             topology = blueprint.topology
             typer.echo(f"{config}: ok ({len(topology.nodes)} nodes, {topology.rounds} round(s), {topology.name})")
             for warning in warnings:
                 typer.echo(f"  advice: {warning}")
-    if format_ is Format.JSON:
+    if format is Format.JSON:
         typer.echo(json.dumps(rows, indent=2))
 
 
 def graph(
     file: Annotated[str, typer.Argument(help="A mesh or topology: file, or shipped name.")],
-    format_: Annotated[str, typer.Option("--format", help="ascii, dot, json or mermaid.")] = "ascii",
+    format: Annotated[str, typer.Option("--format", help="ascii, dot, json or mermaid.")] = "ascii",
     unrolled: Annotated[bool, typer.Option("--unrolled", help="Show every round's visits (node@round).")] = False,
-    sets: Sets = None,
+    set: Sets = None,
     library: Libraries = None,
 ) -> None:
     """Draw a communication graph as text."""
-    typer.echo(render(_topology(file, tuple(sets or ()), tuple(library or ())), format_, unrolled=unrolled))
+    typer.echo(render(_topology(file, tuple(set or ()), tuple(library or ())), format, unrolled=unrolled))
 
 
-def _topology(file: str, sets: tuple[str, ...], libraries: tuple[Path, ...]) -> Topology:
+def _topology(file: str, set: tuple[str, ...], libraries: tuple[Path, ...]) -> Topology:
     """The graph of a mesh, or of a topology with its default parameters."""
     try:
         path = shelf.find("topologies", file, libraries=libraries)
     except NotFoundError:
-        return draft(load_mesh(file, overrides=sets, libraries=libraries)).topology
+        return draft(load_mesh(file, overrides=set, libraries=libraries)).topology
     if "agents" in read(path).root.value:
-        return draft(load_mesh(path, overrides=sets, libraries=libraries)).topology
+        return draft(load_mesh(path, overrides=set, libraries=libraries)).topology
     spec, name = load_topology(file, libraries=libraries)
-    if sets:
+    if set:
         raise ConfigError("--set changes meshes; this is a topology file: change `params` in a mesh that uses it")
     return Topology.from_spec(spec, {}, name)
 
@@ -80,7 +80,7 @@ def schema(
 def ls(
     kind: Annotated[str, typer.Argument(help="configs, topologies, tasks; nothing for all.")] = "",
     library: Libraries = None,
-    format_: FormatOption = Format.TEXT,
+    format: FormatOption = Format.TEXT,
 ) -> None:
     """List the shipped meshes and topologies, and those of your libraries."""
     kinds = [kind] if kind else ["configs", "topologies", "tasks"]
@@ -89,7 +89,7 @@ def ls(
         for name, path in shelf.names(each, tuple(library or ())).items():
             about = str(read(path).root.value.get("about", ""))
             rows.append({"kind": each, "name": name, "about": about, "path": str(path)})
-    if format_ is Format.JSON:
+    if format is Format.JSON:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     for row in rows:

@@ -33,7 +33,7 @@ def pull(
 @app.command("ls")
 def ls(
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte instead of sizes.")] = False,
-    format_: FormatOption = Format.TEXT,
+    format: FormatOption = Format.TEXT,
 ) -> None:
     """List what `model:` in a mesh may name, and the state of the cache."""
     from agentmesh.engine import catalog, embedded  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
@@ -43,7 +43,7 @@ def ls(
         for name in embedded.EMBEDDED
     ]
     rows += [{"name": f"random:{family}", "state": "made on the spot", "path": ""} for family in catalog.FAMILIES]
-    if format_ is Format.JSON:
+    if format is Format.JSON:
         typer.echo(json.dumps(rows, indent=2))
         return
     for row in rows:

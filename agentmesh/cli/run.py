@@ -25,12 +25,12 @@ Inputs = Annotated[
 
 def run(
     config: Config,
-    inputs: Inputs = None,
-    sets: Sets = None,
+    input: Inputs = None,
+    set: Sets = None,
     preset: Annotated[str | None, typer.Option(help="Communicator preset, instead of the file's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
     display: Annotated[Display, typer.Option(help="How to show the run while it goes on.")] = Display.AUTO,
-    format_: FormatOption = Format.TEXT,
+    format: FormatOption = Format.TEXT,
     runs_dir: RunsDir = DEFAULT_RUNS,
     library: Libraries = None,
 ) -> None:
@@ -38,9 +38,9 @@ def run(
 
     Example: agentmesh run demo -i question="Tom has 3 apples and buys 4 more. How many has he?"
     """
-    overrides = [*(sets or ()), *([f"communicator.preset={preset}"] if preset else ())]
+    overrides = [*(set or ()), *([f"communicator.preset={preset}"] if preset else ())]
     errors = Console(stderr=True)
-    given = read_inputs(inputs or ())
+    given = read_inputs(input or ())
     loaded = load_mesh(config, overrides=overrides, libraries=library or ())
     with Mesh.from_yaml(config, overrides=overrides, libraries=library or ()) as mesh:
         mesh.blueprint.check_inputs(given)
@@ -56,7 +56,7 @@ def run(
             recorder.close()
             if display is not Display.NONE:
                 errors.print(f"record: {recorder.path}", markup=False, highlight=False, soft_wrap=True)
-    if format_ is Format.JSON:
+    if format is Format.JSON:
         typer.echo(result.model_dump_json(indent=2))
         return
     console = Console()

@@ -18,10 +18,10 @@ app = typer.Typer(help="List and show recorded runs.", no_args_is_help=True)
 
 
 @app.command("ls")
-def ls(runs_dir: RunsDir = DEFAULT_RUNS, format_: FormatOption = Format.TEXT) -> None:
+def ls(runs_dir: RunsDir = DEFAULT_RUNS, format: FormatOption = Format.TEXT) -> None:
     """List runs, oldest first, and how each ended."""
     rows = [{"run": path.name, "outcome": outcome(path)} for path in run_folders(runs_dir)]
-    if format_ is Format.JSON:
+    if format is Format.JSON:
         typer.echo(json.dumps(rows, indent=2))
         return
     for row in rows:
@@ -34,12 +34,12 @@ def ls(runs_dir: RunsDir = DEFAULT_RUNS, format_: FormatOption = Format.TEXT) ->
 def show(
     name: Annotated[str, typer.Argument(help="A run's folder, its name or the end of it, or `last`.")] = "last",
     runs_dir: RunsDir = DEFAULT_RUNS,
-    format_: FormatOption = Format.TEXT,
+    format: FormatOption = Format.TEXT,
 ) -> None:
     """Show one run: its messages, model calls and answer."""
     path = find_run(runs_dir, name)
     events = list(read_events(path))
-    if format_ is Format.JSON:
+    if format is Format.JSON:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         found = {"run": path.name, "outcome": outcome(path), "manifest": manifest}
         typer.echo(json.dumps({**found, "events": [event.model_dump(mode="json") for event in events]}, indent=2))

@@ -1,143 +1,228 @@
-"""Validation errors in the words of the file: where, what was found, what was expected."""
+"""Says in a person's words what pydantic found: paths without union labels, one message for each value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from agentmesh.config import mesh
-from agentmesh.config.base import PATTERN_WORDS
+from agentmesh.config.base import PATTERN_WORDS, Shorthand
 from agentmesh.config.nodes import KeyPath
-from agentmesh.config.topology import TopologySpec
+from agentmesh.config.problems import Problem, shown
+from agentmesh.config.topology import Parameter
 from agentmesh.errors import did_you_mean, listing
 
-TAGS = frozenset({"llm", "python", "vote", "retriever", "custom", "use", "inline", "str", "PythonRef", "int", "float"})
-EXPECTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "dict_type": "a mapping of keys to values",
-    "model_type": "a mapping of keys to values",
-    "model_attributes_type": "a mapping of keys to values",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "too_short": "at least one entry",
-    "union_tag_not_found": "a mapping of keys to values",
-}
-RULES = {
-    "greater_than_equal": ("ge", "at least"),
-    "greater_than": ("gt", "more than"),
-    "less_than_equal": ("le", "at most"),
-}
-WIDTH = 60
+KINDS = ("llm", "python", "retriever", "vote")
 
-
-def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPath, str]:
-    """The key path of one error, and a message that says what was found and expected."""
-    location = detail["loc"]
-    path = tuple(part for index, part in enumerate(location) if not _is_tag(location, index))
-    if detail["type"] == "missing":
-        return path[:-1], f"key {path[-1]!r} is missing; it is required"
-    if detail["type"] == "union_tag_invalid":
-        path = (*path, "kind")
-    if detail["type"] in RULES:
-        key, words = RULES[detail["type"]]
-        return path, f"found {_shown(detail['input'])}; expected {words} {detail['ctx'][key]}"
-    special = SPECIAL.get(detail["type"])
-    if special is not None:
-        return path, special(detail, model)
-    return path, f"found {_shown(detail['input'])}; expected {EXPECTED.get(detail['type'], detail['msg'])}"
-
-
-def _unknown_key(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    *parents, found = detail["loc"]
-    fields = _owner(model, tuple(parents)) or {}
-    keys = [info.alias or name for name, info in fields.items()]
-    return f"unknown key; expected one of {listing(keys)}.{did_you_mean(str(found), keys)}"
-
-
-def _unknown_kind(detail: ErrorDetails, _model: type[BaseModel]) -> str:
-    tag, tags = str(detail["ctx"]["tag"]), str(detail["ctx"]["expected_tags"])
-    kinds = [kind for kind in tags.replace("'", "").split(", ") if kind != "custom"]
-    return f"found {tag!r}; expected one of {listing(kinds)}.{did_you_mean(tag, kinds)}"
-
-
-def _unknown_word(detail: ErrorDetails, _model: type[BaseModel]) -> str:
-    words = [part.strip("' ") for part in str(detail["ctx"]["expected"]).replace(" or ", ", ").split(",")]
-    hint = did_you_mean(str(detail["input"]), words)
-    return f"found {_shown(detail['input'])}; expected one of {listing(words)}.{hint}"
-
-
-def _wrong_form(detail: ErrorDetails, _model: type[BaseModel]) -> str:
-    pattern = detail["ctx"]["pattern"]
-    words = PATTERN_WORDS.get(pattern, f"text of the form {pattern}")
-    return f"found {_shown(detail['input'])}; expected {words}"
-
-
-SPECIAL: dict[str, Callable[[ErrorDetails, type[BaseModel]], str]] = {
-    "extra_forbidden": _unknown_key,
-    "union_tag_invalid": _unknown_kind,
-    "enum": _unknown_word,
-    "literal_error": _unknown_word,
-    "string_pattern_mismatch": _wrong_form,
-    "string_too_short": lambda _detail, _model: "found empty text; expected at least one character",
-    "value_error": lambda detail, _model: str(detail["ctx"]["error"]),
-}
-
-
-def _is_tag(location: tuple[int | str, ...], index: int) -> bool:
-    """Whether a part of the location is the tag of a union rather than a key of the file."""
-    part = location[index]
-    if not isinstance(part, str):
-        return False
-    if part.startswith(("constrained-", "function-", "tagged-union", "literal[", "tuple[", "is-instance")):
-        return True
-    after_agent = index == 2 and location[0] == "agents"
-    after_topology = index == 1 and location[0] == "topology"
-    last_of_union = index == len(location) - 1 and index > 2
-    return part in TAGS and (after_agent or after_topology or last_of_union)
-
-
-def _owner(model: type[BaseModel], location: tuple[int | str, ...]) -> dict[str, FieldInfo] | None:
-    """The fields of the model that a location points at."""
-    found: Any = model
-    for part in location:
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            fields = {info.alias or name: info for name, info in found.model_fields.items()}
-            if part not in fields:
-                return None
-            found = fields[str(part)].annotation
-        found = _inside(found, part)
-    return found.model_fields if isinstance(found, type) and issubclass(found, BaseModel) else None
-
-
-def _inside(annotation: Any, part: int | str) -> Any:
-    """The model within a container or union that the next part of a location belongs to."""
-    tagged = {
-        "llm": mesh.LlmAgentSpec,
-        "python": mesh.PythonAgentSpec,
-        "vote": mesh.VoteAgentSpec,
-        "retriever": mesh.RetrieverAgentSpec,
-        "custom": mesh.CustomAgentSpec,
-        "use": mesh.TopologyUse,
-        "inline": TopologySpec,
+WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "string_type": "text",
+        "int_type": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "tuple_type": "a list",
+        "list_type": "a list",
+        "dict_type": "a mapping",
+        "finite_number": "a finite number",
+        "greater_than_equal": "at least {ge}",
+        "greater_than": "more than {gt}",
+        "less_than_equal": "at most {le}",
+        "less_than": "less than {lt}",
+        "enum": "{expected}",
+        "literal_error": "{expected}",
+        "string_too_short": "text that is not empty",
+        "too_short": "at least {min_length} of them",
     }
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if part in tagged:
-        return tagged[str(part)]
-    models = [arg for arg in get_args(annotation) if isinstance(arg, type) and issubclass(arg, BaseModel)]
-    return models[0] if len(models) == 1 else annotation
+)
+"""What was expected, by pydantic's error type; the braces are filled from the error's context."""
+
+BOUNDS = frozenset({"greater_than_equal", "greater_than", "less_than_equal", "less_than", "finite_number"})
 
 
-def _shown(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= WIDTH else f"{text[:WIDTH]}…"
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an error stands: its path, the model that owns the last key, the type there, and the union around it."""
+
+    path: KeyPath
+    owner: type[BaseModel] | None
+    annotation: Any
+    union: KeyPath | None
+    at_key: bool
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """The problems of a validation error: one for each value, however many branches of a union it failed."""
+    branches: dict[KeyPath, list[tuple[_Place, ErrorDetails]]] = {}
+    problems: list[Problem] = []
+    for details in error.errors(include_url=False):
+        place = _locate(model, details["loc"])
+        if place.union is None:
+            problems.append(_problem(place, details))
+        else:
+            branches.setdefault(place.union, []).append((place, details))
+    for union, members in branches.items():
+        problems.extend(_merged(union, members))
+    return list(dict.fromkeys(problems))
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The keys a file may use in a model, as written there."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _merged(union: KeyPath, members: list[tuple[_Place, ErrorDetails]]) -> Iterable[Problem]:
+    """Of a union's branches keep those that fit the value's type; where none does, join what they expected."""
+    fitting = [
+        (place, details)
+        for place, details in members
+        if len(place.path) > len(union) or details["type"] in BOUNDS | {"missing"}
+    ]
+    here = [(place, details) for place, details in members if place.path == union and details["type"] != "missing"]
+    if fitting:
+        here = [(place, details) for place, details in here if not details["type"].endswith("_type")]
+    deeper = [(place, details) for place, details in fitting if (place, details) not in here]
+    for place, details in deeper:
+        yield _problem(place, details)
+    if here:
+        words = " or ".join(dict.fromkeys(_expected(place, details) for place, details in here))
+        choices = [choice for _, details in here for choice in _choices(details)]
+        value = here[0][1]["input"]
+        yield Problem(union, f"found {shown(value)}; expected {words}.{_hint(value, choices)}".removesuffix("."))
+
+
+def _problem(place: _Place, details: ErrorDetails) -> Problem:
+    kind, value = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        choices = keys_of(place.owner) if place.owner else []
+        suggestion = did_you_mean(str(place.path[-1]), choices)
+        return Problem(place.path, f"unknown key; expected one of: {listing(choices)}.{suggestion}", at_key=True)
+    if kind == "missing":
+        return Problem(place.path[:-1], f"missing key {str(place.path[-1])!r}; add it here", at_key=True)
+    if kind == "union_tag_invalid":
+        tag = str(details.get("ctx", {}).get("tag"))
+        words = f"found {tag!r}; expected one of: {listing(KINDS)}.{did_you_mean(tag, KINDS)}"
+        return Problem((*place.path, "kind"), words)
+    if place.at_key:
+        return Problem(place.path, f"found the key {str(value)!r}; expected {_expected(place, details)}", at_key=True)
+    if kind == "value_error":
+        return Problem(place.path, str(details.get("ctx", {}).get("error")))
+    words = f"found {shown(value)}; expected {_expected(place, details)}."
+    return Problem(place.path, f"{words}{_hint(value, _choices(details), kind)}".removesuffix("."))
+
+
+def _expected(place: _Place, details: ErrorDetails) -> str:
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "string_pattern_mismatch":
+        return PATTERN_WORDS.get(context["pattern"], f"text that matches {context['pattern']}")
+    if kind in ("model_type", "model_attributes_type"):
+        annotation = _model_in(place.annotation)
+        keys = f" with the keys: {listing(keys_of(annotation))}" if annotation else ""
+        return f"{'a name, or ' if _shorthand(place) else ''}a mapping{keys}"
+    if kind == "string_type" and _description(place.annotation):
+        return _description(place.annotation)
+    bounds = {key: f"{value:g}" if isinstance(value, float) else value for key, value in context.items()}
+    return WORDS.get(kind, details["msg"]).format(**bounds)
+
+
+def _hint(value: Any, choices: list[str], kind: str = "") -> str:
+    if isinstance(value, str):
+        return did_you_mean(value, choices)
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f' Put it in quotes: "{str(value).lower()}"'
+    return ' Write "" for empty text' if kind == "string_type" and value is None else ""
+
+
+def _choices(details: ErrorDetails) -> list[str]:
+    """The words an enum or literal allows, out of pydantic's ``'a', 'b' or 'c'``."""
+    text = details.get("ctx", {}).get("expected", "") if details["type"] in ("enum", "literal_error") else ""
+    return [part.strip(" '") for part in text.replace(" or ", ", ").split(",") if part]
+
+
+def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> _Place:
+    """Follow pydantic's location along the types, and leave out the labels of union branches."""
+    annotation: Any = model
+    owner: type[BaseModel] | None = None
+    union: KeyPath | None = None
+    path: KeyPath = ()
+    for part in loc:
+        members = _members(annotation)
+        if len(members) > 1:
+            union = union if _tagged(members) else path
+            annotation = _branch(members, str(part))
+        elif part == "[key]":
+            return _Place(path, owner, annotation, union, at_key=True)
+        else:
+            path = (*path, part)
+            owner = _model_in(annotation)
+            annotation = _child(annotation, part)
+    return _Place(path, owner, annotation, union, at_key=False)
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The branches of a union without None, or the annotation alone; the branches keep their tags."""
+    bare = _bare(annotation)
+    if get_origin(bare) not in (Union, UnionType):
+        return [annotation]
+    members = [member for member in get_args(bare) if member is not type(None)]
+    return members if len(members) > 1 else _members(members[0])
+
+
+def _tag(annotation: Any) -> str | None:
+    metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return next((item.tag for item in metadata if isinstance(item, Tag)), None)
+
+
+def _description(annotation: Any) -> str:
+    metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return next((item.description for item in metadata if isinstance(item, FieldInfo) and item.description), "")
+
+
+def _tagged(members: list[Any]) -> bool:
+    return any(_tag(member) is not None for member in members)
+
+
+def _branch(members: list[Any], label: str) -> Any:
+    """The branch a label names: by tag, by the model's name, a tuple or text; others have nothing below."""
+    for member in members:
+        bare = _bare(member)
+        named = isinstance(bare, type) and bare.__name__ == label
+        if _tag(member) == label or named or (get_origin(bare) is tuple and label.startswith("tuple")):
+            return bare
+        if bare is str and label == "constrained-str":
+            return member
+    return Any
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    bare = _bare(_members(annotation)[0])
+    return bare if isinstance(bare, type) and issubclass(bare, BaseModel) else None
+
+
+def _child(annotation: Any, part: int | str) -> Any:
+    bare = _bare(_members(annotation)[0])
+    model = _model_in(bare)
+    if model is not None:
+        for name, field in model.model_fields.items():
+            if part in (name, field.alias):
+                return field.annotation
+        return Parameter if model.model_config.get("extra") == "allow" else Any
+    arguments = get_args(bare)
+    if get_origin(bare) is dict:
+        return arguments[1]
+    return arguments[0] if get_origin(bare) is tuple else Any
+
+
+def _shorthand(place: _Place) -> bool:
+    field = None
+    if place.owner is not None and place.path:
+        field = next((f for name, f in place.owner.model_fields.items() if place.path[-1] in (name, f.alias)), None)
+    return field is not None and any(isinstance(item, Shorthand) for item in field.metadata)

@@ -5,28 +5,32 @@ All mistakes of a file are reported together, in the order of the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarString
 
 from agentmesh import library
-from agentmesh.config.base import Frozen
+from agentmesh.config.base import Frozen, Shorthand
 from agentmesh.config.explain import explain
 from agentmesh.config.mesh import MeshSpec
 from agentmesh.config.nodes import Document, KeyPath
+from agentmesh.config.overrides import override
+from agentmesh.config.problems import Problem, Source, dotted, shown
 from agentmesh.config.topology import Parameter, TopologySpec
-from agentmesh.config.yaml import parse, read
-from agentmesh.errors import ConfigError, did_you_mean, listing
+from agentmesh.config.tree import resolve
+from agentmesh.config.yaml import read
+from agentmesh.errors import did_you_mean, listing
 
-EXCERPTS = 5
-SHORTHAND = {"model": "name", "communicator": "preset", "topology": "use"}
-"""Entries of a mesh that may be one word, and the key that the word stands for."""
+SCHEMAS: Mapping[str, type[Frozen]] = {"mesh": MeshSpec, "topology": TopologySpec}
+
+_PLAIN = re.compile(r"[A-Za-z]([A-Za-z0-9_./ ,;()-]*[A-Za-z0-9_./)-])?")
 
 Model = TypeVar("Model", bound=Frozen)
 
@@ -40,22 +44,28 @@ class LoadedMesh:
         topology: the topology it uses.
         params: values for the topology's parameters.
         topology_name: for people.
-        document: the file as read, for positions; ``None`` for a mesh built in Python.
+        source: where the values come from, for positions.
     """
 
     spec: MeshSpec
     topology: TopologySpec
     params: Mapping[str, Parameter]
     topology_name: str
-    document: Document | None = None
+    source: Source = field(default_factory=Source, repr=False, compare=False)
 
-    def position(self, path: KeyPath) -> str:
-        """``file:line:column`` of a value, or its dotted path where there is no file."""
-        dotted = ".".join(str(part) for part in path)
-        if self.document is None:
-            return dotted
-        line, column = self.document.locate(path)
-        return f"{self.document.name}:{line}:{column}: {dotted}"
+    @property
+    def document(self) -> Document | None:
+        """The file as read; None for a mesh built in Python."""
+        return self.source.document
+
+    @property
+    def path(self) -> Path | None:
+        """The file's path; None for a mesh built in Python."""
+        return None if self.document is None else Path(self.document.name)
+
+    def position(self, path: KeyPath, *, at_key: bool = False) -> str:
+        """``file:line:column: path`` of a value (``--set …: path`` where it was set), or its path without a file."""
+        return ": ".join(filter(None, [self.source.place(path, at_key=at_key), dotted(path)]))
 
 
 def load_mesh(path: Path | str, *, overrides: Sequence[str] = (), libraries: Sequence[Path] = ()) -> LoadedMesh:
@@ -71,11 +81,9 @@ def load_mesh(path: Path | str, *, overrides: Sequence[str] = (), libraries: Seq
         NotFoundError: no such file or name.
     """
     document = read(library.find("configs", str(path), libraries=libraries))
-    data = dict(document.root.value)
-    for override in overrides:
-        _override(data, override)
-    spec = _validated(MeshSpec, data, document)
-    return _resolved(spec, document, libraries)
+    data, applied = override(document.root.value, overrides, _shorthands())
+    source = Source(document, applied)
+    return _resolved(_validated(MeshSpec, data, source), source, libraries)
 
 
 def mesh_from_dict(data: Mapping[str, Any], *, libraries: Sequence[Path] = ()) -> LoadedMesh:
@@ -83,126 +91,103 @@ def mesh_from_dict(data: Mapping[str, Any], *, libraries: Sequence[Path] = ()) -
 
     Raises:
         ConfigError: anything wrong in the data.
+        NotFoundError: no topology of that name.
     """
-    return _resolved(_validated(MeshSpec, dict(data), None), None, libraries)
+    return _resolved(_validated(MeshSpec, dict(data), Source()), Source(), libraries)
 
 
-def load_topology(name: str, *, libraries: Sequence[Path] = ()) -> tuple[TopologySpec, str]:
+def load_topology(name: Path | str, *, libraries: Sequence[Path] = ()) -> tuple[TopologySpec, str]:
     """Read a topology file, by path or name; its content and its name.
 
     Raises:
         ConfigError: anything wrong in the file.
         NotFoundError: no such file or name.
     """
-    path = library.find("topologies", name, libraries=libraries)
+    path = library.find("topologies", str(name), libraries=libraries)
+    return load_file(TopologySpec, path), path.stem
+
+
+def load_file(model: type[Model], path: Path) -> Model:
+    """Read any YAML file that has a model.
+
+    Raises:
+        ConfigError: anything wrong in the file; starts with ``file:line:column``.
+    """
     document = read(path)
-    return _validated(TopologySpec, document.root.value, document), path.stem
-
-
-def _resolved(spec: MeshSpec, document: Document | None, libraries: Sequence[Path]) -> LoadedMesh:
-    if isinstance(spec.topology, TopologySpec):
-        return LoadedMesh(spec, spec.topology, {}, spec.name or "inline", document)
-    beside = None if document is None else Path(document.name).parent
-    path = library.find("topologies", spec.topology.use, libraries=libraries, beside=beside)
-    found = read(path)
-    topology = _validated(TopologySpec, found.root.value, found)
-    params = dict(spec.topology.model_extra or {})
-    for key in params:
-        if key not in topology.params:
-            place = LoadedMesh(spec, topology, params, path.stem, document).position(("topology", key))
-            hint = did_you_mean(key, topology.params)
-            raise ConfigError(f"{place}: {path.stem} has no such parameter; it has {listing(topology.params)}.{hint}")
-    return LoadedMesh(spec, topology, params, path.stem, document)
-
-
-def _validated(model: type[Model], data: Any, document: Document | None) -> Model:
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_lines(error, model, document))) from error
-
-
-def _lines(error: ValidationError, model: type[BaseModel], document: Document | None) -> Iterator[str]:
-    """One line an error in the order of the file, the first few with the source line under them."""
-    found = []
-    for detail in error.errors():
-        path, message = explain(detail, model)
-        found.append((_place(detail, path, document), ".".join(map(str, path)), message))
-    for index, (place, dotted, message) in enumerate(sorted(found, key=lambda item: item[0] or (0, 0))):
-        text = f"{dotted}: {message}" if dotted else message
-        if document is None or place is None:
-            yield text
-            continue
-        excerpt = f"\n{document.excerpt(*place)}" if index < EXCERPTS else ""
-        yield f"{document.name}:{place[0]}:{place[1]}: {text}{excerpt}"
-
-
-def _place(detail: ErrorDetails, path: KeyPath, document: Document | None) -> tuple[int, int] | None:
-    if document is None:
-        return None
-    return document.locate(path, at_key=detail["type"] == "extra_forbidden")
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    """Apply ``path=value`` to a file's data; the value is read as YAML."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: expected path=value, such as agents.solver.generate.max_tokens=32")
-    value: Any = parse(text, f"--set {path}").root.value
-    keys = _node_keys(keys, data)
-    holder: Any = data
-    for depth, key in enumerate(keys[:-1]):
-        if isinstance(holder, dict) and depth == 0 and isinstance(holder.get(key), str) and key in SHORTHAND:
-            holder[key] = {SHORTHAND[key]: holder[key]}
-        holder = _step(holder, key, override)
-    _assign(holder, keys[-1], value, override)
-
-
-def _node_keys(keys: list[str], data: dict[str, Any]) -> list[str]:
-    """Path parts with an agent's dotted name (``solver.1``) put together again."""
-    agents = data.get("agents")
-    if keys[0] == "agents" and len(keys) > 2 and isinstance(agents, dict) and f"{keys[1]}.{keys[2]}" in agents:
-        return ["agents", f"{keys[1]}.{keys[2]}", *keys[3:]]
-    return keys
-
-
-def _step(holder: Any, key: str, override: str) -> Any:
-    if isinstance(holder, list):
-        return holder[_index(holder, key, override)]
-    if not isinstance(holder, dict):
-        raise ConfigError(f"--set {override}: {key!r} lies below a plain value; expected a key of a mapping")
-    if not isinstance(holder.get(key), dict | list):
-        holder[key] = {}
-    return holder[key]
-
-
-def _assign(holder: Any, key: str, value: Any, override: str) -> None:
-    if isinstance(holder, list):
-        holder[_index(holder, key, override)] = value
-    elif isinstance(holder, dict):
-        holder[key] = value
-    else:
-        raise ConfigError(f"--set {override}: {key!r} lies below a plain value; expected a key of a mapping")
-
-
-def _index(holder: list[Any], key: str, override: str) -> int:
-    if not key.isdecimal() or int(key) >= len(holder):
-        raise ConfigError(f"--set {override}: found {key!r}; expected a position from 0 to {len(holder) - 1}")
-    return int(key)
+    return _validated(model, document.root.value, Source(document))
 
 
 def schema(kind: str = "mesh") -> dict[str, Any]:
     """JSON Schema of a mesh or topology file, for editors."""
-    model: type[Frozen] = TopologySpec if kind == "topology" else MeshSpec
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema(by_alias=True)}
+    generated = SCHEMAS[kind].model_json_schema(by_alias=True)
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"agentmesh {kind} file"}
+    return {**dialect, **{key: value for key, value in generated.items() if key != "title"}}
 
 
 def dump(spec: Frozen) -> str:
-    """A model as YAML that loads to the same model."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.width = 120
+    """A model as YAML that loads to the same model, defaults written out."""
+    yaml = YAML(pure=True)
+    yaml.width = 2**20
+    yaml.indent(mapping=2, sequence=4, offset=2)
     stream = StringIO()
-    yaml.dump(spec.model_dump(mode="json", by_alias=True, exclude_defaults=False), stream)
+    yaml.dump(_styled(spec.model_dump(by_alias=True)), stream)
     return stream.getvalue()
+
+
+def _validated(model: type[Model], data: Any, source: Source) -> Model:
+    try:
+        if source.document is None:
+            return model.model_validate(data)
+        return model.model_validate(data, by_alias=True, by_name=False)  # a file writes `from`, never `source`
+    except ValidationError as error:
+        raise source.error(explain(error, model)) from error
+
+
+def _resolved(spec: MeshSpec, source: Source, libraries: Sequence[Path]) -> LoadedMesh:
+    """Find the topology and compare the mesh's parameters with those it declares."""
+    if isinstance(spec.topology, TopologySpec):
+        return LoadedMesh(spec, spec.topology, {}, spec.name or "inline", source)
+    beside = None if source.document is None else Path(source.document.name).parent
+    path = library.find("topologies", spec.topology.use, libraries=libraries, beside=beside)
+    topology = load_file(TopologySpec, path)
+    params: dict[str, Parameter] = dict(spec.topology.model_extra or {})
+    problems = [problem for key in params for problem in _check_parameter(key, params[key], topology)]
+    if problems:
+        raise source.error(problems)
+    return LoadedMesh(spec, topology, params, path.stem, source)
+
+
+def _check_parameter(key: str, value: Parameter, topology: TopologySpec) -> list[Problem]:
+    path: KeyPath = ("topology", key)
+    if key not in topology.params:
+        known = listing(topology.params)
+        hint = did_you_mean(key, topology.params)
+        return [Problem(path, f"unknown parameter; the topology has: {known}.{hint}".removesuffix("."), at_key=True)]
+    default = topology.params[key]
+    kind: type[Any] = type(default)
+    if type(value) is kind or (kind is float and type(value) is int):
+        return []
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    return [Problem(path, f"found {shown(value)}; expected {words}, such as the default {shown(default)}")]
+
+
+def _shorthands() -> dict[str, str]:
+    """Top-level keys of a mesh that may be plain text, and the key the text stands for."""
+    fields = MeshSpec.model_fields.items()
+    return {name: item.key for name, info in fields for item in info.metadata if isinstance(item, Shorthand)}
+
+
+def _styled(value: Any) -> Any:
+    """Plain data with each text in a style that reads back as the same text."""
+    if isinstance(value, dict):
+        return {_styled(key): _styled(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_styled(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = str(value)  # a word out of a list becomes plain text
+    if _PLAIN.fullmatch(value) and resolve(value) == value:
+        return value
+    lines = value.replace("\t", " ").split("\n")
+    block = len(lines) > 1 and not value[0].isspace() and all(line.isprintable() for line in lines)
+    return LiteralScalarString(value) if block else DoubleQuotedScalarString(value)

@@ -62,10 +62,6 @@ class Document:
             node = None if node is None else node.children.get(part)
         return node
 
-    def excerpt(self, line: int, column: int) -> str:
-        """The source line with a caret under the column, cut to a readable width."""
-        return excerpt(self.text, line, column)
-
 
 def excerpt(text: str, line: int, column: int) -> str:
     """Line ``line`` of the text with a caret under the column, cut to a readable width."""
@@ -74,4 +70,5 @@ def excerpt(text: str, line: int, column: int) -> str:
     start = max(0, column - 1 - EXCERPT_WIDTH // 2)
     shown = source[start : start + EXCERPT_WIDTH]
     margin = "".join("\t" if character == "\t" else " " for character in source[start : column - 1])
-    return f"  {shown}\n  {margin}^"
+    safe = "".join(character if character.isprintable() or character == "\t" else "\ufffd" for character in shown)
+    return f"  {safe}\n  {margin}^"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from agentmesh.config.topology import Deliver, When
+from agentmesh.config.topology import Deliver, PythonRef, When
 from agentmesh.errors import NotFoundError, did_you_mean, listing
 from agentmesh.topology import Edge, Topology
 
 WHEN_LABELS = {When.SAME_ROUND: "", When.PREVIOUS_ROUND: "next round", When.LAST_ROUND: "last round"}
+MERMAID_CODES = {"#": "#35;", "&": "#amp;", '"': "#quot;", "<": "#lt;", ">": "#gt;"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _drawing(topology: Topology, unrolled: bool) -> tuple[list[str], list[Arrow]
 
 
 def _label(edge: Edge) -> str:
-    condition = edge.condition if isinstance(edge.condition, str) else edge.condition and edge.condition.python
+    condition = " ".join((_condition(edge) or "").split())
     parts = [
         WHEN_LABELS[edge.when],
         f"if {condition}" if condition else "",
@@ -62,14 +63,25 @@ def _label(edge: Edge) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _condition(edge: Edge) -> str | None:
+    return edge.condition.python if isinstance(edge.condition, PythonRef) else edge.condition
+
+
+def _answer(topology: Topology, unrolled: bool) -> str:
+    """The drawn node that gives the answer: the output's last visit."""
+    if not unrolled:
+        return topology.output
+    return f"{topology.output}@{max(v.round for v in topology.unroll() if v.node == topology.output)}"
+
+
 def _mermaid(topology: Topology, unrolled: bool) -> str:
     nodes, arrows = _drawing(topology, unrolled)
     ids = {name: f"n{index}" for index, name in enumerate(nodes)}
-    answer = f"{topology.output}@{topology.rounds - 1}" if unrolled else topology.output
+    answer = _answer(topology, unrolled)
     lines = ["flowchart LR"]
-    lines += [
-        f'  {ids[name]}{"([" if name == answer else "["}"{name}"{"])" if name == answer else "]"}' for name in nodes
-    ]
+    for name in nodes:
+        left, right = ("([", "])") if name == answer else ("[", "]")
+        lines.append(f'  {ids[name]}{left}"{_escaped(name)}"{right}')
     for arrow in arrows:
         label = f'|"{_escaped(arrow.label)}"|' if arrow.label else ""
         lines.append(f"  {ids[arrow.source]} {'-.->' if arrow.dashed else '-->'}{label} {ids[arrow.target]}")
@@ -77,20 +89,24 @@ def _mermaid(topology: Topology, unrolled: bool) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(MERMAID_CODES.get(letter, letter) for letter in text)
 
 
 def _dot(topology: Topology, unrolled: bool) -> str:
     nodes, arrows = _drawing(topology, unrolled)
-    answer = f"{topology.output}@{topology.rounds - 1}" if unrolled else topology.output
+    answer = _answer(topology, unrolled)
     lines = ["digraph mesh {", "  rankdir=LR;", "  node [shape=box];"]
-    lines += [f"  {json.dumps(name)}{' [peripheries=2]' if name == answer else ''};" for name in nodes]
+    lines += [f"  {_quoted(name)}{' [peripheries=2]' if name == answer else ''};" for name in nodes]
     for arrow in arrows:
-        options = [f"label={json.dumps(arrow.label, ensure_ascii=False)}"] if arrow.label else []
+        options = [f"label={_quoted(arrow.label)}"] if arrow.label else []
         options += ["style=dashed"] if arrow.dashed else []
         suffix = f" [{', '.join(options)}]" if options else ""
-        lines.append(f"  {json.dumps(arrow.source)} -> {json.dumps(arrow.target)}{suffix};")
+        lines.append(f"  {_quoted(arrow.source)} -> {_quoted(arrow.target)}{suffix};")
     return "\n".join([*lines, "}"])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _ascii(topology: Topology, unrolled: bool) -> str:
@@ -121,9 +137,7 @@ def _json(topology: Topology, unrolled: bool) -> str:
                 "from": edge.source,
                 "to": edge.target,
                 "when": edge.when,
-                "if": edge.condition
-                if isinstance(edge.condition, str) or not edge.condition
-                else edge.condition.python,
+                "if": _condition(edge),
                 "deliver": edge.deliver,
                 "max_visits": edge.max_visits,
             }

@@ -104,15 +104,15 @@ def test_a_prefix_hit_is_bit_equal_to_the_same_prompt_computed_cold(name: str, d
 
 def test_masks_equal_brute_force() -> None:
     positions = torch.tensor([0, 3, 4, 9, 15])
-    plan = MaskPlan({"full_attention": None, "sliding_attention": 4}, by_type=True)
+    plan = MaskPlan({"full_attention": None, "sliding_attention": 4}, by_type=True, dtype=torch.float32)
 
     masks = plan.build(positions, 16)
 
     assert isinstance(masks, dict)
     for row, query in enumerate(positions.tolist()):
         for key in range(16):
-            assert bool(masks["full_attention"][0, 0, row, key]) == (key <= query)
-            assert bool(masks["sliding_attention"][0, 0, row, key]) == (query - 4 < key <= query)
+            assert bool(masks["full_attention"][0, 0, row, key] == 0) == (key <= query)
+            assert bool(masks["sliding_attention"][0, 0, row, key] == 0) == (query - 4 < key <= query)
 
 
 def test_a_refused_model_still_runs_whole() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from agentmesh.engine.attention import use_grouped_heads
+
 COMMON = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -27,6 +29,7 @@ def build(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    use_grouped_heads(model)
     return model.eval()
 
 

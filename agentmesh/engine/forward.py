@@ -50,13 +50,12 @@ class ArenaRunner:
         device = self.shape.device
         first, length = positions[0], positions[-1] + 1
         index = torch.tensor(positions, device=device)
+        contiguous = length - first == len(positions)
+        cache.arena.aim(slice(first, length) if contiguous else index, length)
+        cache.begin(first)
         mask: Masks | None = None
-        if length - first == len(positions):
-            cache.arena.aim(slice(first, length), length)
-            cache.begin(first)
-        else:
-            cache.arena.aim(index, length)
-            mask = self.masks.build(index, length)
+        if not contiguous or (first and len(positions) > 1 and self.rope is not None):
+            mask = self.masks.build(index, length)  # else transformers' own: causal, or none for a single token
         output = self.model(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=index[None],

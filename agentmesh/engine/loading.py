@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hub_logging
 
 from agentmesh.config.mesh import ModelSpec
+from agentmesh.engine.attention import use_grouped_heads
 from agentmesh.engine.catalog import FAMILIES, byte_tokenizer, random_config, random_model
 from agentmesh.engine.embedded import EMBEDDED, MANIFEST, Progress, ensure, sha256
 from agentmesh.errors import ModelError, NotFoundError, UnsupportedModelError, did_you_mean, listing
@@ -169,6 +170,7 @@ def _first_line(error: BaseException) -> str:
 
 def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
     model, tokenizer = parts.model.eval().requires_grad_(requires_grad=False), parts.tokenizer
+    use_grouped_heads(model)
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{spec.name} has no fast tokenizer, which agentmesh needs for exact slot borders")
     config = model.config.get_text_config()

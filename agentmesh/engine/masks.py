@@ -20,25 +20,20 @@ class MaskPlan:
     Args:
         windows: layer type → window in tokens, ``None`` for full attention.
         by_type: whether the model takes one mask for each layer type (a dict) or one mask for all layers.
-        additive: the dtype of a mask that is added to the scores (eager attention); ``None`` for a boolean one.
+        dtype: of the scores, which a mask is added to. A boolean mask would be turned into this anew by every layer.
     """
 
     windows: dict[str, int | None]
     by_type: bool
-    additive: torch.dtype | None = None
+    dtype: torch.dtype
 
     def build(self, positions: torch.Tensor, length: int) -> Masks:
-        """Masks ``[1, 1, T, length]`` for queries at ``positions [T]``: True (or 0.0) where a key is seen."""
+        """Masks ``[1, 1, T, length]`` for queries at ``positions [T]``: 0 where seen, else the lowest number."""
         keys = torch.arange(length, device=positions.device)[None, :]
         causal = keys <= positions[:, None]
         masks = {}
         for kind, window in self.windows.items():
             seen = causal if window is None else causal & (keys > positions[:, None] - window)
-            masks[kind] = self._finished(seen)[None, None]
+            mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+            masks[kind] = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[None, None]
         return masks if self.by_type else next(iter(masks.values()))
-
-    def _finished(self, seen: torch.Tensor) -> torch.Tensor:
-        if self.additive is None:
-            return seen
-        hidden = torch.finfo(self.additive).min
-        return torch.zeros(seen.shape, dtype=self.additive, device=seen.device).masked_fill_(~seen, hidden)

@@ -127,9 +127,8 @@ def _mask_plan(config: Any, dtype: torch.dtype) -> MaskPlan:
     """One mask a layer type where the configuration names types; else one for all layers."""
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    additive = dtype if config._attn_implementation == "eager" else None  # noqa: SLF001  # it has no public name
     windows = {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(types or ())}
-    return MaskPlan(windows or {"all": window}, by_type=len(windows) > 1, additive=additive)
+    return MaskPlan(windows or {"all": window}, by_type=len(windows) > 1, dtype=dtype)
 
 
 def _inv_freq(model: Any, layers: int) -> torch.Tensor | None:

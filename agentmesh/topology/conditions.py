@@ -13,6 +13,12 @@ from agentmesh.errors import TopologyError, did_you_mean, listing
 
 NAMES = ("node", "role", "round", "text", "tokens")
 FUNCTIONS = ("contains", "matches", "startswith")
+WORDS = (ast.Expression, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.IfExp, ast.Call, ast.Name, ast.Constant)
+OPERATORS = (
+    *(ast.Not, ast.USub, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv),
+    *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn),
+)
+ALLOWED = (*WORDS, *OPERATORS, ast.And, ast.Or, ast.Load, ast.Mod)
 
 
 def check(expression: str) -> None:
@@ -22,22 +28,21 @@ def check(expression: str) -> None:
         TopologyError: bad syntax, or a name or construct that conditions do not have.
     """
     try:
-        tree = ast.parse(expression.strip(), mode="eval")
-    except (SyntaxError, ValueError) as error:
+        parts = list(ast.walk(ast.parse(expression.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise TopologyError(f"condition {expression!r} is not an expression: {error}. {_help()}") from error
-    known = {*NAMES, *FUNCTIONS}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id not in known:
-            hint = did_you_mean(node.id, known)
-            raise TopologyError(f"condition {expression!r}: {node.id!r} is not known.{hint} {_help()}")
-        if isinstance(node, ast.Attribute | ast.Subscript | ast.Lambda | ast.comprehension | ast.JoinedStr):
-            raise TopologyError(f"condition {expression!r} uses {type(node).__name__.lower()}s. {_help()}")
-    try:
-        holds(expression, text="", role="", node="", round_=0, tokens=0)
-    except TopologyError:
-        raise
-    except ArithmeticError as error:
-        raise TopologyError(f"condition {expression!r} fails: {error}") from error
+    foreign = [part for part in parts if not isinstance(part, ALLOWED)]
+    if foreign:
+        raise TopologyError(f"condition {expression!r}: found {type(foreign[0]).__name__.lower()}. {_help()}")
+    called = {id(part.func) for part in parts if isinstance(part, ast.Call)}
+    for part in parts:
+        if isinstance(part, ast.Call) and (not isinstance(part.func, ast.Name) or part.keywords or len(part.args) != 1):
+            raise TopologyError(f"condition {expression!r}: a call is a function's name and one text. {_help()}")
+        known = FUNCTIONS if id(part) in called else NAMES
+        if isinstance(part, ast.Name) and part.id not in known:
+            hint = did_you_mean(part.id, known)
+            raise TopologyError(f"condition {expression!r}: {part.id!r} is not known here.{hint} {_help()}")
+    holds(expression, text="", role="", node="", round_=1, tokens=1)
 
 
 def holds(expression: str, *, text: str, role: str, node: str, round_: int, tokens: int) -> bool:
@@ -60,11 +65,24 @@ def holds(expression: str, *, text: str, role: str, node: str, round_: int, toke
         "startswith": lambda part: text.lstrip().startswith(part),
     }
     names = {"text": text, "role": role, "node": node, "round": round_, "tokens": tokens}
+    operators = {kind: simpleeval.DEFAULT_OPERATORS[kind] for kind in OPERATORS} | {ast.Mod: _remainder}
     try:
-        return bool(simpleeval.SimpleEval(functions=functions, names=names).eval(expression.strip()))
-    except (simpleeval.InvalidExpression, SyntaxError, TypeError, ValueError, re.error) as error:
+        return bool(simpleeval.SimpleEval(operators, functions, names).eval(expression.strip()))
+    except (simpleeval.InvalidExpression, SyntaxError, TypeError, ValueError, ArithmeticError, re.error) as error:
         raise TopologyError(f"condition {expression!r} cannot be evaluated: {error}. {_help()}") from error
+    except RecursionError as error:
+        raise TopologyError(f"condition {expression!r} is nested too deeply. {_help()}") from error
+
+
+def _remainder(left: float, right: float) -> float:
+    """``left % right`` for numbers; text formatting could fill the memory."""
+    if isinstance(left, str):
+        raise TypeError("% takes numbers")
+    return left % right
 
 
 def _help() -> str:
-    return f"Conditions know the names {listing(NAMES)} and the functions {listing(FUNCTIONS)}, each of one text"
+    return (
+        f"Conditions know the names {listing(NAMES)}, the functions {listing(FUNCTIONS)} (each of one text), "
+        "and, or, not, comparisons, in, + - * / // %"
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import networkx as nx
 
+from agentmesh.config.base import Choice
 from agentmesh.config.topology import Deliver, EdgeSpec, Parameter, PythonRef, TopologySpec, When
 from agentmesh.errors import TopologyError, did_you_mean, listing
 from agentmesh.topology import conditions
@@ -15,6 +17,7 @@ from agentmesh.topology.patterns import Shape, between, within
 from agentmesh.topology.rounds import Visit, unroll
 
 NOW = (When.SAME_ROUND, When.LAST_ROUND)
+ChoiceT = TypeVar("ChoiceT", bound=Choice)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,11 @@ class Topology:
     output: str
 
     def __post_init__(self) -> None:
+        self._refuse_strangers()
         self._refuse_doubles()
         self._refuse_cycles()
-        for edge in self.edges:
-            if isinstance(edge.condition, str):
-                conditions.check(edge.condition)
+        for condition in {edge.condition for edge in self.edges if isinstance(edge.condition, str)}:
+            conditions.check(condition)
         running = {visit.node for visit in self.unroll()}
         idle = [node.name for node in self.nodes if node.name not in running]
         if idle:
@@ -81,30 +84,33 @@ class Topology:
         return _Expansion(spec, dict(params or {})).topology(name)
 
     @classmethod
-    def from_graph(cls, graph: nx.Graph, *, rounds: int = 1, output: str | None = None, name: str = "") -> Topology:
-        """Any directed networkx graph. Edge attributes ``when``, ``condition``, ``deliver``, ``max_visits`` count.
+    def from_graph(
+        cls, graph: nx.Graph, *, rounds: int = 1, output: Hashable | None = None, name: str = ""
+    ) -> Topology:
+        """Any directed networkx graph; its nodes become text, and without ``output`` its only sink answers.
+
+        Node attribute ``group`` and edge attributes ``when``, ``condition``, ``deliver``, ``max_visits`` and ``order``
+        count, others are ignored.
 
         Raises:
             TopologyError: the graph is undirected, has no single output, or cannot be walked.
         """
         if not graph.is_directed():
             raise TopologyError("found an undirected graph; messages need a direction: use nx.DiGraph or MultiDiGraph")
-        nodes = tuple(
-            Node(str(node), str(data.get("group", node)), int(data.get("index", 0)))
-            for node, data in graph.nodes(data=True)
-        )
-        listed = sorted(enumerate(graph.edges(data=True)), key=lambda item: item[1][2].get("order", item[0]))
-        edges = tuple(_graph_edge(str(a), str(b), data, order) for order, (_, (a, b, data)) in enumerate(listed))
+        size: Counter[str] = Counter()
+        nodes = []
+        for node, data in graph.nodes(data=True):
+            group = str(data.get("group", node))
+            nodes.append(Node(str(node), group, size[group]))
+            size[group] += 1
+        listed = list(graph.edges(data=True))
+        if all(isinstance(data.get("order"), int) for _, _, data in listed):
+            listed.sort(key=lambda edge: edge[2]["order"])
+        edges = tuple(_graph_edge(str(a), str(b), data, order) for order, (a, b, data) in enumerate(listed))
         sinks = [str(node) for node in graph.nodes if graph.out_degree(node) == 0]
         if output is None and len(sinks) != 1:
             raise TopologyError(f"say which node gives the answer (output=…): the graph's sinks are {listing(sinks)}")
-        chosen = sinks[0] if output is None else output
-        names = [node.name for node in nodes]
-        if chosen not in names:
-            raise TopologyError(
-                f"output {chosen!r} is no node; nodes are {listing(names)}.{did_you_mean(chosen, names)}"
-            )
-        return cls(name, nodes, edges, rounds, chosen)
+        return cls(name, tuple(nodes), edges, rounds, sinks[0] if output is None else str(output))
 
     @property
     def graph(self) -> nx.MultiDiGraph:
@@ -127,11 +133,9 @@ class Topology:
 
     def unroll(self) -> tuple[Visit, ...]:
         """Every visit that can run, in an order in which each comes after what it depends on."""
-        order = list(nx.lexicographical_topological_sort(self._now(), key=self._rank))
+        rank = {node.name: index for index, node in enumerate(self.nodes)}
+        order = list(nx.lexicographical_topological_sort(self._now(), key=rank.__getitem__))
         return unroll(order, self.edges, self.rounds)
-
-    def _rank(self, name: str) -> int:
-        return [node.name for node in self.nodes].index(name)
 
     def _now(self) -> nx.DiGraph:
         """The nodes with the edges that can be active within one round."""
@@ -139,6 +143,21 @@ class Topology:
         graph.add_nodes_from(node.name for node in self.nodes)
         graph.add_edges_from((edge.source, edge.target) for edge in self.edges if edge.when in NOW)
         return graph
+
+    def _refuse_strangers(self) -> None:
+        """Nodes that share a name, and names that no node has."""
+        names = [node.name for node in self.nodes]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise TopologyError(f"two nodes are called {listing(twice)}; every node needs a name of its own")
+        known = set(names)
+        ends = [(f"edge {e.source} → {e.target}", end) for e in self.edges for end in (e.source, e.target)]
+        for what, name in [*ends, ("output", self.output)]:
+            if name not in known:
+                raise TopologyError(f"{what}: no node {name!r}; nodes are {listing(names)}.{did_you_mean(name, names)}")
+        if self.rounds < 1:
+            raise TopologyError(f"rounds: found {self.rounds}; expected at least 1")
+        assert [edge.order for edge in self.edges] == list(range(len(self.edges))), "an edge's order is its place"
 
     def _refuse_doubles(self) -> None:
         seen: dict[tuple[str, str, When], int] = {}
@@ -163,18 +182,24 @@ class Topology:
 
 
 def _graph_edge(source: str, target: str, data: Mapping[str, Any], order: int) -> Edge:
+    what = f"edge {source} → {target}"
+    when = _choice(When, data.get("when", When.SAME_ROUND), f"{what}: when")
+    deliver = _choice(Deliver, data.get("deliver", Deliver.AUTO), f"{what}: deliver")
+    condition, visits = data.get("condition"), data.get("max_visits")
+    if not isinstance(condition, str | PythonRef | None):
+        raise TopologyError(f"{what}: condition: found {condition!r}; expected an expression or a PythonRef")
+    if visits is not None and (isinstance(visits, bool) or not isinstance(visits, int) or visits < 1):
+        raise TopologyError(f"{what}: max_visits: found {visits!r}; expected a whole number, at least 1")
+    return Edge(source, target, when, condition, deliver, visits, order)
+
+
+def _choice(kind: type[ChoiceT], found: Any, what: str) -> ChoiceT:
     try:
-        return Edge(
-            source,
-            target,
-            When(data.get("when", When.SAME_ROUND)),
-            data.get("condition"),
-            Deliver(data.get("deliver", Deliver.AUTO)),
-            data.get("max_visits"),
-            order,
-        )
+        return kind(found)
     except ValueError as error:
-        raise TopologyError(f"edge {source} → {target}: {error}") from error
+        known = [choice.value for choice in kind]
+        hint = did_you_mean(str(found), known)
+        raise TopologyError(f"{what}: found {found!r}; expected one of {listing(known)}.{hint}") from error
 
 
 class _Expansion:
@@ -200,7 +225,8 @@ class _Expansion:
             edges += self._edges(entry, number, len(edges))
         outputs = self._resolve(self._spec.output, "output")
         if not outputs:
-            raise TopologyError(f"output: group {self._spec.output!r} has no members")
+            names = listing(node.name for node in nodes)
+            raise TopologyError(f"output: group {self._spec.output!r} has no members; nodes are {names}")
         rounds = int(self._number(self._spec.rounds, "rounds", 1))
         return Topology(name, tuple(nodes), tuple(edges), rounds, outputs[-1])
 
@@ -254,7 +280,7 @@ class _Expansion:
         whole = high is None
         if isinstance(found, bool) or not isinstance(found, int if whole else int | float):
             raise TopologyError(f"{what}: found {found!r}; expected a {'whole ' if whole else ''}number")
-        if (low is not None and found < low) or (high is not None and found > high):
+        if (low is not None and not found >= low) or (high is not None and not found <= high):  # nan is refused too
             limits = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise TopologyError(f"{what}: found {found!r}; expected {limits}")
         return found

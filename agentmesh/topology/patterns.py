@@ -41,7 +41,8 @@ def _ring(size: int, _shape: Shape) -> Iterator[Pair]:
 
 
 def _layered(size: int, shape: Shape) -> Iterator[Pair]:
-    layer = [i * shape.layers // size for i in range(size)]
+    layers = min(shape.layers, size)  # an empty layer would cut the graph in two
+    layer = [i * layers // size for i in range(size)]
     return ((i, j) for i in range(size) for j in range(size) if layer[j] == layer[i] + 1)
 
 

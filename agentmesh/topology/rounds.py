@@ -57,11 +57,13 @@ def unroll(order: Sequence[str], edges: Sequence[EdgeLike], rounds: int) -> tupl
     A node without in-edges runs in every round. Another runs where at least one in-edge can deliver. In the first
     round edges from the round before do not count: a node that has only such edges runs without an inbox.
     """
+    into: dict[str, list[EdgeLike]] = {node: [] for node in order}
+    for edge in edges:
+        into[edge.target].append(edge)
     visits: dict[tuple[str, int], Visit] = {}
     for round_ in range(rounds):
         for node in order:
-            incoming = [edge for edge in edges if edge.target == node]
-            counted = [edge for edge in incoming if round_ or edge.when is not When.PREVIOUS_ROUND]
+            counted = [edge for edge in into[node] if round_ or edge.when is not When.PREVIOUS_ROUND]
             inbox = [_delivery(edge, round_, rounds) for edge in counted]
             arriving = [d for d in inbox if d is not None and (d.source, d.source_round) in visits]
             if arriving or not counted:

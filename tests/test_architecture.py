@@ -116,3 +116,10 @@ def test_no_module_has_broad_excepts_or_left_over_marks() -> None:
                 caught = ast.unparse(node.type) if node.type else "everything"
                 assert caught not in ("everything", "Exception", "BaseException"), f"{path}:{node.lineno}"
         assert not {"TODO", "FIXME", "XXX"} & set(text.replace(":", " ").split()), path
+
+
+def test_the_names_of_presets_are_the_same_with_and_without_torch() -> None:
+    from agentmesh.blueprint import PRESET_NAMES
+    from agentmesh.communicator import PRESETS
+
+    assert tuple(PRESETS) == PRESET_NAMES

@@ -7,6 +7,7 @@ print(mesh.run(question="…").answer)
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -118,6 +119,7 @@ class Mesh:
         self._predicates = predicates(blueprint)
         self._backend: Backend | None = backend
         self._leads: tuple[tuple[int, ...], ...] | None = None
+        self._slots: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
     def __enter__(self) -> Mesh:
         return self
@@ -163,7 +165,7 @@ class Mesh:
         sinks: Sequence[Sink] = (),
         **named: str,
     ) -> RunResult:
-        """Run once.
+        """Run once; runs beyond ``run.concurrency`` of one mesh wait for their turn.
 
         Args:
             inputs: the run's inputs by name.
@@ -179,6 +181,19 @@ class Mesh:
         """
         given = {**(inputs or {}), **named}
         self.blueprint.check_inputs(given)
+        async with self._slot():
+            return await self._run(given, seed, sample, sinks)
+
+    def _slot(self) -> asyncio.Semaphore:
+        """Room for as many runs at once as ``run.concurrency`` says; ``auto`` is one a core. One an event loop."""
+        loop = asyncio.get_running_loop()
+        if self._slots is None or self._slots[0] is not loop:
+            wanted = self.blueprint.run.concurrency
+            self._slots = loop, asyncio.Semaphore((os.cpu_count() or 1) if wanted == "auto" else wanted)
+        return self._slots[1]
+
+    async def _run(self, given: Mapping[str, str], seed: int | None, sample: str, sinks: Sequence[Sink]) -> RunResult:
+        """One run from its first event to its result."""
         backend = self.load()
         calls: list[ModelFinished] = []
         said: dict[tuple[str, int], NodeFinished] = {}

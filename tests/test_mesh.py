@@ -269,6 +269,31 @@ def test_runs_of_one_mesh_may_overlap() -> None:
     assert asyncio.run(several()) == [f"q{i}" for i in range(8)]
 
 
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_runs_overlap_than_the_mesh_allows(concurrency: int) -> None:
+    running: list[int] = []
+    most: list[int] = []
+
+    @agent
+    async def member(turn: Turn) -> str:
+        running.append(1)
+        most.append(len(running))
+        await asyncio.sleep(0.01)
+        running.pop()
+        return "done"
+
+    run = {"concurrency": concurrency}
+    mesh = Mesh(agents={"solver": member}, topology="single", model=ScriptedModel([]), run=run)
+
+    async def several() -> None:
+        await asyncio.gather(*(mesh.arun(question="?") for _ in range(7)))
+
+    asyncio.run(several())
+    asyncio.run(several())
+
+    assert max(most) == concurrency
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [

@@ -72,18 +72,18 @@ class Blueprint:
                 raise InputError(f"input {name!r} holds bytes that are not UTF-8; save it as UTF-8")
 
 
-def draft(loaded: LoadedMesh) -> Blueprint:
-    """Check a mesh file as a whole: graph, agents, roles, templates, preset.
+def draft(loaded: LoadedMesh, graph: Topology | None = None) -> Blueprint:
+    """Check a mesh as a whole: graph, agents, roles, templates, preset.
+
+    Args:
+        loaded: the mesh.
+        graph: a topology built in Python, instead of the one the mesh names.
 
     Raises:
         ConfigError: a mistake, with its position.
         TopologyError: the graph cannot be scheduled.
     """
-    spec = loaded.spec
-    try:
-        topology = Topology.from_spec(loaded.topology, loaded.params, loaded.topology_name)
-    except TopologyError as error:
-        raise TopologyError(f"{loaded.position(('topology',))}: {error}") from error
+    spec, topology = loaded.spec, graph or _topology(loaded)
     if spec.communicator.preset not in PRESET_NAMES:
         raise ConfigError(
             f"{loaded.position(('communicator',))}: no preset named {spec.communicator.preset!r}; there are "
@@ -104,6 +104,13 @@ def draft(loaded: LoadedMesh) -> Blueprint:
     folder = Path() if loaded.document is None else Path(loaded.document.name).parent
     name = spec.name or (loaded.topology_name if loaded.document is None else Path(loaded.document.name).stem)
     return Blueprint(name, topology, members, spec.inputs, spec.model, spec.communicator, spec.run, folder)
+
+
+def _topology(loaded: LoadedMesh) -> Topology:
+    try:
+        return Topology.from_spec(loaded.topology, loaded.params, loaded.topology_name)
+    except TopologyError as error:
+        raise TopologyError(f"{loaded.position(('topology',))}: {error}") from error
 
 
 def _members(loaded: LoadedMesh, topology: Topology) -> dict[str, Member]:

@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -19,9 +20,9 @@ from agentmesh.agents.base import Agent
 from agentmesh.backend import Backend
 from agentmesh.blueprint import Blueprint, Member, draft
 from agentmesh.calls import Caller
-from agentmesh.config.load import load_mesh, mesh_from_dict
+from agentmesh.config.load import LoadedMesh, load_mesh, mesh_from_dict
 from agentmesh.config.mesh import LlmAgentSpec
-from agentmesh.errors import RecordError, RunError, TemplateError, TopologyError, UsageError, did_you_mean, listing
+from agentmesh.errors import RecordError, RunError, TemplateError, UsageError
 from agentmesh.events import (
     Event,
     ModelFinished,
@@ -105,12 +106,13 @@ class Mesh:
         Raises:
             ConfigError, TopologyError, NotFoundError: the file is wrong; nothing was loaded.
         """
-        return cls._from_blueprint(draft(load_mesh(path, overrides=overrides, libraries=libraries)), model)
+        return cls.from_loaded(load_mesh(path, overrides=overrides, libraries=libraries), model=model)
 
     @classmethod
-    def _from_blueprint(cls, blueprint: Blueprint, backend: Backend | None) -> Mesh:
+    def from_loaded(cls, loaded: LoadedMesh, *, model: Backend | None = None) -> Mesh:
+        """A mesh from a file that was read already; see ``from_yaml``."""
         mesh = cls.__new__(cls)
-        Mesh._setup(mesh, blueprint, backend)
+        Mesh._setup(mesh, draft(loaded), model)
         return mesh
 
     def _setup(self, blueprint: Blueprint, backend: Any) -> None:
@@ -310,30 +312,9 @@ def _as_topology(topology: Any) -> Topology | None:
 
 def _blueprint(data: dict[str, Any], graph: Topology | None, objects: Mapping[str, Agent]) -> Blueprint:
     """A blueprint from Python values: agent objects and graphs take the place of what a file would say."""
-    loaded = mesh_from_dict(data)
-    if graph is None:
-        checked = draft(loaded)
-        members = {node: _with_object(member, checked.topology, objects) for node, member in checked.members.items()}
-        return Blueprint(
-            checked.name, checked.topology, members, checked.inputs, checked.model, checked.communicator, checked.run
-        )
-    specs = loaded.spec.agents
-    known = [*graph.groups, *(node.name for node in graph.nodes)]
-    for key in specs:
-        if key not in known:
-            raise TopologyError(
-                f"no node {key!r}; the graph has {listing(dict.fromkeys(known))}.{did_you_mean(key, known)}"
-            )
-    members = {}
-    for node in graph.nodes:
-        key = node.name if node.name in specs else node.group
-        if key not in specs:
-            raise TopologyError(f"no agent for node {node.name!r}; add it to agents=…")
-        role = specs[key].role
-        name = role if isinstance(role, str) else role[node.index % len(role)]
-        members[node.name] = _with_object(Member(node.name, name or node.name, specs[key]), graph, objects)
-    spec = loaded.spec
-    return Blueprint(spec.name, graph, members, spec.inputs, spec.model, spec.communicator, spec.run)
+    checked = draft(mesh_from_dict(data), graph)
+    members = {node: _with_object(member, checked.topology, objects) for node, member in checked.members.items()}
+    return replace(checked, members=members)
 
 
 def _with_object(member: Member, topology: Topology, objects: Mapping[str, Agent]) -> Member:

@@ -330,6 +330,22 @@ def test_a_wrong_mesh_is_refused_when_it_is_built(
         Mesh(**{"agents": {"agent": ASK}, "topology": "chain", "model": ScriptedModel([]), **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"communicator": "prefx"}, "Did you mean 'prefix'"),
+        ({"agents": {"a": {"prompt": "{{ questoin }}"}, "b": READ}}, "Did you mean 'question'"),
+        ({"agents": {"a": ASK}}, "no agent for b"),
+        ({"agents": {"a": ASK, "b": READ, "c": READ}}, "no group or node of that name"),
+    ],
+)
+def test_a_mesh_on_a_networkx_graph_is_checked_like_a_file(changes: dict[str, Any], message: str) -> None:
+    given = {"agents": {"a": ASK, "b": READ}, "topology": nx.DiGraph([("a", "b")]), "model": ScriptedModel([])}
+
+    with pytest.raises(ConfigError, match=message):
+        Mesh(**{**given, **changes})
+
+
 def test_a_running_event_loop_is_told_to_await() -> None:
     async def inside() -> None:
         with pytest.raises(UsageError, match="await mesh"):

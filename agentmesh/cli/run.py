@@ -42,7 +42,7 @@ def run(
     errors = Console(stderr=True)
     given = read_inputs(input or ())
     loaded = load_mesh(config, overrides=overrides, libraries=library or ())
-    with Mesh.from_yaml(config, overrides=overrides, libraries=library or ()) as mesh:
+    with Mesh.from_loaded(loaded) as mesh:
         mesh.blueprint.check_inputs(given)
         with fetching(errors, quiet=display is Display.NONE) as progress:
             backend = mesh.load(progress)

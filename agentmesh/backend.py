@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from agentmesh.config.mesh import GenerateSpec
-from agentmesh.events import PlanRow
+from agentmesh.events import Audit, PlanRow
 from agentmesh.prompt import ChatTokenizer, Prompt
 
 
@@ -23,6 +24,10 @@ class Completion:
         decode_ms: from the first token to the last.
         rows: what was placed and computed, and why.
         preset: the strategy that decided it.
+        slot_tokens, placed_slots: shareable slot tokens, and how many of them were placed.
+        parts_ms: where the time before the first token went.
+        learn_ms: keeping KV, learning and checking after the message.
+        audit: the call checked against a dense prefill, where it was.
     """
 
     tokens: tuple[int, ...]
@@ -33,6 +38,11 @@ class Completion:
     decode_ms: float
     rows: tuple[PlanRow, ...]
     preset: str
+    slot_tokens: int = 0
+    placed_slots: int = 0
+    parts_ms: Mapping[str, float] = field(default_factory=dict)
+    learn_ms: float = 0.0
+    audit: Audit | None = None
 
 
 class Listener(Protocol):
@@ -65,6 +75,9 @@ class Backend(Protocol):
 
     async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:
         """Answer a prompt. Cancelling frees what the call holds."""
+
+    async def release(self, run: str) -> None:
+        """A run has ended: free what was kept for it."""
 
     def close(self) -> None:
         """Free the model and everything kept for it."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from agentmesh.agents.base import Agent
 from agentmesh.config.load import LoadedMesh
-from agentmesh.config.mesh import AgentBase, CommunicatorSpec, CustomAgentSpec, LlmAgentSpec, ModelSpec, RunSpec
+from agentmesh.config.mesh import AgentBase, CustomAgentSpec, LlmAgentSpec, ModelSpec, Reads, RunSpec
+from agentmesh.config.presets import PRESETS, CommunicatorSpec, Share, choices
 from agentmesh.config.topology import Deliver
 from agentmesh.errors import ConfigError, InputError, TemplateError, TopologyError, did_you_mean, listing
 from agentmesh.prompt import RoleTemplate
 from agentmesh.prompt.templates import SCOPE_NAMES
 from agentmesh.topology import Topology
 
-PRESET_NAMES = ("dense", "prefix")
+PRESET_NAMES = tuple(PRESETS)
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,12 @@ class Member:
     role: str
     spec: AgentBase | None = None
     agent: Agent | None = None
+
+    @property
+    def reads_exactly(self) -> bool:
+        """Whether it reads exact KV only: as its entry says, else if it is a judge (METHOD 6.2)."""
+        said = self.spec.reads if isinstance(self.spec, LlmAgentSpec) else None
+        return said is Reads.EXACT or (said is None and "judge" in f"{self.role} {self.node}".lower())
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,16 @@ class Blueprint:
     communicator: CommunicatorSpec = field(default_factory=CommunicatorSpec)
     run: RunSpec = field(default_factory=RunSpec)
     folder: Path = Path()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Agent → digest of its role and texts, for everybody whose prompts a mesh file describes."""
+        found = {}
+        for node, member in self.members.items():
+            if isinstance(member.spec, LlmAgentSpec):
+                text = f"{member.role}\0{member.spec.system}\0{member.spec.prompt}"
+                found[node] = hashlib.sha256(text.encode()).hexdigest()
+        return found
 
     def check_inputs(self, given: Mapping[str, str]) -> None:
         """Compare a run's inputs with what the mesh reads.
@@ -89,8 +107,12 @@ def draft(loaded: LoadedMesh, graph: Topology | None = None) -> Blueprint:
             f"{loaded.position(('communicator',))}: no preset named {spec.communicator.preset!r}; there are "
             f"{listing(PRESET_NAMES)}.{did_you_mean(spec.communicator.preset, PRESET_NAMES)}"
         )
+    try:
+        choice = choices(spec.communicator)
+    except ValueError as error:
+        raise ConfigError(f"{loaded.position(('communicator',))}: {error}") from error
     kept_apart = [edge for edge in topology.edges if edge.deliver is Deliver.KV]
-    if kept_apart:
+    if kept_apart and choice.share is not Share.SLOTS:
         edge = kept_apart[0]
         raise ConfigError(
             f"{loaded.position(('communicator',))}: edge {edge.source} → {edge.target} says `deliver: kv`, but preset "

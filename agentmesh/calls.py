@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agentmesh.agents.base import Turn
 from agentmesh.backend import Backend, Completion
@@ -38,9 +38,10 @@ class Caller:
         prompt, pieces = self.renderer.render(template, scope_of(turn), history, leads=self.leads)
         listener = _Listener(self.emit, turn)
         seed = call_seed(self.seed, turn.node, turn.round, turn.attempt)
+        label = f"message {turn.node}@{turn.round}"
+        prompt = replace(prompt, reader=replace(turn.reader, writes=label, seed=seed))
         done = await self.backend.complete(prompt, generate, seed, listener)
         self.emit(ModelFinished(call=_record(turn, done)))
-        label = f"message {turn.node}@{turn.round}"
         reply = Content(done.text, ContentKind.MESSAGE, label, done.tokens)
         if history is not None:
             history.append(Exchange(pieces, reply, len(prompt.tokens)))
@@ -98,4 +99,9 @@ def _record(turn: Turn, done: Completion) -> CallRecord:
         decode_ms=round(done.decode_ms, 3),
         finish=done.finish,
         plan=done.rows,
+        slot_tokens=done.slot_tokens,
+        placed_slots=done.placed_slots,
+        parts_ms={name: round(ms, 3) for name, ms in done.parts_ms.items()},
+        learn_ms=round(done.learn_ms, 3),
+        audit=done.audit,
     )

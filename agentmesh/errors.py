@@ -12,6 +12,7 @@ AgentmeshError
     ├── NodeError           one agent failed; carries node, round and cause
     ├── ModelError          weights that cannot be fetched, read, verified or run
     ├── UnsupportedModelError   a model whose attention agentmesh cannot serve
+    ├── SharingError        KV that must be shared (`strict`, `deliver: kv`) cannot be
     ├── SandboxError        code could not be started or contained
     └── RecordError         the run folder cannot be written (disk full, read-only)
 
@@ -84,6 +85,10 @@ class ModelError(RunError):
 
 class UnsupportedModelError(RunError):
     """A model's attention is of a kind agentmesh cannot serve."""
+
+
+class SharingError(RunError):
+    """KV that must be shared cannot be."""
 
 
 class SandboxError(RunError):

@@ -21,22 +21,109 @@ class Treatment(Choice):
 
 
 class Reason(Choice):
-    """Why tokens were placed or computed. Nothing falls back without one of these."""
+    """Why tokens were placed or computed. Nothing falls back, and nothing is reused, without one of these."""
 
     IDENTICAL_PREFIX = "identical-prefix"
     """Same tokens after the same history were computed before: placed, bit for bit."""
+
+    SAME_HISTORY = "same-history"
+    """Same tokens after the same history, which holds realigned KV itself: placed as it is."""
+
+    READ_BEFORE = "read-before"
+    """An earlier agent of the run read it: placed from that agent's context."""
+
+    WRITTEN_BEFORE = "written-before"
+    """An earlier agent of the run wrote it: placed from what it decoded."""
+
+    FROM_CORPUS = "from-corpus"
+    """A passage kept behind a neutral header: placed from there."""
+
+    ANCHORED = "anchored"
+    """Fixed text behind a slot, placed with the offsets of that slot's anchors (``kvcomm``)."""
 
     PRESET_DENSE = "preset-dense"
     """The preset computes everything."""
 
     MODEL_UNSUPPORTED = "model-unsupported"
-    """The probe refused the model's attention: everything is computed."""
+    """The probe refused the model's attention."""
 
     NOT_SEEN = "not-seen"
     """This prefix was not computed before, or was evicted."""
 
     BEHIND_PREFIX = "behind-prefix"
     """Differs from what was seen from here on, or belongs to one prompt alone."""
+
+    FIXED_TEXT = "fixed-text"
+    """Fixed text of the agent's own template, behind its first slot."""
+
+    FIRST_READER = "first-reader"
+    """Nobody in this run has read or written it: its KV becomes the base for later readers."""
+
+    EVICTED = "evicted"
+    """Its KV was dropped to keep the budget."""
+
+    TOO_SHORT = "too-short"
+    """Shorter than ``min_tokens``."""
+
+    BLOCK_HEAD = "block-head"
+    """The first tokens of a placed block, computed to anchor it in its new context."""
+
+    PICKED = "picked"
+    """Tokens of a placed block that a look at the cache picked to be computed."""
+
+    NO_KV = "no-kv"
+    """The last token of a message has no KV, because nothing was decoded after it."""
+
+    NOT_WARM = "not-warm"
+    """Too few observations of this slot: the whole call is computed, and observed."""
+
+    OBSERVING = "observing"
+    """Another slot of the call is not warm: the whole call is computed, so that what is observed is exact."""
+
+    PREDICTED_ERROR = "predicted-error"
+    """The realigner expects an error above ``max_kl``."""
+
+    BREAKER_OPEN = "breaker-open"
+    """Audits found an error above the limits: the slot is computed until it is learned again."""
+
+    TOO_DEEP = "too-deep"
+    """Its KV was placed more often than ``max_depth`` already."""
+
+    NO_ROOM = "no-room"
+    """The budget has no room for what must be learned of the slot."""
+
+    NOT_WORTH_IT = "not-worth-it"
+    """Placing it would cost more time than computing it."""
+
+    READS_EXACTLY = "reads-exactly"
+    """The agent reads exact KV only (``reads: exact``)."""
+
+    DELIVERED_AS_TEXT = "delivered-as-text"
+    """The edge says ``deliver: text``."""
+
+    NO_ANCHOR_AS_LONG = "no-anchor-as-long"
+    """Fewer than two anchors are as long as the slot's content (paper, eq. 5): the call is computed."""
+
+    ANCHORS_TOO_EVEN = "anchors-too-even"
+    """The entropy of the anchors' weights is above the limit (paper, eq. 5): the call is computed."""
+
+
+FALLBACKS = frozenset(
+    {
+        Reason.MODEL_UNSUPPORTED,
+        Reason.EVICTED,
+        Reason.NOT_WARM,
+        Reason.OBSERVING,
+        Reason.PREDICTED_ERROR,
+        Reason.BREAKER_OPEN,
+        Reason.TOO_DEEP,
+        Reason.NO_ROOM,
+        Reason.NOT_WORTH_IT,
+        Reason.NO_ANCHOR_AS_LONG,
+        Reason.ANCHORS_TOO_EVEN,
+    }
+)
+"""Reasons for computing what an earlier agent has read or written; ``strict`` turns them into errors."""
 
 
 class PlanRow(Frozen):
@@ -53,11 +140,25 @@ class PlanRow(Frozen):
     reason: Reason
 
 
+class Audit(Frozen):
+    """One reusing call checked against a dense prefill of the same prompt (METHOD 6.3).
+
+    ``kl`` of the next-token distributions, dense against reuse, in nats; ``flip`` says whether the most likely token
+    differs; ``opened`` names slots whose breaker the audit opened.
+    """
+
+    kl: float
+    flip: bool
+    opened: tuple[str, ...] = ()
+
+
 class CallRecord(Frozen):
     """One model call. ``placed_exact + placed_realigned + computed = prompt_tokens``; times in milliseconds.
 
     ``ttft_ms`` counts from the moment the inputs are there to the first token, waiting for the engine included
-    (``queue_ms`` of it).
+    (``queue_ms`` of it); ``parts_ms`` is where the rest of it went, ``learn_ms`` what was spent after the message on
+    keeping KV, learning and auditing. ``slot_tokens`` are shareable: an earlier agent read or wrote them, or the store
+    holds them; ``placed_slots`` of them were placed.
     """
 
     node: str
@@ -73,6 +174,11 @@ class CallRecord(Frozen):
     decode_ms: float
     finish: str
     plan: tuple[PlanRow, ...]
+    slot_tokens: int = 0
+    placed_slots: int = 0
+    parts_ms: dict[str, float] = Field(default_factory=dict)
+    learn_ms: float = 0.0
+    audit: Audit | None = None
 
 
 class MessageRecord(Frozen):

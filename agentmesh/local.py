@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import final
+
+import torch
 
 from agentmesh.backend import Completion, Listener
 from agentmesh.communicator import Plan, Preset, make
-from agentmesh.config.mesh import CommunicatorSpec, GenerateSpec, ModelSpec
-from agentmesh.engine.composition import Composition
+from agentmesh.communicator.learner import Learner
+from agentmesh.communicator.saved import load as load_states
+from agentmesh.communicator.saved import save
+from agentmesh.communicator.slots import Slots
+from agentmesh.config.mesh import GenerateSpec, ModelSpec
+from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.loading import load
 from agentmesh.engine.loop import Engine, FirstTokenReport
 from agentmesh.engine.probe import probe
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.tokenizer import HubTokenizer
+from agentmesh.errors import UsageError
+from agentmesh.events import Audit
 from agentmesh.kv.arena import Arena
 from agentmesh.prompt import Prompt
 
@@ -81,6 +93,7 @@ class LocalBackend:
             listener.first(report.ttft_ms, source.decided.rows)
 
         done = await self.engine.generate(source, len(prompt.tokens), sampling, on_first, listener.text)
+        plan = source.decided
         return Completion(
             done.tokens,
             done.text,
@@ -88,9 +101,56 @@ class LocalBackend:
             done.queue_ms,
             done.ttft_ms,
             done.decode_ms,
-            source.decided.rows,
+            plan.rows,
             self._preset,
+            slot_tokens=plan.slot_tokens,
+            placed_slots=plan.placed_slots,
+            parts_ms=asdict(plan.parts),
+            learn_ms=done.learn_ms,
+            audit=source.audit,
         )
+
+    def observe_only(self, *, on: bool) -> None:
+        """While on, every call is computed and observed; see ``Preset.observe_only``."""
+        self.communicator.observe_only(on=on)
+
+    def save_realigners(self, path: Path, consumers: Mapping[str, str]) -> list[str]:
+        """Write what was learned; one line about each link.
+
+        Args:
+            path: the file.
+            consumers: agent → digest of its texts.
+
+        Raises:
+            UsageError: the preset learns nothing that can be saved, or has learned nothing yet.
+            RecordError: the file cannot be written.
+        """
+        states = self._learner("saved").ledger.states
+        if not states:
+            raise UsageError("nothing was learned: no agent of this mesh reads what another one read or wrote")
+        save(path, states, self.engine.loaded.fingerprint, consumers)
+        return [
+            f"{name}: {state.exact.observations} observations, residual {state.exact.residual:.4f}"
+            for name, state in sorted(states.items())
+        ]
+
+    def load_realigners(self, path: Path, consumers: Mapping[str, str]) -> None:
+        """Begin with what ``save_realigners`` wrote.
+
+        Raises:
+            UsageError: the preset has nothing to load, or the file was made for another model or other texts.
+        """
+        learner = self._learner("loaded")
+        learner.ledger.states.update(load_states(path, learner.fresh, self.engine.loaded.fingerprint, consumers))
+
+    def _learner(self, what: str) -> Learner:
+        if not isinstance(self.communicator, Slots):
+            raise UsageError(f"preset {self._preset!r} has no realigners that could be {what}; use `linear`")
+        return self.communicator.learner
+
+    async def release(self, run: str) -> None:
+        """Free what was kept for a run, and commit what it taught."""
+        await self.engine.do(lambda: self.communicator.release(run))
 
     def close(self) -> None:
         """Stop the engine; what it kept is freed with it."""
@@ -104,6 +164,7 @@ class _Planned:
         self._preset = preset
         self._prompt = prompt
         self._plan: Plan | None = None
+        self.audit: Audit | None = None
 
     @property
     def decided(self) -> Plan:
@@ -111,12 +172,20 @@ class _Planned:
         assert self._plan is not None, "the engine composes a prompt before it reports on it"
         return self._plan
 
-    def compose(self) -> Composition:
+    def compose(self) -> tuple[Composition, Parts]:
         """Plan the prompt now."""
         self._plan = self._preset.plan(self._prompt)
-        return self._plan.composition
+        return self._plan.composition, self._plan.parts
 
-    def prefilled(self, arena: Arena | None) -> None:
+    def prefilled(self, arena: Arena) -> None:
         """Let the preset keep what later prompts may use."""
-        if arena is not None:
-            self._preset.observe(self._prompt, arena)
+        self._preset.prefilled(self._prompt, self.decided, arena)
+
+    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
+        """Let the preset keep the message, learn, and check the call."""
+        self.audit = self._preset.finished(self._prompt, self.decided, arena, tokens, logits)
+
+    def closed(self) -> None:
+        """Let the preset let go of the call, where it was begun at all."""
+        if self._plan is not None:
+            self._preset.closed(self._plan)

@@ -7,6 +7,7 @@ print(mesh.run(question="…").answer)
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ from agentmesh.events import (
     RunFinished,
     RunStarted,
 )
-from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, RoleTemplate, Scope
+from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate, Scope
 from agentmesh.results import RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
@@ -109,10 +110,16 @@ class Mesh:
         return cls.from_loaded(load_mesh(path, overrides=overrides, libraries=libraries), model=model)
 
     @classmethod
-    def from_loaded(cls, loaded: LoadedMesh, *, model: Backend | None = None) -> Mesh:
-        """A mesh from a file that was read already; see ``from_yaml``."""
+    def from_loaded(
+        cls, loaded: LoadedMesh, *, model: Backend | None = None, agents: Mapping[str, Agent] | None = None
+    ) -> Mesh:
+        """A mesh from a file that was read already; see ``from_yaml``. ``agents`` take the place of the file's."""
+        checked = draft(loaded)
+        members = {
+            node: _with_object(member, checked.topology, agents or {}) for node, member in checked.members.items()
+        }
         mesh = cls.__new__(cls)
-        Mesh._setup(mesh, draft(loaded), model)
+        Mesh._setup(mesh, replace(checked, members=members), model)
         return mesh
 
     def _setup(self, blueprint: Blueprint, backend: Any) -> None:
@@ -121,6 +128,8 @@ class Mesh:
         self._predicates = predicates(blueprint)
         self._backend: Backend | None = backend
         self._leads: tuple[tuple[int, ...], ...] | None = None
+        self._orders = itertools.count()
+        self._ends: dict[int, asyncio.Event] = {}
         self._slots: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
     def __enter__(self) -> Mesh:
@@ -139,11 +148,20 @@ class Mesh:
 
         Raises:
             ModelError: the weights cannot be fetched or read.
+            InputError: the mesh's realigners were made for something else.
         """
         if self._backend is None:
             from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
 
-            self._backend = LocalBackend(self.blueprint.model, self.blueprint.communicator, progress)
+            backend = LocalBackend(self.blueprint.model, self.blueprint.communicator, progress)
+            try:
+                if self.blueprint.communicator.realigners is not None:
+                    path = self.blueprint.folder / Path(self.blueprint.communicator.realigners).expanduser()
+                    backend.load_realigners(path, self.blueprint.digests)
+            except UsageError:
+                backend.close()
+                raise
+            self._backend = backend
         return self._backend
 
     def close(self) -> None:
@@ -183,18 +201,42 @@ class Mesh:
         """
         given = {**(inputs or {}), **named}
         self.blueprint.check_inputs(given)
-        async with self._slot():
-            return await self._run(given, seed, sample, sinks)
+        order = next(self._orders)
+        self._ends[order] = asyncio.Event()
+        try:
+            async with self._slot():
+                if self.blueprint.run.deterministic:
+                    await self._wait_for(order - self._width)
+                return await self._run(given, seed, sample, sinks, self._reader(order))
+        finally:
+            self._ends.pop(order).set()
+
+    def _reader(self, order: int) -> Reader:
+        """Names a run to those who keep KV for it."""
+        sees = order - self._width if self.blueprint.run.deterministic else None
+        return Reader(run=f"run {order}", order=order, sees=sees)
+
+    @property
+    def _width(self) -> int:
+        """How many runs may overlap."""
+        wanted = self.blueprint.run.concurrency
+        return (os.cpu_count() or 1) if wanted == "auto" else wanted
+
+    async def _wait_for(self, order: int) -> None:
+        """Wait until every run up to a number has ended."""
+        while pending := [event for number, event in self._ends.items() if number <= order]:
+            await pending[0].wait()
 
     def _slot(self) -> asyncio.Semaphore:
         """Room for as many runs at once as ``run.concurrency`` says; ``auto`` is one a core. One an event loop."""
         loop = asyncio.get_running_loop()
         if self._slots is None or self._slots[0] is not loop:
-            wanted = self.blueprint.run.concurrency
-            self._slots = loop, asyncio.Semaphore((os.cpu_count() or 1) if wanted == "auto" else wanted)
+            self._slots = loop, asyncio.Semaphore(self._width)
         return self._slots[1]
 
-    async def _run(self, given: Mapping[str, str], seed: int | None, sample: str, sinks: Sequence[Sink]) -> RunResult:
+    async def _run(
+        self, given: Mapping[str, str], seed: int | None, sample: str, sinks: Sequence[Sink], reader: Reader
+    ) -> RunResult:
         """One run from its first event to its result."""
         backend = self.load()
         calls: list[ModelFinished] = []
@@ -204,7 +246,7 @@ class Mesh:
         stream.emit(self._started(backend, given))
         finished = False
         try:
-            messages = await self._walk(backend, given, stream, seed)
+            messages = await self._walk(backend, given, stream, seed, reader)
             answer = self._answer(messages)
             wall = time.perf_counter() - begun
             finished = True
@@ -218,6 +260,7 @@ class Mesh:
             stream.emit(RunFailed(error_type=type(error).__name__, error=str(error), wall_s=wall))
             raise
         finally:
+            await backend.release(reader.run)
             if not finished:
                 stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
         records = tuple(said[message.node, message.round].message for message in messages)
@@ -238,7 +281,7 @@ class Mesh:
             await asyncio.wait({task})
 
     async def _walk(
-        self, backend: Backend, given: Mapping[str, str], stream: EventStream, seed: int | None
+        self, backend: Backend, given: Mapping[str, str], stream: EventStream, seed: int | None, reader: Reader
     ) -> list[Message]:
         inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in given.items()}
         renderer = PromptRenderer(backend.tokenizer, self.blueprint.communicator.min_tokens)
@@ -254,6 +297,7 @@ class Mesh:
             stream.emit,
             self._predicates,
             lambda text: len(backend.tokenizer.encode(text, control=False)),
+            reader,
         )
         return await walk.run()
 

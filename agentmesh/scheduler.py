@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agentmesh.agents.base import Agent, Answer, Generates, Turn
 from agentmesh.config.topology import PythonRef
@@ -23,7 +23,7 @@ from agentmesh.events import (
     NodeSkipped,
     NodeStarted,
 )
-from agentmesh.prompt import Content, ContentKind, Exchange, Message
+from agentmesh.prompt import Content, ContentKind, Exchange, Message, Reader
 from agentmesh.topology import Edge, Topology, Visit, conditions
 
 Key = tuple[str, int]
@@ -39,6 +39,8 @@ class Worker:
         retry: how often a failed visit is tried again.
         timeout: seconds one attempt may take; ``None`` for no limit.
         kind: what its text is to its readers.
+        exact: whether it may read exact KV only.
+        remembers: whether its next prompt begins with this one.
     """
 
     agent: Agent
@@ -46,6 +48,8 @@ class Worker:
     retry: int = 0
     timeout: float | None = None
     kind: ContentKind = ContentKind.MESSAGE
+    exact: bool = False
+    remembers: bool = False
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Walk:
         emit: takes the run's events.
         predicates: edge conditions written in Python, by reference.
         count_tokens: length of a text in tokens, for text that no model generated.
+        reader: names the run to those who keep KV for it.
     """
 
     topology: Topology
@@ -69,10 +74,12 @@ class Walk:
     emit: Callable[[Event], None]
     predicates: Mapping[str, Callable[[Message], bool]]
     count_tokens: Callable[[str], int]
+    reader: Reader = field(default_factory=Reader)
     messages: dict[Key, Message] = field(default_factory=dict)
     _memory: dict[str, list[Exchange]] = field(default_factory=dict)
     _taken: Counter[int] = field(default_factory=Counter)
     _tasks: dict[Key, asyncio.Task[None]] = field(default_factory=dict)
+    _waiting: dict[Key, Visit] = field(default_factory=dict)
 
     async def run(self) -> list[Message]:
         """All messages in the order of the unrolled graph.
@@ -81,6 +88,7 @@ class Walk:
             NodeError: a node failed for good; the others are cancelled first.
         """
         visits = self.topology.unroll()
+        self._waiting = {(visit.node, visit.round): visit for visit in visits}
         try:
             for visit in visits:
                 self._tasks[visit.node, visit.round] = asyncio.create_task(self._visit(visit))
@@ -105,6 +113,7 @@ class Walk:
             for delivery in visit.inbox
             if (message := self._deliver(visit, delivery.order, delivery.source_round))
         )
+        del self._waiting[visit.node, visit.round]
         if visit.inbox and not inbox:
             reason = "no message reached it"
             self.emit(NodeSkipped(node=visit.node, round=visit.round, reason=reason))
@@ -120,7 +129,25 @@ class Walk:
         taken = (edge.max_visits is None or self._taken[order] < edge.max_visits) and self._open(edge, message)
         self._taken[order] += taken
         self.emit(EdgeTaken(source=edge.source, target=edge.target, round=visit.round, taken=taken))
-        return message if taken else None
+        if not taken:
+            return None
+        contents = tuple(replace(content, deliver=edge.deliver.value) for content in message.contents)
+        return replace(message, contents=contents)
+
+    def _awaited(self, visit: Visit) -> dict[str, int]:
+        """How many visits are still to come before each content, by origin, is read again."""
+        found: dict[str, int] = {}
+        for steps, later in enumerate(self._waiting.values(), 1):
+            origins = [content.origin for content in self.inputs.values()]
+            for delivery in later.inbox:
+                said = self.messages.get((delivery.source, delivery.source_round))
+                label = f"{self.workers[delivery.source].kind} {delivery.source}@{delivery.source_round}"
+                origins += [label] if said is None else [content.origin for content in said.contents]
+            if later.node == visit.node and self.workers[visit.node].remembers:
+                origins.append(f"{self.workers[visit.node].kind} {visit.node}@{visit.round}")
+            for origin in origins:
+                found.setdefault(origin, steps)
+        return found
 
     def _open(self, edge: Edge, message: Message) -> bool:
         if edge.condition is None:
@@ -173,6 +200,12 @@ class Walk:
             inbox,
             self._memory.setdefault(visit.node, []),
             attempt,
+            replace(
+                self.reader,
+                consumer=visit.node,
+                exact=self.workers[visit.node].exact,
+                awaited=self._awaited(visit),
+            ),
             self.model,
         )
 

@@ -113,6 +113,9 @@ class ScriptedModel:
         tokens = tuple(self.tokenizer.encode(text, control=False))
         return Completion(tokens, text, "stop", 0.0, ttft, 0.0, rows, self.preset)
 
+    async def release(self, run: str) -> None:
+        """Nothing is kept for a run."""
+
     def close(self) -> None:
         """Note that the mesh let go of the model."""
         self.closed = True

@@ -17,6 +17,7 @@ from agentmesh.config.mesh import (
     AgentBase,
     CustomAgentSpec,
     LlmAgentSpec,
+    Memory,
     PythonAgentSpec,
     RetrieverAgentSpec,
     VoteAgentSpec,
@@ -80,7 +81,10 @@ def _worker(blueprint: Blueprint, member: Member) -> Worker:
     make, kind = KINDS[type(member.spec)]
     retry = run.retry if member.spec.retry is None else member.spec.retry
     timeout = run.timeout if member.spec.timeout is None else member.spec.timeout
-    return Worker(make(member.spec, blueprint.folder), member.role, retry, timeout, kind)
+    remembers = isinstance(member.spec, LlmAgentSpec) and member.spec.memory is Memory.CONVERSATION
+    return Worker(
+        make(member.spec, blueprint.folder), member.role, retry, timeout, kind, member.reads_exactly, remembers
+    )
 
 
 def predicates(blueprint: Blueprint) -> Mapping[str, Callable[[Message], bool]]:

@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"agents", "sandbox", "blueprint", "scheduler", "calls", "workers", "local", "mesh", "record", "testing"}
     ),
-    frozenset({"bench", "display"}),
+    frozenset({"bench", "display", "tables", "plots"}),
     frozenset({"cli", "__main__"}),
 )
 HALVES = ({"kv"}, {"topology", "prompt"})
@@ -118,8 +118,9 @@ def test_no_module_has_broad_excepts_or_left_over_marks() -> None:
         assert not {"TODO", "FIXME", "XXX"} & set(text.replace(":", " ").split()), path
 
 
-def test_the_names_of_presets_are_the_same_with_and_without_torch() -> None:
-    from agentmesh.blueprint import PRESET_NAMES
-    from agentmesh.communicator import PRESETS
+def test_every_realigner_that_a_mesh_can_name_is_there() -> None:
+    from agentmesh.communicator import REALIGNERS
+    from agentmesh.config.presets import PRESETS, RealignerKind
 
-    assert tuple(PRESETS) == PRESET_NAMES
+    assert {preset.realigner for preset in PRESETS.values()} <= {*REALIGNERS, RealignerKind.ANCHORS}
+    assert set(RealignerKind) == {*REALIGNERS, RealignerKind.ANCHORS}

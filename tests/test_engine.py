@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.engine.composition import Composition
+from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.loop import Engine, FirstTokenReport, Generation
@@ -28,11 +28,18 @@ class Whole:
         self.tokens = tuple(tokens)
         self.seen: list[int] = []
 
-    def compose(self) -> Composition:
-        return Composition(self.tokens)
+    def compose(self) -> tuple[Composition, Parts]:
+        return Composition(self.tokens), Parts()
 
-    def prefilled(self, arena: Arena | None) -> None:
-        self.seen.append(-1 if arena is None else arena.length)
+    def prefilled(self, arena: Arena) -> None:
+        self.seen.append(arena.length)
+
+    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
+        assert arena.length >= len(self.tokens) + len(tokens) - 1
+        self.seen.append(int(logits.argmax()))
+
+    def closed(self) -> None:
+        self.seen.append(-1)
 
 
 def generate(engine: Engine, tokens: list[int], sampling: Sampling) -> tuple[Generation, str, list[FirstTokenReport]]:

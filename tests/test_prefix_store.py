@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agentmesh.kv.values import KV, Frame
 from agentmesh.sharing import prefix as module
+from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.prefix import PrefixStore
 
 BYTES = 2 * 4 * 4
@@ -32,7 +33,7 @@ def values(pieces: list[KV]) -> list[int]:
 
 
 def test_the_longest_prefix_that_ends_at_a_point_is_found() -> None:
-    store = PrefixStore(10_000)
+    store = PrefixStore(Budget(10_000))
     store.insert(b"m", range(10), (4, 8), reader(range(10)))
 
     assert values(store.match(b"m", [*range(8), 99], (4, 8))) == list(range(8))
@@ -41,7 +42,7 @@ def test_the_longest_prefix_that_ends_at_a_point_is_found() -> None:
 
 
 def test_another_tenant_finds_nothing() -> None:
-    store = PrefixStore(10_000)
+    store = PrefixStore(Budget(10_000))
     store.insert(b"one", range(10), (8,), reader(range(10)))
 
     assert store.match(b"two", range(10), (8,)) == []
@@ -52,7 +53,7 @@ def test_a_hash_collision_costs_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
         yield b"same", None, tuple(tokens[: points[0]])
 
     monkeypatch.setattr(module, "_chain", colliding)
-    store = PrefixStore(10_000)
+    store = PrefixStore(Budget(10_000))
     store.insert(b"m", [1, 2, 3], (2,), reader([1, 2, 3]))
 
     assert values(store.match(b"m", [1, 2, 9], (2,))) == [1, 2]
@@ -61,7 +62,7 @@ def test_a_hash_collision_costs_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_kept_is_a_copy() -> None:
     source = torch.ones(1, 1, 4, 4)
-    store = PrefixStore(10_000)
+    store = PrefixStore(Budget(10_000))
     store.insert(b"m", range(4), (4,), lambda a, b: KV(source[:, :, a:b], source[:, :, a:b], Frame.ABSOLUTE))
     source.zero_()
 
@@ -69,7 +70,7 @@ def test_what_is_kept_is_a_copy() -> None:
 
 
 def test_ends_of_chains_go_first_and_an_oversized_piece_is_refused() -> None:
-    store = PrefixStore(10 * BYTES)
+    store = PrefixStore(Budget(10 * BYTES))
     store.insert(b"m", range(9), (4, 8), reader(range(9)))
     store.insert(b"m", range(100, 106), (5,), reader(range(100, 106)))
 
@@ -84,7 +85,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = PrefixStore(40 * BYTES)
+        self.store = PrefixStore(Budget(40 * BYTES))
 
     @rule(head=st.integers(0, 3), tail=st.integers(0, 5), points=st.sets(st.integers(1, 15), min_size=1, max_size=3))
     def insert(self, head: int, tail: int, points: set[int]) -> None:
@@ -105,7 +106,7 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def the_budget_holds_and_the_count_is_true(self) -> None:
         entries = self.store._entries
-        assert self.store.nbytes == sum(entry.kv.nbytes for entry in entries.values()) <= self.store.budget
+        assert self.store.nbytes == sum(entry.kv.nbytes for entry in entries.values()) <= self.store.budget.limit
         for key, entry in entries.items():
             assert entry.children == sum(other.parent == key for other in entries.values())
             assert entry.parent is None or entry.parent in entries

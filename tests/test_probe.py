@@ -15,6 +15,7 @@ from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.masks import MaskPlan
 from agentmesh.engine.probe import probe
 from agentmesh.prompt import Prompt, Segment
+from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.prefix import PrefixStore
 
 ZOO = tiny.zoo()
@@ -86,10 +87,10 @@ def test_a_prefix_hit_is_bit_equal_to_the_same_prompt_computed_cold(name: str, d
     runner = runner_of(model)
     prompt = Prompt((Segment("fixed", "", TOKENS[:60]), Segment("question", "", TOKENS[60:])), (60,))
     other = Prompt((Segment("fixed", "", TOKENS[:60]), Segment("question", "", TOKENS[10:30])), (60,))
-    warm, cold = Prefix(PrefixStore(2**24), b"m"), Prefix(PrefixStore(2**24), b"m")
+    warm, cold = Prefix(PrefixStore(Budget(2**24)), b"m"), Prefix(PrefixStore(Budget(2**24)), b"m")
     first = runner.open(90)
     runner.prefill(first, warm.plan(other).composition)
-    warm.observe(other, first.arena)
+    warm.prefilled(other, warm.plan(other), first.arena)
     caches = {"warm": runner.open(90), "cold": runner.open(90)}
 
     plan = warm.plan(prompt)

@@ -19,6 +19,7 @@ from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.prompt import Content, ContentKind, Prompt, PromptRenderer, RoleTemplate, Scope
+from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.prefix import PrefixStore
 
 pytestmark = pytest.mark.model
@@ -45,10 +46,10 @@ def test_a_prefix_hit_is_bit_equal_to_a_cold_prefill(dtype: str, request: pytest
     assert support.level is Level.REALIGN
     assert isinstance(runner, ArenaRunner)
     first, second = prompts(loaded)
-    warm, cold = Prefix(PrefixStore(2**30), b"m"), Prefix(PrefixStore(2**30), b"m")
+    warm, cold = Prefix(PrefixStore(Budget(2**30)), b"m"), Prefix(PrefixStore(Budget(2**30)), b"m")
     caches = [runner.open(len(first.tokens)), runner.open(len(second.tokens)), runner.open(len(second.tokens))]
     runner.prefill(caches[0], warm.plan(first).composition)
-    warm.observe(first, caches[0].arena)
+    warm.prefilled(first, warm.plan(first), caches[0].arena)
 
     plan = warm.plan(second)
     hit = runner.prefill(caches[1], plan.composition)

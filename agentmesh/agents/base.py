@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 from agentmesh.config.mesh import GenerateSpec
-from agentmesh.prompt import Content, Exchange, Message, RoleTemplate
+from agentmesh.prompt import Content, Exchange, Message, Reader, RoleTemplate
 
 Answer = str | Content | Sequence[Content]
 """What an agent may return: text, or contents that keep their token ids."""
@@ -49,6 +49,7 @@ class Turn:
         inbox: the messages that reached it, by round and declaration.
         history: the agent's own earlier exchanges in this run, for ``memory: conversation``.
         attempt: 0, or the number of the retry.
+        reader: what sharing needs to know of the visit.
     """
 
     node: str
@@ -59,6 +60,7 @@ class Turn:
     inbox: tuple[Message, ...]
     history: list[Exchange]
     attempt: int
+    reader: Reader
     _model: Generates
 
     @property

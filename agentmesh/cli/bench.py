@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,16 +13,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from agentmesh.cli.options import Format, FormatOption
+from agentmesh.cli.options import Config, Format, FormatOption, Libraries, Sets
 from agentmesh.config.base import Frozen
+from agentmesh.config.load import load_mesh
 from agentmesh.config.mesh import Dtype, ModelSpec
+from agentmesh.config.presets import PRESETS
 from agentmesh.display import fetching
-from agentmesh.errors import InputError
+from agentmesh.errors import InputError, did_you_mean, listing
+from agentmesh.tables import fidelity_table, ttft_table
 
 app = typer.Typer(help="Measure the engine; ratios within one run, medians.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Option(help="A model's name, as in a mesh file.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of weights and KV.")]
+Presets = Annotated[str, typer.Option(help="Presets to compare, separated by commas.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a PNG plot to this file.")]
 Repeat = Annotated[int, typer.Option(min=1, help="Measured rounds; medians are reported.")]
 
 
@@ -37,10 +43,10 @@ def prefix(
     """Time to first token of a prompt whose beginning was seen before: prefix against dense."""
     if seen >= prompt:
         raise InputError(f"--seen {seen} must be less than --prompt {prompt}: the last token is always computed")
-    from agentmesh import bench  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.bench import speed  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
     with _bars(repeat + 1) as (progress, tick):
-        figures = bench.prefix(
+        figures = speed.prefix(
             _spec(model, dtype), prompt=prompt, seen=seen, repeats=repeat, progress=progress, tick=tick
         )
     _show(figures, format)
@@ -56,13 +62,112 @@ def decode(
     format: FormatOption = Format.TEXT,
 ) -> None:
     """Decoding speed of one sequence: arena against transformers' generate."""
-    from agentmesh import bench  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.bench import speed  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
     with _bars(repeat + 1) as (progress, tick):
-        figures = bench.decode(
+        figures = speed.decode(
             _spec(model, dtype), prompt=prompt, output=output, repeats=repeat, progress=progress, tick=tick
         )
     _show(figures, format)
+
+
+@app.command("fidelity")
+def fidelity(
+    config: Config,
+    data: Annotated[Path, typer.Option(help="JSONL file with a question on each line (and its context).")],
+    warmup: Annotated[int, typer.Option(min=1, help="Questions that are only observed.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Questions that are measured.")] = 40,
+    presets: Presets = "prefix,rotate,epic,kvcomm,linear,blend",
+    passages: Annotated[
+        str | None, typer.Option(help="COUNTxTOKENS: passages cut from the context take the retriever's place.")
+    ] = None,
+    corpus: Annotated[
+        bool, typer.Option("--corpus", help="Keep each passage behind a neutral header before anybody reads it.")
+    ] = False,
+    budget: Annotated[str, typer.Option(help="Bytes each preset may keep; anchor pools need many.")] = "4GiB",
+    set: Sets = None,
+    library: Libraries = None,
+    plot: Plot = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Distance of the presets' answers from dense: KL of next-token distributions over the dense continuation.
+
+    Example: agentmesh bench fidelity math-fully-connected --data gsm8k.jsonl --warmup 20 --limit 40
+    """
+    sets = [*(set or ()), f"communicator.budget={budget}"]
+    loaded = load_mesh(config, overrides=sets, libraries=library or ())
+    from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.bench import session  # noqa: PLC0415
+
+    names = _names(presets)
+    found = questions_of.read_questions(data, warmup + limit)
+    cut = None if passages is None else questions_of.Passages.parse(passages)
+    with _bars(warmup + limit) as (progress, tick):
+        figures = session.fidelity(loaded, found, names, warmup, cut, corpus=corpus, progress=progress, tick=tick)
+    if plot is not None:
+        from agentmesh.plots import plot_fidelity  # noqa: PLC0415  # matplotlib is slow to import
+
+        plot_fidelity(figures, plot)
+    if format is Format.JSON:
+        typer.echo(figures.model_dump_json(indent=2))
+    else:
+        Console().print(fidelity_table(figures))
+
+
+@app.command("ttft")
+def ttft(
+    model: Model = "smollm2-135m",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    agents: Annotated[int, typer.Option(min=1, help="Fully connected agents.")] = 5,
+    question: Annotated[int, typer.Option(min=1, help="Tokens of the question.")] = 1024,
+    prefix: Annotated[int, typer.Option(min=1, help="Tokens of each agent's own fixed text.")] = 512,
+    output: Annotated[int, typer.Option(min=1, help="Tokens of each message.")] = 512,
+    presets: Presets = "dense,prefix,prefix@role-last,kvcomm,linear",
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds that are not counted; slots warm up in them.")] = 5,
+    repeat: Repeat = 5,
+    layout: Annotated[
+        str, typer.Option(help="role-first or role-last; a preset may say its own, as prefix@role-last.")
+    ] = "role-first",
+    budget: Annotated[str, typer.Option(help="Bytes each preset may keep.")] = "4GiB",
+    plot: Plot = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Time to first token of fully connected agents, by agent and preset, with its parts.
+
+    Example: agentmesh bench ttft --agents 5 --question 1024 --prefix 512 --output 512
+    """
+    from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+
+    names = _names(presets)
+    sizes = session.setting(agents, question, prefix, output, layout)
+    with _bars((warmup + repeat) * len(names)) as (progress, tick):
+        figures = session.ttft(
+            _spec(model, dtype), names, sizes, warmup, repeat, budget=budget, progress=progress, tick=tick
+        )
+    if plot is not None:
+        from agentmesh.plots import plot_ttft  # noqa: PLC0415  # matplotlib is slow to import
+
+        plot_ttft(figures, plot)
+    if format is Format.JSON:
+        typer.echo(figures.model_dump_json(indent=2))
+    else:
+        Console().print(ttft_table(figures))
+
+
+def _names(text: str) -> list[str]:
+    """Preset names of an option.
+
+    Raises:
+        InputError: a name that is no preset, or none at all.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name.partition("@")[0] not in PRESETS:
+            hint = did_you_mean(name, PRESETS)
+            raise InputError(f"--presets: no preset named {name!r}; there are {listing(PRESETS)}.{hint}")
+    if not names:
+        raise InputError(f"--presets is empty; name some of {listing(PRESETS)}")
+    return list(dict.fromkeys(names))
 
 
 def _spec(model: str, dtype: Dtype) -> ModelSpec:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 from agentmesh.communicator.base import Plan, Preset
 from agentmesh.communicator.dense import Dense
+from agentmesh.communicator.kvcomm import KVComm
 from agentmesh.communicator.prefix import Prefix
-from agentmesh.config.mesh import CommunicatorSpec
+from agentmesh.communicator.slots import Slots
+from agentmesh.config.presets import PRESETS, CommunicatorSpec, RealignerKind, Share, choices
+from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.probe import Level, Support
+from agentmesh.engine.scout import Scout
 from agentmesh.errors import NotFoundError, did_you_mean, listing
 from agentmesh.events import Reason
+from agentmesh.kv.arena import KVShape
+from agentmesh.sharing.budget import Budget
+from agentmesh.sharing.linear import Linear
 from agentmesh.sharing.prefix import PrefixStore
+from agentmesh.sharing.realigner import NoOffset, Realigner
 
-__all__ = ["PRESETS", "Plan", "Preset", "make"]
+__all__ = ["REALIGNERS", "Plan", "Preset", "make"]
 
-
-def _dense(_spec: CommunicatorSpec, _root: bytes) -> Preset:
-    return Dense()
-
-
-def _prefix(spec: CommunicatorSpec, root: bytes) -> Preset:
-    return Prefix(PrefixStore(spec.budget), root, spec.min_tokens)
-
-
-PRESETS: dict[str, Callable[[CommunicatorSpec, bytes], Preset]] = {"dense": _dense, "prefix": _prefix}
+REALIGNERS: dict[RealignerKind, Callable[[KVShape], Realigner[Any]]] = {
+    RealignerKind.NONE: lambda _shape: NoOffset(),
+    RealignerKind.LINEAR: Linear.empty,
+}
+"""Kind → a realigner that has learned nothing. ``anchors`` is a preset of its own: it places fixed text, too."""
 
 
 def make(spec: CommunicatorSpec, support: Support, fingerprint: str, tenant: str = "local") -> Preset:
@@ -44,7 +48,19 @@ def make(spec: CommunicatorSpec, support: Support, fingerprint: str, tenant: str
         raise NotFoundError(
             f"no preset named {spec.preset!r}; there are {listing(PRESETS)}.{did_you_mean(spec.preset, PRESETS)}"
         )
-    if support.level is Level.DENSE and spec.preset != "dense":
+    choice = choices(spec)
+    runner = support.runner
+    if choice.share is Share.NOTHING:
+        return Dense()
+    if support.level is Level.DENSE or not isinstance(runner, ArenaRunner):
         return Dense(Reason.MODEL_UNSUPPORTED)
     root = hashlib.sha256(f"{fingerprint}\n{tenant}".encode()).digest()
-    return PRESETS[spec.preset](spec, root)
+    if choice.share is Share.PREFIX:
+        return Prefix(PrefixStore(Budget(spec.budget)), root, spec.min_tokens)
+    if support.level is Level.PREFIX:
+        return Prefix(PrefixStore(Budget(spec.budget)), root, spec.min_tokens, Reason.MODEL_UNSUPPORTED)
+    if choice.realigner is RealignerKind.ANCHORS:
+        assert runner.rope is not None, "the probe found it"
+        return KVComm(spec, root, runner.rope)
+    empty = REALIGNERS[choice.realigner]
+    return Slots(spec, choice, Scout(runner), root, lambda: empty(runner.shape))

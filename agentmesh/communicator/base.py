@@ -1,22 +1,36 @@
-"""The interface of a preset: decide what a prompt gets placed, and look at what was computed."""
+"""The interface of a preset: decide what a prompt gets placed, look at what was computed, keep what others may use."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from agentmesh.engine.composition import Composition
-from agentmesh.events import PlanRow, Reason, Treatment
+import torch
+
+from agentmesh.engine.composition import Composition, Parts
+from agentmesh.events import Audit, PlanRow, Reason, Treatment
 from agentmesh.kv.arena import Arena
-from agentmesh.prompt.segments import Prompt
+from agentmesh.prompt.segments import Content, Prompt
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided for one prompt: what the engine runs, and why, row by row."""
+    """What was decided for one prompt: what the engine runs, and why, row by row.
+
+    Args:
+        composition: what the engine runs.
+        rows: every token of the prompt, with its treatment and the reason.
+        slot_tokens: shareable slot tokens: an earlier agent read or wrote them, or the store holds them.
+        placed_slots: how many of them are placed.
+        parts: where the time went; the engine adds its own.
+    """
 
     composition: Composition
     rows: tuple[PlanRow, ...]
+    slot_tokens: int = 0
+    placed_slots: int = 0
+    parts: Parts = field(default_factory=Parts)
 
     def count(self, treatment: Treatment) -> int:
         """Prompt tokens with one treatment."""
@@ -26,16 +40,50 @@ class Plan:
 class Preset(ABC):
     """One strategy of reuse. Called on the engine's thread only, which makes it the owner of what it keeps.
 
-    Args of every implementation: none; what it needs is given by ``communicator.make``.
+    For each call ``plan``, ``prefilled`` and ``finished`` are called in this order, and ``closed`` at last, whatever
+    happened; ``release`` when a run ends.
     """
 
     @abstractmethod
     def plan(self, prompt: Prompt) -> Plan:
-        """Decide for one prompt, right before it is prefilled. Reads stores, changes no KV in them."""
+        """Decide for one prompt, right before it is prefilled. Reads stores, changes no KV in them.
+
+        Raises:
+            SharingError: something that must be shared cannot be.
+        """
 
     @abstractmethod
-    def observe(self, prompt: Prompt, arena: Arena) -> None:
-        """See a prompt's KV after its prefill; keep what later prompts may use."""
+    def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
+        """See a prompt's KV when its first token is out; keep what later prompts may use."""
+
+    def finished(  # noqa: B027  # most presets keep nothing more
+        self, prompt: Prompt, plan: Plan, arena: Arena, message: tuple[int, ...], logits: torch.Tensor
+    ) -> Audit | None:
+        """See the KV of the message, too: keep it, learn, and check the call.
+
+        Args:
+            prompt: the prompt.
+            plan: what was decided for it.
+            arena: its KV and the message's; the last token's is missing where nothing was decoded after it.
+            message: the generated tokens.
+            logits: ``[V]``, of the first token.
+        """
+
+    def closed(self, plan: Plan) -> None:  # noqa: B027  # most presets hold nothing for a call
+        """Let go of what the call held; it may have been cancelled at any point."""
+
+    def release(self, run: str) -> None:  # noqa: B027  # most presets keep nothing for a run
+        """Free what a finished run needed, and commit what it taught."""
+
+    def ingest(self, contents: Sequence[Content], header: tuple[int, ...]) -> int:  # noqa: ARG002  # few presets can
+        """Keep passages of a corpus, each behind a neutral header; how many were new and kept."""
+        return 0
+
+    def observe_only(self, *, on: bool) -> None:  # noqa: B027  # most presets have nothing to learn
+        """While on, every call is computed and observed, however much is known already (``agentmesh calibrate``)."""
+
+    def adopt(self, other: Preset) -> None:  # noqa: B027  # most presets have nothing to learn
+        """Begin with what another preset of the same kind has learned."""
 
     @property
     @abstractmethod

@@ -26,7 +26,7 @@ class Dense(Preset):
         """Compute the whole prompt in one forward."""
         return Plan(Composition(prompt.tokens), rows(prompt, 0, "", self._reason))
 
-    def observe(self, prompt: Prompt, arena: Arena) -> None:
+    def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
         """Keep nothing."""
 
     @property

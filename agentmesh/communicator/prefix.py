@@ -22,13 +22,17 @@ class Prefix(Preset):
     Args:
         store: where prefixes are kept.
         root: what their KV depends on besides tokens (model fingerprint, tenant).
+        limit: why what lies behind a prefix is computed; another where the model supports no more than prefixes.
         min_tokens: shorter pieces are not worth keeping; the renderer declares no reuse points closer than this.
     """
 
-    def __init__(self, store: PrefixStore, root: bytes, min_tokens: int = 1) -> None:
+    def __init__(
+        self, store: PrefixStore, root: bytes, min_tokens: int = 1, limit: Reason = Reason.BEHIND_PREFIX
+    ) -> None:
         self.store = store
         self._root = root
         self._min_tokens = min_tokens
+        self._limit = limit
 
     def plan(self, prompt: Prompt) -> Plan:
         """Place the longest stored prefix that ends at a reuse point."""
@@ -36,11 +40,12 @@ class Prefix(Preset):
         for kv in self.store.match(self._root, prompt.tokens, prompt.points):
             placed.append(Placement(at, kv))
             at += kv.tokens
-        reason = Reason.BEHIND_PREFIX if at else Reason.NOT_SEEN
+        limited = self._limit is not Reason.BEHIND_PREFIX
+        reason = self._limit if at or limited else Reason.NOT_SEEN
         composition = Composition(prompt.tokens, tuple(placed), prompt.points)
         return Plan(composition, rows(prompt, at, "prefix store", reason))
 
-    def observe(self, prompt: Prompt, arena: Arena) -> None:
+    def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:  # noqa: ARG002  # all of it is exact
         """Keep the prompt's pieces up to its last reuse point, or all of it where a conversation goes on from it."""
         points, end = prompt.points, len(prompt.tokens)
         if prompt.continues and end - (points[-1] if points else 0) >= self._min_tokens:

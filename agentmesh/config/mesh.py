@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
 from agentmesh.config.base import PYTHON_REF, VARIABLE, Bytes, Choice, Frozen, Integer, Number, Seconds, Shorthand
+from agentmesh.config.presets import MIB, CommunicatorSpec
 from agentmesh.config.topology import Parameter, TopologySpec
-
-MIB = 2**20
 
 
 class Dtype(Choice):
@@ -29,7 +28,11 @@ class Memory(Choice):
 
 
 class Reads(Choice):
-    """Whether an agent may read realigned KV (``auto``) or only exact KV."""
+    """Whether an agent may read realigned KV (``auto``) or only exact KV.
+
+    Agents whose role or name says "judge" read exactly unless their entry says otherwise: approximate KV changes a
+    judge's choice without a trace in its accuracy.
+    """
 
     AUTO = "auto"
     EXACT = "exact"
@@ -78,7 +81,7 @@ class LlmAgentSpec(AgentBase):
     system: str = ""
     prompt: str
     memory: Memory = Memory.NONE
-    reads: Reads = Reads.AUTO
+    reads: Reads | None = None
     generate: GenerateSpec = GenerateSpec()
 
 
@@ -149,21 +152,18 @@ AgentSpec = Annotated[
 ]
 
 
-class CommunicatorSpec(Frozen):
-    """How agents get each other's KV: a preset's name, and what it may use."""
-
-    preset: Annotated[str, Field(min_length=1)] = "prefix"
-    budget: Bytes = 1024 * MIB
-    min_tokens: Annotated[Integer, Field(ge=1)] = 32
-
-
 class RunSpec(Frozen):
-    """How a mesh runs. ``retry`` and ``timeout`` hold for each node that does not say otherwise."""
+    """How a mesh runs. ``retry`` and ``timeout`` hold for each node that does not say otherwise.
+
+    ``deterministic``: what is shared, and so every token, depends on seed and inputs alone: a run uses what was learned
+    ``concurrency`` runs before it and earlier, and gates that depend on measured time are off.
+    """
 
     concurrency: Annotated[Integer, Field(ge=1)] | Literal["auto"] = "auto"
     seed: Integer = 0
     retry: Annotated[Integer, Field(ge=0)] = 0
     timeout: Seconds | None = None
+    deterministic: bool = False
 
 
 def _topology_tag(value: Any) -> str:

@@ -13,10 +13,31 @@ from transformers.masking_utils import sdpa_mask
 NAME = "agentmesh_sdpa"
 
 
+class AttentionWatch:
+    """Sums the attention that one forward's queries pay to each key, over layers and heads.
+
+    Passed to a model as the option ``agentmesh_watch``.
+    """
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(0)
+
+    def see(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> None:
+        """Add one layer's attention; shapes as in ``attention``."""
+        groups = query.shape[1] // key.shape[1]
+        grouped = query.view(query.shape[0], key.shape[1], groups, *query.shape[2:]).float()
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = grouped @ key.unsqueeze(2).float().mT * scale
+        if mask is not None:
+            scores = scores + mask.unsqueeze(2).float()
+        paid = scores.softmax(dim=-1).sum(dim=(0, 1, 2, 3))
+        self.total = paid if not len(self.total) else self.total + paid
+
+
 def use_grouped_heads(model: Any) -> None:
-    """Let a model on the CPU that runs transformers' sdpa attention use this module's; others stay as they are."""
+    """Let a model that runs transformers' sdpa attention use this module's; others stay as they are."""
     config = model.config.get_text_config()
-    if config._attn_implementation == "sdpa" and model.device.type == "cpu":  # noqa: SLF001  # it has no public name
+    if config._attn_implementation == "sdpa":  # noqa: SLF001  # it has no public name
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
@@ -35,8 +56,12 @@ def attention(
     transformers repeats keys and values for grouped heads whenever there is a mask, which is needed on some devices
     but not on the CPU. Everything else goes to its own function.
     """
+    watch = options.pop("agentmesh_watch", None)
+    if watch is not None:
+        watch.see(query, key, attention_mask, options.get("scaling"))
+    on_cpu = query.device.type == "cpu"
     plain = options.get("position_bias") is None and options.get("cache") is None and not options.get("dropout")
-    if attention_mask is None or query.shape[2] == 1 or not plain:
+    if attention_mask is None or query.shape[2] == 1 or not plain or not on_cpu:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output
     mixed = functional.scaled_dot_product_attention(

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from agentmesh.engine.cache import ArenaCache
-from agentmesh.engine.composition import Composition
+from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.masks import MaskPlan, Masks
 from agentmesh.kv.arena import Arena, KVShape
 from agentmesh.kv.rope import Rope
@@ -47,6 +47,13 @@ class ArenaRunner:
         Returns:
             Logits ``[V]`` at the last of the positions.
         """
+        return self.run(cache, tokens, positions, keep=1)[-1]
+
+    @torch.inference_mode()
+    def run(
+        self, cache: ArenaCache, tokens: Sequence[int], positions: Sequence[int], *, keep: int, **options: Any
+    ) -> torch.Tensor:
+        """As ``forward``, with logits ``[keep, V]`` at the last ``keep`` positions; ``options`` go to the attention."""
         device = self.shape.device
         first, length = positions[0], positions[-1] + 1
         index = torch.tensor(positions, device=device)
@@ -62,22 +69,34 @@ class ArenaRunner:
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
+            **options,
         )
-        logits: torch.Tensor = output.logits[0, -1]
+        logits: torch.Tensor = output.logits[0]
         return logits
 
-    def prefill(self, cache: ArenaCache, composition: Composition) -> torch.Tensor:
+    @torch.inference_mode()
+    def prefill(self, cache: ArenaCache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:
         """Fill an arena with a prompt: placed tokens are copied, the others computed (METHOD 1).
+
+        Args:
+            cache: a fresh arena.
+            composition: what is placed and where the computing is cut.
+            parts: gets the times.
 
         Returns:
             Logits ``[V]`` at the last position of the prompt.
         """
+        parts = Parts() if parts is None else parts
         for piece in composition.placed:
-            cache.arena.place(piece.start, piece.kv, self.rope)
+            with parts.timed("realign"):
+                kv = piece.kv.fetch()
+            with parts.timed("compose"):
+                cache.arena.place(piece.start, kv, self.rope)
         logits = None
-        for chunk in composition.chunks():
-            logits = self.forward(cache, [composition.tokens[p] for p in chunk], chunk)
+        with parts.timed("forward"):
+            for chunk in composition.chunks():
+                logits = self.forward(cache, [composition.tokens[p] for p in chunk], chunk)
         assert logits is not None, "the last token is always computed"
         return logits
 
@@ -106,10 +125,11 @@ class PlainRunner:
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 
-    def prefill(self, cache: Cache, composition: Composition) -> torch.Tensor:
+    def prefill(self, cache: Cache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:
         """Compute a whole prompt; logits ``[V]`` at its last position."""
         assert not composition.placed, "nothing can be placed in this model's cache"
-        return self.forward(cache, composition.tokens, range(len(composition.tokens)))
+        with (Parts() if parts is None else parts).timed("forward"):
+            return self.forward(cache, composition.tokens, range(len(composition.tokens)))
 
 
 Runner = ArenaRunner | PlainRunner

@@ -18,7 +18,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from agentmesh.engine.cache import ArenaCache
-from agentmesh.engine.composition import Composition
+from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.probe import Support
 from agentmesh.engine.sampling import Sampler, Sampling
@@ -30,13 +30,19 @@ Result = TypeVar("Result")
 
 
 class Source(Protocol):
-    """Where one request's prompt comes from. Both methods are called on the engine's thread."""
+    """Where one request's prompt comes from. All methods are called on the engine's thread, in this order."""
 
-    def compose(self) -> Composition:
-        """Decide what to place, right before the prefill."""
+    def compose(self) -> tuple[Composition, Parts]:
+        """Decide what to place, right before the prefill, and say how long that took."""
 
-    def prefilled(self, arena: Arena | None) -> None:
-        """Look at the arena after the first token is out; ``None`` where the model runs over its own cache."""
+    def prefilled(self, arena: Arena) -> None:
+        """Look at the arena when the first token is out; what is kept now, the next prompt can use."""
+
+    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
+        """Look at the arena with the whole message in it; ``logits [V]`` are the first token's."""
+
+    def closed(self) -> None:
+        """The request is over, whatever happened."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Generation:
         queue_ms: waiting for the engine before the prefill.
         ttft_ms: from the request to the first token, waiting included.
         decode_ms: from the first token to the last.
+        learn_ms: keeping KV, learning and checking after the message.
     """
 
     tokens: tuple[int, ...]
@@ -66,13 +73,17 @@ class Generation:
     queue_ms: float
     ttft_ms: float
     decode_ms: float
+    learn_ms: float
 
 
 class Sequence:
     """One live sequence: its cache and what it has generated. Owned by the request that started it."""
 
-    def __init__(self, cache: Cache, length: int, sampler: Sampler, text: TextStream, sampling: Sampling) -> None:
+    def __init__(
+        self, cache: Cache, length: int, logits: torch.Tensor, sampler: Sampler, text: TextStream, sampling: Sampling
+    ) -> None:
         self.cache = cache
+        self.first_logits = logits
         self.length = length
         self.sampling = sampling
         self.tokens: list[int] = []
@@ -161,43 +172,66 @@ class Engine:
         """
         self.check(prompt_tokens)
         arrived = time.perf_counter()
-        sequence, begun = await self._on_thread(lambda: self._start(source, prompt_tokens, sampling))
-        first = time.perf_counter()
-        report = FirstTokenReport(queue_ms=(begun - arrived) * 1e3, ttft_ms=(first - arrived) * 1e3)
-        on_first(report)
-        await self._on_thread(lambda: source.prefilled(_arena(sequence.cache)))
-        shown = 0
-        while True:
-            if len(sequence.pieces) > shown and sequence.pieces[shown]:
-                on_text(sequence.pieces[shown])
-            shown = len(sequence.pieces)
-            if sequence.finish:
-                break
-            await self._on_thread(lambda: self._step(sequence))
-        decode_ms = (time.perf_counter() - first) * 1e3
-        text = self.tokenizer.decode(sequence.tokens)
-        return Generation(tuple(sequence.tokens), text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms)
+        try:
+            sequence, begun, first = await self._on_thread(lambda: self._start(source, prompt_tokens, sampling))
+            report = FirstTokenReport(queue_ms=(begun - arrived) * 1e3, ttft_ms=(first - arrived) * 1e3)
+            on_first(report)
+            shown = 0
+            while True:
+                if len(sequence.pieces) > shown and sequence.pieces[shown]:
+                    on_text(sequence.pieces[shown])
+                shown = len(sequence.pieces)
+                if sequence.finish:
+                    break
+                await self._on_thread(lambda: self._step(sequence))
+            decode_ms = (time.perf_counter() - first) * 1e3
+            learn_ms = await self._on_thread(lambda: self._finish(source, sequence))
+        finally:
+            self._thread.submit(source.closed)
+        text, tokens = self.tokenizer.decode(sequence.tokens), tuple(sequence.tokens)
+        return Generation(tokens, text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms, learn_ms)
+
+    async def do(self, work: Callable[[], Result]) -> Result:
+        """Run something on the engine's thread, between its forwards."""
+        return await self._on_thread(work)
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _start(self, source: Source, prompt_tokens: int, sampling: Sampling) -> tuple[Sequence, float]:
+    def _start(self, source: Source, prompt_tokens: int, sampling: Sampling) -> tuple[Sequence, float, float]:
+        """Plan, prefill, pick the first token: the sequence, when it began, when the token was out.
+
+        The prompt's KV is kept before any other request can begin: siblings that read the same new text wait for
+        one prefill of it, not for its message.
+        """
         begun = time.perf_counter()
-        composition = source.compose()
+        composition, parts = source.compose()
         runner = self.support.runner
         room = min(prompt_tokens + sampling.max_tokens, self.loaded.max_context)
         cache = runner.open(room)
-        logits = runner.prefill(cache, composition)
+        logits = runner.prefill(cache, composition, parts)
         sampler = Sampler(sampling, self._suppressed)
-        sequence = Sequence(cache, prompt_tokens, sampler, self.tokenizer.stream(), sampling)
+        sequence = Sequence(cache, prompt_tokens, logits, sampler, self.tokenizer.stream(), sampling)
         sequence.accept(logits, self.loaded.stop_token_ids, self.loaded.max_context)
-        return sequence, begun
+        first = time.perf_counter()
+        arena = _arena(cache)
+        if arena is not None:
+            source.prefilled(arena)
+        return sequence, begun, first
 
     def _step(self, sequence: Sequence) -> None:
         position = sequence.length
         logits = self.support.runner.forward(sequence.cache, sequence.tokens[-1:], (position,))
         sequence.length += 1
         sequence.accept(logits, self.loaded.stop_token_ids, self.loaded.max_context)
+
+    def _finish(self, source: Source, sequence: Sequence) -> float:
+        """Let the source look at the whole sequence; the milliseconds that takes."""
+        begun = time.perf_counter()
+        arena = _arena(sequence.cache)
+        if arena is not None:
+            source.finished(arena, tuple(sequence.tokens), sequence.first_logits)
+        return (time.perf_counter() - begun) * 1e3
 
 
 def _arena(cache: Cache) -> Arena | None:

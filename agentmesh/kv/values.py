@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 
@@ -50,6 +51,10 @@ class KV:
         """Bytes that keys and values hold."""
         return self.keys.nbytes + self.values.nbytes
 
+    def fetch(self) -> KV:
+        """Itself; a KV is its own source."""
+        return self
+
     def cut(self, start: int, stop: int) -> KV:
         """Tokens ``start`` to ``stop`` as a view of the same memory."""
         return KV(self.keys[:, :, start:stop], self.values[:, :, start:stop], self.frame)
@@ -57,6 +62,17 @@ class KV:
     def owned(self) -> KV:
         """A contiguous copy that shares memory with nothing."""
         return KV(self.keys.clone(), self.values.clone(), self.frame)
+
+
+class KVSource(Protocol):
+    """KV that is made when it is placed: stored rows as they are, or realigned."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens ``T``."""
+
+    def fetch(self) -> KV:
+        """The rows."""
 
 
 def join(pieces: Sequence[KV]) -> KV:

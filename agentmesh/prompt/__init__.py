@@ -1,7 +1,7 @@
 """Prompts as segments: fixed text of a template and the content of its slots, each tokenised by itself."""
 
-from agentmesh.prompt.render import ChatTokenizer, Exchange, PromptRenderer
-from agentmesh.prompt.segments import Content, ContentKind, Message, Prompt, Segment
+from agentmesh.prompt.render import ChatTokenizer, Exchange, PromptRenderer, neutral_header
+from agentmesh.prompt.segments import Content, ContentKind, Message, Prompt, Reader, Segment
 from agentmesh.prompt.templates import RoleTemplate, Scope
 
 __all__ = [
@@ -12,7 +12,9 @@ __all__ = [
     "Message",
     "Prompt",
     "PromptRenderer",
+    "Reader",
     "RoleTemplate",
     "Scope",
     "Segment",
+    "neutral_header",
 ]

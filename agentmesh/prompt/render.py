@@ -139,6 +139,13 @@ class PromptRenderer:
         return tuple(points)
 
 
+def neutral_header(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """What a passage of a corpus stands behind while its KV is made: the chat template with a plain system text."""
+    mark = "\ue002"
+    turns = [{"role": "system", "content": "You are given a document."}, {"role": "user", "content": mark}]
+    return tuple(tokenizer.encode(tokenizer.chat(turns).partition(mark)[0], control=True))
+
+
 def shared_beginnings(leads: Sequence[Sequence[int]], own: Sequence[int]) -> tuple[int, ...]:
     """Lengths at which other agents' leading tokens stop being identical to ``own`` (METHOD 5, layout)."""
     lengths = set()

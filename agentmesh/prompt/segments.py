@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from agentmesh.config.base import Choice
@@ -27,12 +28,14 @@ class Content:
         origin: its name in plans and events, such as ``question`` or ``message solver.1@0``.
         tokens: its token ids where they are given (a message keeps the ids it was generated as); ``None`` lets
             the renderer tokenise the text.
+        deliver: ``auto``; ``text`` where its edge wants it computed, ``kv`` where it must be shared.
     """
 
     text: str
     kind: ContentKind
     origin: str
     tokens: tuple[int, ...] | None = None
+    deliver: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,32 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """Who reads a prompt, as far as sharing needs to know.
+
+    Args:
+        run: names the run; what is kept for it is freed when it ends.
+        order: the run's place among all runs of its mesh; learning is committed in this order.
+        sees: the last run whose learning this one may use; ``None`` for whatever is committed when it begins.
+        consumer: the agent, by name; offsets are learned for each consumer.
+        exact: whether it may read exact KV only.
+        awaited: how many visits of the run are still to come before each content (by origin) is read again, this
+            call's own message included; what is missing is not read again.
+        writes: origin of the message that this call writes.
+        seed: of the call; decides whether it is audited.
+    """
+
+    run: str = ""
+    order: int = 0
+    sees: int | None = None
+    consumer: str = ""
+    exact: bool = False
+    awaited: Mapping[str, int] = field(default_factory=dict)
+    writes: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Prompt:
     """An ordered list of segments, ready for the engine.
 
@@ -69,11 +98,13 @@ class Prompt:
         points: declared reuse points, ascending positions inside the prompt at which another prompt's identical
             beginning may end. Prefill is cut there whether or not anything is reused.
         continues: whether a later prompt of the same conversation will begin with the whole of this one.
+        reader: whose prompt it is.
     """
 
     segments: tuple[Segment, ...]
     points: tuple[int, ...] = ()
     continues: bool = False
+    reader: Reader = field(default_factory=Reader)
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from agentmesh.kv.values import KV
+from agentmesh.sharing.budget import Budget, Worth
 
 
 @dataclass
@@ -44,13 +45,17 @@ class PrefixStore:
     """Prefix KV under a hard byte budget, least recently used entries evicted first, ends of chains before beginnings.
 
     Args:
-        budget: bytes that all entries hold at most, at any time.
+        budget: the limit that its entries share with other stores.
     """
 
-    budget: int
+    budget: Budget
     nbytes: int = 0
     stats: PrefixStats = field(default_factory=PrefixStats)
     _entries: OrderedDict[bytes, Entry] = field(default_factory=OrderedDict)
+    _growing: bytes | None = None
+
+    def __post_init__(self) -> None:
+        self.budget.join(self)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -88,7 +93,8 @@ class PrefixStore:
                 continue
             start = 0 if parent is None else self._reach(parent)
             kv = read(start, start + len(piece))
-            if not self._make_room(kv.nbytes, keep=parent):
+            self._growing = parent
+            if not self.budget.room(kv.nbytes):
                 self.stats.refused += 1
                 break
             if parent is not None:
@@ -96,6 +102,7 @@ class PrefixStore:
             self._entries[key] = Entry(parent, piece, kv.owned())
             self.nbytes += kv.nbytes
             self.stats.stored += 1
+        self._growing = None
 
     def clear(self) -> None:
         """Forget everything."""
@@ -111,16 +118,19 @@ class PrefixStore:
             key = entry.parent
         return reach
 
-    def _make_room(self, need: int, keep: bytes | None) -> bool:
-        """Evict until ``need`` bytes fit; never the chain that ends with ``keep``. False where that cannot be."""
-        while self.nbytes + need > self.budget:
-            victim = next((key for key, entry in self._entries.items() if not entry.children and key != keep), None)
-            if need > self.budget or victim is None:
-                return False
-            self._evict(victim)
-        return True
+    def evict(self, wanted: int, worth: Worth) -> int:
+        """Drop least recently used ends of chains, never the chain that is growing now; see ``budget.Store``."""
+        freed = 0
+        while worth is Worth.LATER and freed < wanted:
+            ends = (key for key, entry in self._entries.items() if not entry.children and key != self._growing)
+            victim = next(ends, None)
+            if victim is None:
+                break
+            freed += self._entries[victim].kv.nbytes
+            self._drop(victim)
+        return freed
 
-    def _evict(self, key: bytes) -> None:
+    def _drop(self, key: bytes) -> None:
         entry = self._entries.pop(key)
         self.nbytes -= entry.kv.nbytes
         if entry.parent is not None:

@@ -13,7 +13,8 @@ import torch
 
 from agentmesh.backend import Completion
 from agentmesh.config.base import Frozen
-from agentmesh.config.mesh import CommunicatorSpec, GenerateSpec, ModelSpec
+from agentmesh.config.mesh import GenerateSpec, ModelSpec
+from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.embedded import Progress
 from agentmesh.events import PlanRow
 from agentmesh.local import LocalBackend

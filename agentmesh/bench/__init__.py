@@ -1,0 +1,1 @@
+"""Measurements that the documentation quotes; every one compares ways within one run."""

@@ -1,0 +1,134 @@
+"""Questions from a JSONL file, and the dense runs that turn them into model calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from agentmesh.agents.base import Agent, Answer, Turn
+from agentmesh.bench.rig import Call, Recording
+from agentmesh.blueprint import Blueprint
+from agentmesh.config.mesh import RetrieverAgentSpec
+from agentmesh.errors import InputError
+from agentmesh.mesh import Mesh
+from agentmesh.prompt import ChatTokenizer, Content, ContentKind
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of the file: its text, and paragraphs that go with it (``title`` and ``text`` joined)."""
+
+    text: str
+    context: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Passages:
+    """``4x256``: how many passages of how many tokens a question's context is cut into."""
+
+    count: int
+    tokens: int
+
+    @staticmethod
+    def parse(text: str) -> Passages:
+        """From its text.
+
+        Raises:
+            InputError: it is not two numbers with an x between them.
+        """
+        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,5})", text)
+        if match is None:
+            raise InputError(f"--passages {text!r}: expected COUNTxTOKENS, such as 4x256")
+        return Passages(int(match[1]), int(match[2]))
+
+    def cut(self, question: Question, tokenizer: ChatTokenizer) -> tuple[Content, ...]:
+        """A question's passages, of exactly the asked length.
+
+        Raises:
+            InputError: the context is too short.
+        """
+        text = "\n\n".join(question.context)
+        ids = tokenizer.encode(text, control=False)
+        if len(ids) < self.count * self.tokens:
+            raise InputError(
+                f"--passages {self.count}x{self.tokens} needs {self.count * self.tokens} tokens of context, but the "
+                f"question {question.text[:60]!r} has {len(ids)}; ask for fewer or shorter passages"
+            )
+        pieces = [tuple(ids[i * self.tokens : (i + 1) * self.tokens]) for i in range(self.count)]
+        return tuple(
+            Content(tokenizer.decode(piece), ContentKind.DOCUMENT, f"document {number}", piece)
+            for number, piece in enumerate(pieces, 1)
+        )
+
+
+def read_questions(path: Path, limit: int) -> list[Question]:
+    """The first ``limit`` questions of a JSONL file with ``question`` and optionally ``context`` on each line.
+
+    Raises:
+        InputError: the file cannot be read, a line is no question, or there are fewer.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--data {path}: cannot be read ({error}); expected a JSONL file in UTF-8") from error
+    found = [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()][:limit]
+    if len(found) < limit:
+        raise InputError(f"--data {path} has {len(found)} questions, but {limit} are asked for; lower --limit/--warmup")
+    return found
+
+
+def _parsed(line: str, place: str) -> Question:
+    try:
+        data: dict[str, Any] = json.loads(line)
+        context = tuple(f"{part.get('title', '')}\n{part['text']}".strip() for part in data.get("context") or ())
+        return Question(str(data["question"]), context)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f'{place}: expected {{"question": …, "context": […]}}, found {line[:60]!r}') from error
+
+
+@final
+class GivenPassages(Agent):
+    """Stands in for a retriever: says the passages it was given."""
+
+    def __init__(self) -> None:
+        self.passages: tuple[Content, ...] = ()
+
+    async def act(self, turn: Turn) -> Answer:  # noqa: ARG002  # whatever is asked
+        """The passages of the question at hand."""
+        return self.passages
+
+
+def stand_ins(blueprint: Blueprint, passages: Passages | None) -> dict[str, GivenPassages]:
+    """A stand-in for each retriever of a mesh, where passages are given.
+
+    Raises:
+        InputError: passages are given, but the mesh has no retriever that would hand them out.
+    """
+    if passages is None:
+        return {}
+    nodes = [node for node, member in blueprint.members.items() if isinstance(member.spec, RetrieverAgentSpec)]
+    if not nodes:
+        raise InputError("--passages needs a mesh with an agent of `kind: retriever`, whose place the passages take")
+    return {node: GivenPassages() for node in nodes}
+
+
+def dense_runs(
+    mesh: Mesh,
+    recording: Recording,
+    questions: Sequence[Question],
+    given: Mapping[str, GivenPassages],
+    passages: Passages | None,
+) -> Iterator[Sequence[Call]]:
+    """Run a mesh on each question and give the model calls it made."""
+    name = "question" if "question" in mesh.blueprint.inputs else mesh.blueprint.inputs[0]
+    for question in questions:
+        if passages is not None:
+            contents = passages.cut(question, recording.tokenizer)
+            for agent in given.values():
+                agent.passages = contents
+        mesh.run({name: question.text})
+        yield recording.take()

@@ -1,0 +1,105 @@
+"""One measurement from its settings to its figures: loads the model, runs the bench, closes the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pydantic import ValidationError
+
+from agentmesh.bench import fidelity as fidelity_bench
+from agentmesh.bench import ttft as ttft_bench
+from agentmesh.bench.data import Passages, Question, dense_runs, stand_ins
+from agentmesh.bench.figures import Fidelity, Times
+from agentmesh.bench.rig import Recording
+from agentmesh.blueprint import draft
+from agentmesh.config.load import LoadedMesh
+from agentmesh.config.mesh import ModelSpec
+from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.engine.embedded import Progress
+from agentmesh.engine.probe import Level
+from agentmesh.errors import InputError, UnsupportedModelError
+from agentmesh.local import LocalBackend
+from agentmesh.mesh import Mesh
+
+DENSE = CommunicatorSpec(preset="dense")
+
+
+def fidelity(
+    loaded: LoadedMesh,
+    questions: Sequence[Question],
+    names: Sequence[str],
+    warmup: int,
+    passages: Passages | None,
+    *,
+    corpus: bool,
+    progress: Progress | None,
+    tick: Callable[[], None],
+) -> Fidelity:
+    """Measure presets on a mesh; see ``bench.fidelity``.
+
+    Raises:
+        UnsupportedModelError: the model's KV cannot be moved.
+        InputError: the passages do not fit the mesh or the questions.
+    """
+    blueprint = draft(loaded)
+    given = stand_ins(blueprint, passages)
+    backend = _backend(blueprint.model, progress)
+    recording = Recording(backend)
+    with Mesh.from_loaded(loaded, model=recording, agents=given) as mesh:
+        chosen = fidelity_bench.specs(blueprint.communicator, names)
+        runs = dense_runs(mesh, recording, questions, given, passages)
+        return fidelity_bench.measure(backend, runs, chosen, warmup, corpus=corpus, tick=tick)
+
+
+def ttft(
+    model: ModelSpec,
+    names: Sequence[str],
+    setting: ttft_bench.Setting,
+    warmup: int,
+    repeat: int,
+    *,
+    budget: str,
+    progress: Progress | None,
+    tick: Callable[[], None],
+) -> Times:
+    """Time presets; see ``bench.ttft``.
+
+    Raises:
+        UnsupportedModelError: the model's KV cannot be moved.
+        InputError: sizes beyond the model's context, or a budget that is no size.
+    """
+    try:
+        base = CommunicatorSpec.model_validate({"preset": "dense", "budget": budget})
+    except ValidationError as error:
+        raise InputError(f"--budget {budget!r}: expected a size such as 4GiB") from error
+    backend = _backend(model, progress)
+    try:
+        longest = max(
+            len(call.prompt.tokens) + len(call.message)
+            for call in ttft_bench.round_of_calls(backend.tokenizer, setting, setting.layout, 0)
+        )
+        backend.engine.check(longest)
+        return ttft_bench.measure(backend, base, names, setting, warmup=warmup, repeat=repeat, tick=tick)
+    finally:
+        backend.close()
+
+
+def setting(agents: int, question: int, prefix: int, output: int, layout: str) -> ttft_bench.Setting:
+    """Sizes of a TTFT measurement.
+
+    Raises:
+        InputError: no such layout.
+    """
+    try:
+        return ttft_bench.Setting(agents, question, prefix, output, ttft_bench.Layout(layout))
+    except ValueError as error:
+        raise InputError(f"--layout {layout!r}: expected role-first or role-last") from error
+
+
+def _backend(model: ModelSpec, progress: Progress | None) -> LocalBackend:
+    backend = LocalBackend(model, DENSE, progress)
+    support = backend.engine.support
+    if support.level is not Level.REALIGN:
+        backend.close()
+        raise UnsupportedModelError(f"{backend.name} cannot share slots: {support.reason}; measure another model")
+    return backend

@@ -1,0 +1,43 @@
+"""English text without end for benchmarks: a harbour's ledger, different for every seed, the same for the same one."""
+
+from __future__ import annotations
+
+import random
+
+BOATS = ("Heron", "Marigold", "Old Tom", "Swift", "Northern Star", "Patience", "Kestrel", "Blue Anchor", "Juniper")
+PEOPLE = ("Ada", "Bram", "Captain Voss", "the clerk", "Ines", "the harbour master", "old Pieter", "Ruth", "a sailor")
+GOODS = ("salt", "timber", "oranges", "wool", "copper wire", "tea", "slate", "barley", "lamp oil", "rope")
+PLACES = ("the north quay", "the customs house", "the market", "Lock Street", "the dry dock", "the lighthouse")
+SENTENCES = (
+    "On day {day} the {boat} unloaded {n} crates of {good} at {place}, and {person} signed for {m} of them.",
+    "{person} counted {n} barrels of {good} and found {m} fewer than the papers of the {boat} said.",
+    "Because the wind turned, the {boat} waited {m} hours before {place} and paid {n} crowns for a pilot.",
+    "If each crate of {good} weighs {m} kilograms, then {n} crates need a cart that carries {nm} kilograms.",
+    "{person} asked whether the {boat} could take {n} sacks of {good} to the islands before day {day}.",
+    "The price of {good} rose from {m} to {n} crowns, which {person} noted with a red pencil.",
+    "Nobody at {place} had seen the {boat} since day {day}, although {person} was sure that it had left {good} there.",
+    "After {m} days of rain, {person} moved {n} bales of {good} from {place} to a drier room.",
+    "The council let {person} repair {place} for {n} crowns and asked for a report within {m} days.",
+    "Half of the {n} passengers of the {boat} came for the fair; the others looked for work at {place}.",
+)
+
+
+def english(seed: str, sentences: int) -> str:
+    """So many sentences about the harbour."""
+    rng = random.Random(seed)  # noqa: S311  # text, no secrets
+    found = []
+    for _ in range(sentences):
+        n, m = rng.randint(12, 960), rng.randint(2, 60)
+        found.append(
+            rng.choice(SENTENCES).format(
+                day=rng.randint(1, 365),
+                boat=rng.choice(BOATS),
+                person=rng.choice(PEOPLE),
+                good=rng.choice(GOODS),
+                place=rng.choice(PLACES),
+                n=n,
+                m=m,
+                nm=n * m,
+            )
+        )
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in found)

@@ -1,0 +1,201 @@
+"""Time to first token in the paper's setting (arXiv 2510.12872, table 2).
+
+Fully connected agents, each with a fixed prefix of its own, read the same question and all earlier messages. Everything
+between the prompt and its first token counts: planning, matching, realigning, copying, the forward. Learning is outside
+and reported by itself. Messages are text of the asked length, prefilled in their sender's context, so that a
+measurement takes minutes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from agentmesh.bench.fidelity import settings, specs
+from agentmesh.bench.figures import PresetTimes, Speedup, Times
+from agentmesh.bench.rig import Call, Rig, Timed
+from agentmesh.bench.text import english
+from agentmesh.communicator import Preset, make
+from agentmesh.config.base import Choice
+from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.engine.forward import ArenaRunner
+from agentmesh.events import Treatment
+from agentmesh.local import LocalBackend
+from agentmesh.prompt import ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment
+
+WORDS_A_SENTENCE = 16
+COMMON_PREFIX = 32
+
+
+class Layout(Choice):
+    """Where an agent's own fixed text stands: before what the agents share, or behind it (METHOD 5, layout)."""
+
+    ROLE_FIRST = "role-first"
+    ROLE_LAST = "role-last"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Args:
+        agents: how many there are.
+        question: tokens of the question.
+        prefix: tokens of each agent's own fixed text.
+        output: tokens of each message.
+        layout: where the agents' own text stands, for presets that do not say.
+    """
+
+    agents: int
+    question: int
+    prefix: int
+    output: int
+    layout: Layout
+
+
+@dataclass
+class _Subject:
+    name: str
+    preset: Preset
+    layout: Layout
+    rounds: list[list[Timed]] = field(default_factory=list)
+    learn_ms: float = 0.0
+    kv_bytes: int = 0
+
+
+def measure(
+    backend: LocalBackend,
+    base: CommunicatorSpec,
+    names: Sequence[str],
+    setting: Setting,
+    *,
+    warmup: int,
+    repeat: int,
+    tick: Callable[[], None],
+) -> Times:
+    """Time presets on the same calls.
+
+    Args:
+        backend: the model.
+        base: settings of every preset, such as the budget.
+        names: presets; ``NAME@role-last`` measures one in a layout of its own.
+        setting: sizes.
+        warmup: rounds that are not counted.
+        repeat: rounds whose medians are reported.
+        tick: called after each preset's round.
+    """
+    support, loaded = backend.engine.support, backend.engine.loaded
+    assert isinstance(support.runner, ArenaRunner), "checked by the caller"
+    rig = Rig(support.runner)
+    chosen = specs(base, [name.partition("@")[0] for name in names])
+    subjects = [
+        _Subject(name, make(chosen[name.partition("@")[0]], support, loaded.fingerprint), _layout(name, setting))
+        for name in names
+    ]
+    for number in range(warmup + repeat):
+        turn = number % len(subjects)
+        for subject in subjects[turn:] + subjects[:turn]:
+            calls = round_of_calls(backend.tokenizer, setting, subject.layout, number)
+            timed = [rig.timed(subject.preset, call) for call in calls]
+            subject.kv_bytes = max(subject.kv_bytes, subject.preset.nbytes)
+            subject.preset.release(f"round {number}")
+            if number < warmup:
+                subject.learn_ms += sum(one.learn_ms for one in timed)
+            else:
+                subject.rounds.append(timed)
+            tick()
+    presets = {subject.name: _summary(subject, setting.agents) for subject in subjects}
+    described = {**asdict(setting), "warmup": warmup, "repeat": repeat, "presets": settings(chosen)}
+    return Times(
+        model=loaded.name,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        settings=described,
+        presets=presets,
+        speedup=_speedups(presets),
+    )
+
+
+def round_of_calls(tokenizer: ChatTokenizer, setting: Setting, layout: Layout, number: int) -> list[Call]:
+    """The agents' calls on one question; only question and messages differ between rounds."""
+    question = Content("", ContentKind.INPUT, "question", _text(tokenizer, f"question {number}", setting.question))
+    messages: list[Content] = []
+    calls = []
+    for agent in range(1, setting.agents + 1):
+        name = f"agent.{agent}"
+        label = f"message {name}@0"
+        said = _text(tokenizer, f"message {number} {agent}", setting.output)
+        prompt = _prompt(tokenizer, setting, layout, agent, [question, *messages])
+        awaited = {content.origin: 1 for content in (question, *messages)} | {label: 1}
+        reader = Reader(f"round {number}", number, None, name, awaited=awaited, writes=label, seed=number)
+        calls.append(Call(Prompt(prompt.segments, prompt.points, reader=reader), said))
+        messages.append(Content("", ContentKind.MESSAGE, label, said))
+    return calls
+
+
+def _prompt(
+    tokenizer: ChatTokenizer, setting: Setting, layout: Layout, agent: int, contents: Sequence[Content]
+) -> Prompt:
+    own = _text(tokenizer, f"role {agent}", setting.prefix)
+    first = layout is Layout.ROLE_FIRST
+    lead = own if first else _text(tokenizer, "team", COMMON_PREFIX)
+    segments, points, at = [Segment("fixed", "", lead)], [len(lead)], len(lead)
+    for number, content in enumerate(contents):
+        label = tuple(tokenizer.encode(f"\n\nAgent {number} wrote:\n" if number else "\n", control=False))
+        assert content.tokens is not None, "a bench gives contents as tokens"
+        segments += [Segment("fixed", "", label), Segment(content.origin, "", content.tokens, content)]
+        at += len(label) + len(content.tokens)
+        if not first:
+            points.append(at)
+    end = tuple(tokenizer.encode("\n\nAnswer the question.\n", control=False))
+    segments.append(Segment("fixed", "", end if first else (*own, *end)))
+    return Prompt(tuple(segments), tuple(points))
+
+
+def _text(tokenizer: ChatTokenizer, seed: str, tokens: int) -> tuple[int, ...]:
+    """So many tokens of English."""
+    found = tokenizer.encode(english(seed, 2 + tokens // WORDS_A_SENTENCE), control=False)
+    while len(found) < tokens:
+        found += tokenizer.encode(" " + english(f"{seed} {len(found)}", 8), control=False)
+    return tuple(found[:tokens])
+
+
+def _layout(name: str, setting: Setting) -> Layout:
+    _, _, layout = name.partition("@")
+    return Layout(layout) if layout else setting.layout
+
+
+def _summary(subject: _Subject, agents: int) -> PresetTimes:
+    columns = [[timed[agent] for timed in subject.rounds] for agent in range(agents)]
+    medians = tuple(statistics.median(one.ttft_ms for one in column) for column in columns)
+    parts = tuple(_parts(column) for column in columns)
+    return PresetTimes(
+        by_agent_ms=medians,
+        sum_ms=sum(medians),
+        parts_ms={name: sum(part[name] for part in parts) for name in parts[0]},
+        parts_by_agent_ms=parts,
+        learn_ms=subject.learn_ms,
+        keep_ms=statistics.median(sum(one.learn_ms for one in timed) for timed in subject.rounds),
+        kv_bytes=subject.kv_bytes,
+        placed=tuple(column[-1].plan.composition.placed_tokens for column in columns),
+        computed=tuple(column[-1].plan.count(Treatment.COMPUTED) for column in columns),
+        calls_shared=tuple(sum(one.plan.placed_slots > 0 for one in column) for column in columns),
+    )
+
+
+def _parts(column: Sequence[Timed]) -> dict[str, float]:
+    names = asdict(column[0].plan.parts)
+    return {name: statistics.median(asdict(one.plan.parts)[name] for one in column) for name in names}
+
+
+def _speedups(presets: Mapping[str, PresetTimes]) -> dict[str, Speedup]:
+    if "dense" not in presets:
+        return {}
+    dense = presets["dense"]
+    return {
+        name: Speedup(
+            by_agent=tuple(a / b for a, b in zip(dense.by_agent_ms, times.by_agent_ms, strict=True)),
+            sum=dense.sum_ms / times.sum_ms,
+        )
+        for name, times in presets.items()
+    }

@@ -1,0 +1,55 @@
+"""``agentmesh calibrate``: let a mesh learn from example questions, so that its first real request already shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from agentmesh.cli.options import Config, Libraries, Sets
+from agentmesh.config.load import load_mesh
+from agentmesh.display import fetching
+from agentmesh.errors import InputError
+from agentmesh.mesh import Mesh
+
+
+def calibrate(
+    config: Config,
+    data: Annotated[Path, typer.Option(help="JSONL file with a question on each line.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write; name it under communicator.realigners.")
+    ] = Path("realigners.safetensors"),
+    limit: Annotated[int, typer.Option(min=1, help="How many questions to run; 10 to 20 are enough.")] = 20,
+    set: Sets = None,
+    library: Libraries = None,
+) -> None:
+    """Run a mesh on example questions, computing everything, and save what its realigners learn.
+
+    Example: agentmesh calibrate math-fully-connected --data gsm8k.jsonl --limit 20 -o math.safetensors
+
+    Then in the mesh file: communicator: {preset: linear, realigners: math.safetensors}
+    """
+    from agentmesh.bench.data import read_questions  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.local import LocalBackend  # noqa: PLC0415
+
+    if not output.resolve().parent.is_dir():
+        raise InputError(f"--output {output}: the folder {output.resolve().parent} does not exist; make it first")
+    questions = read_questions(data, limit)
+    console = Console(stderr=True)
+    with Mesh.from_loaded(load_mesh(config, overrides=set or (), libraries=library or ())) as mesh:
+        with fetching(console, quiet=False) as progress:
+            backend = mesh.load(progress)
+        assert isinstance(backend, LocalBackend), "a mesh from a file runs its model itself"
+        name = "question" if "question" in mesh.blueprint.inputs else mesh.blueprint.inputs[0]
+        backend.observe_only(on=True)
+        with Progress(console=console, transient=True) as bars:
+            task = bars.add_task("observing", total=limit)
+            for question in questions:
+                mesh.run({name: question.text})
+                bars.advance(task)
+        for line in backend.save_realigners(output, mesh.blueprint.digests):
+            typer.echo(line)
+    typer.echo(f"saved: {output}; use it with communicator: {{preset: linear, realigners: {output}}}")

@@ -1,0 +1,290 @@
+"""``kvcomm``: the method of arXiv 2510.12872, for comparison: slots and the fixed text behind them from anchor pools.
+
+Faithful to the paper: an anchor pool for each slot with a length and an entropy criterion (eq. 5), offsets as weighted
+means over anchors for the slot (eq. 6) and the fixed text behind it (eq. 7), layer 0 untouched, eviction of the least
+used among the oldest ``window`` anchors, and all or nothing: one slot that cannot be predicted makes the call dense.
+
+Deviations, each in its favour or needed to be correct:
+
+- Keys, offsets and distances are position-free (METHOD 2); the reference adds offsets in a rotated frame.
+- Bases are free (METHOD 3): the first reader's KV of a question, the sender's decode KV of a message. The reference
+  pays a prefill of its own for each question; here the first reader is dense.
+- The base of fixed text is its KV in the consumer's first prompt, instead of a prefill with literal markers.
+- Weights for slots are by token and for fixed text by channel, as the reference code has them; the gate's weights come
+  from the values of all layers, as there.
+- A consumer has a pool of its own for each slot (anchors share base KV), so an anchor without this consumer's offset
+  cannot occur; a use is counted for the anchors that carry nine tenths of the gate's weight, where the reference counts
+  all; the pool never exceeds its limit, which is in anchors *and* in bytes.
+- The last token of a message cut at its length has no KV and is computed. The prefix is exact and always reused.
+- Learning is committed when a run ends, in the order of the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+
+from agentmesh.communicator.base import Plan, Preset
+from agentmesh.communicator.keeper import Keeper, KeptPlan
+from agentmesh.communicator.labels import Label, Labels, computed
+from agentmesh.config.presets import AnchorSpec, CommunicatorSpec
+from agentmesh.engine.composition import Composition, Parts, Placement
+from agentmesh.events import Audit, Reason, Treatment
+from agentmesh.kv.arena import Arena
+from agentmesh.kv.rope import Rope
+from agentmesh.kv.values import KV, KVSource
+from agentmesh.prompt.segments import Prompt, Reader
+from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
+from agentmesh.sharing.budget import Budget, Worth
+from agentmesh.sharing.ledger import Ledger
+from agentmesh.sharing.matching import REASONS, Match, Matcher
+
+DEEPEST = 254
+"""The paper reuses whatever it has, however often it was predicted before."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A matched slot: its segment, its pool, and what the pool makes of it."""
+
+    match: Match
+    pool: AnchorPool
+    weighing: Weighing | Reason
+
+    @property
+    def base(self) -> KV:
+        """The content's base KV, as far as it goes."""
+        return self.match.reading.cut(self.match.at, self.match.at + self.match.tokens)
+
+
+@dataclass(frozen=True)
+class AnchoredPlan(KeptPlan):
+    """A plan with its slots; ``dense`` where one of them made the call so."""
+
+    slots: tuple[Slot, ...] = ()
+    dense: bool = True
+
+
+@dataclass(frozen=True)
+class NewAnchor:
+    """A finding: an anchor, and the fixed text's KV that its offset refers to."""
+
+    anchor: Anchor
+    fixed: KV | None
+
+
+Finding = NewAnchor | tuple[int, ...]
+
+
+class Pools:
+    """Owns the anchor pools, inside a byte budget.
+
+    Args:
+        spec: size of a pool, and how it evicts.
+        budget: where the anchors count.
+    """
+
+    def __init__(self, spec: AnchorSpec, budget: Budget) -> None:
+        self._spec = spec
+        self._budget = budget
+        self.ledger: Ledger[AnchorPool, Finding] = Ledger(self._learn)
+        budget.join(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all anchors; tensors that several share count once."""
+        pools = self.ledger.states.values()
+        return sum({t.data_ptr(): t.nbytes for pool in pools for t in pool.tensors}.values())
+
+    @property
+    def held(self) -> int:
+        """Anchors in all pools."""
+        return sum(len(pool.anchors) for pool in self.ledger.states.values())
+
+    def evict(self, wanted: int, worth: Worth) -> int:
+        """Give up the oldest anchor of the fullest pool until there is room; see ``budget.Store``."""
+        before, states = self.nbytes, self.ledger.states
+        while worth is Worth.LATER and self.held and before - self.nbytes < wanted:
+            name = max(states, key=lambda name: len(states[name].anchors))
+            states[name] = replace(states[name], anchors=states[name].anchors[1:])
+        return before - self.nbytes
+
+    def _learn(self, name: str, pool: AnchorPool | None, finding: Finding) -> AnchorPool | None:
+        pool = pool or AnchorPool()
+        if isinstance(finding, tuple):
+            return pool.used(finding)
+        if not self._budget.room(sum(tensor.nbytes for tensor in finding.anchor.tensors)):
+            return pool
+        pool = self.ledger.states.get(name, pool)  # the budget may have dropped anchors of this very pool
+        grown = replace(pool, fixed=finding.fixed if pool.fixed is None else pool.fixed)
+        return grown.add(finding.anchor, self._spec.pool, self._spec.window)
+
+
+@final
+class KVComm(Preset):
+    """The paper's method.
+
+    Args:
+        spec: budget and anchor pools.
+        root: what KV depends on besides tokens (model fingerprint, tenant).
+        rope: the model's rotation.
+    """
+
+    def __init__(self, spec: CommunicatorSpec, root: bytes, rope: Rope) -> None:
+        self._spec = spec
+        self.keeper = Keeper(spec, root, rope)
+        self.pools = Pools(spec.anchors, self.keeper.budget)
+        self._matcher = Matcher(self.keeper.segments, blocks=False, max_depth=DEEPEST)
+        self._bases: dict[str, dict[tuple[int, ...], KV]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of prefixes, segments and anchors."""
+        return self.keeper.budget.used
+
+    def plan(self, prompt: Prompt) -> AnchoredPlan:
+        """All slots and the fixed text behind them, or nothing but the prefix."""
+        parts = Parts()
+        with parts.timed("match"):
+            lead = self.keeper.lead(prompt)
+            at = lead[-1].stop if lead else 0
+            found = self._matcher.match(prompt, at)
+            pools = self._pools(prompt.reader)
+            slots = tuple(self._weighed(prompt, match, pools) for match in found.matches)
+        with parts.timed("plan"):
+            labels = Labels(prompt, found.missing)
+            labels.paint(0, at, Label(Treatment.PLACED_EXACT, Reason.IDENTICAL_PREFIX, "prefix store"))
+            blocked = bool(found.missing) or any(isinstance(slot.weighing, Reason) for slot in slots)
+            placed = list(lead)
+            for number, slot in enumerate(slots):
+                why = self._refusal(prompt, slot, blocked=blocked)
+                if why is not None:
+                    labels.paint(slot.match.start, slot.match.stop, computed(why, number))
+                    continue
+                for start, source, reason in self._sources(prompt, slot):
+                    label = Label(Treatment.PLACED_REALIGNED, reason, slot.match.source, number)
+                    labels.paint(start, start + source.tokens, label)
+                    placed.append(Placement(start, source))
+            labels.check(strict=self._spec.strict)
+            return self._plan(labels, placed, slots, parts)
+
+    def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
+        """Keep exact beginnings, and a reading of the contents."""
+        assert isinstance(plan, AnchoredPlan), "a preset gets its own plans back"
+        self.keeper.keep_prompt(prompt, plan, arena)
+
+    def finished(
+        self,
+        prompt: Prompt,
+        plan: Plan,
+        arena: Arena,
+        message: tuple[int, ...],
+        logits: torch.Tensor,  # noqa: ARG002  # the paper checks nothing
+    ) -> Audit | None:
+        """Keep the message; a dense call gives anchors, another one counts which it used."""
+        assert isinstance(plan, AnchoredPlan), "a preset gets its own plans back"
+        self.keeper.keep_message(prompt, plan, arena, message)
+        reader = prompt.reader
+        if reader.exact or not reader.run or not plan.teaches:
+            return None
+        for slot in plan.slots:
+            if plan.dense and isinstance(slot.weighing, Reason):
+                self.pools.ledger.note(reader.run, self._name(prompt, slot.match), self._new(prompt, slot, arena))
+            elif not plan.dense and isinstance(slot.weighing, Weighing):
+                self.pools.ledger.note(reader.run, self._name(prompt, slot.match), slot.weighing.used)
+        return None
+
+    def closed(self, plan: Plan) -> None:
+        """Unpin what the call read and wrote."""
+        assert isinstance(plan, AnchoredPlan), "a preset gets its own plans back"
+        self.keeper.let_go(plan)
+
+    def release(self, run: str) -> None:
+        """Free a run's segments, commit its anchors."""
+        self.keeper.segments.release(run)
+        self.pools.ledger.end(run)
+        self._bases.pop(run, None)
+
+    def adopt(self, other: Preset) -> None:
+        """Begin with the other's anchors; they are shared, not copied."""
+        assert isinstance(other, KVComm), "presets adopt from their own kind"
+        self.pools.ledger.states = dict(other.pools.ledger.states)
+
+    def _pools(self, reader: Reader) -> Mapping[str, AnchorPool]:
+        return self.pools.ledger.view(reader.run, reader.order, reader.sees)
+
+    @staticmethod
+    def _name(prompt: Prompt, match: Match) -> str:
+        """A slot of a consumer: the same origin and the same fixed text behind it."""
+        content = prompt.segments[match.first].content
+        assert content is not None, "a match begins at a slot"
+        behind = prompt.segments[match.first + 1].tokens if match.first + 1 < len(prompt.segments) else ()
+        return f"{prompt.reader.consumer} {content.origin} {hash(behind)}"
+
+    def _weighed(self, prompt: Prompt, match: Match, pools: Mapping[str, AnchorPool]) -> Slot:
+        pool = pools.get(self._name(prompt, match), AnchorPool())
+        base = match.reading.cut(match.at, match.at + match.tokens)
+        return Slot(match, pool, pool.weigh(base, self._spec.anchors.gamma))
+
+    @staticmethod
+    def _refusal(prompt: Prompt, slot: Slot, *, blocked: bool) -> Reason | None:
+        if prompt.reader.exact:
+            return Reason.READS_EXACTLY
+        if isinstance(slot.weighing, Reason):
+            return slot.weighing
+        return Reason.OBSERVING if blocked else None
+
+    @staticmethod
+    def _sources(prompt: Prompt, slot: Slot) -> list[tuple[int, KVSource, Reason]]:
+        """A slot and the fixed text behind it, to be placed; the prompt's last token is always computed."""
+        match, weighing = slot.match, slot.weighing
+        assert isinstance(weighing, Weighing), "only predicted slots are placed"
+        found: list[tuple[int, KVSource, Reason]] = [
+            (match.start, AnchoredSlot(slot.base, weighing.anchors), REASONS[match.relation])
+        ]
+        behind = match.first + 1
+        if behind < len(prompt.segments) and prompt.segments[behind].content is None and slot.pool.fixed is not None:
+            start = prompt.starts[behind]
+            stop = min(start + slot.pool.fixed.tokens, len(prompt.tokens) - 1)
+            if stop > start:
+                fixed = AnchoredFixed(slot.pool.fixed, slot.base, weighing.anchors, 0, stop - start)
+                found.append((start, fixed, Reason.ANCHORED))
+        return found
+
+    def _plan(self, labels: Labels, placed: list[Placement], slots: tuple[Slot, ...], parts: Parts) -> AnchoredPlan:
+        def of_match(number: int, low: int, high: int) -> bytes:
+            return bytes([slots[number].match.depth] * (high - low))
+
+        shareable, shared = labels.slot_tokens()
+        moved = [piece.start for piece in placed if labels[piece.start].match >= 0]
+        plan = AnchoredPlan(
+            Composition(labels.prompt.tokens, tuple(placed), labels.prompt.points),
+            labels.rows(),
+            shareable,
+            shared,
+            parts,
+            labels.depths(of_match),
+            exact_until=min(moved, default=len(labels)),
+            pinned=tuple(slot.match.number for slot in slots),
+            slots=slots,
+            dense=not moved,
+        )
+        self.keeper.pin(plan)
+        return plan
+
+    def _new(self, prompt: Prompt, slot: Slot, arena: Arena) -> NewAnchor:
+        """An anchor from a dense call."""
+        match, rope = slot.match, self.keeper.rope
+        truth = arena.read_free(match.start, match.stop, rope)
+        bases = self._bases.setdefault(prompt.reader.run, {})
+        base = bases.setdefault(prompt.tokens[match.start : match.stop], slot.base.owned())
+        behind, fixed, first = match.first + 1, None, slot.pool.fixed
+        if behind < len(prompt.segments) and prompt.segments[behind].content is None:
+            start = prompt.starts[behind]
+            now = arena.read_free(start, start + len(prompt.segments[behind].tokens), rope)
+            first = now if first is None else first
+            fixed = offset(first, now)
+        return NewAnchor(Anchor(base, offset(base, truth), fixed), first)

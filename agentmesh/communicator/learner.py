@@ -1,0 +1,202 @@
+"""What was learned of each slot, whether it may be shared, and the breaker that stops it (METHOD 6.2, 6.3).
+
+A *link* is a consumer and what the reading's agent had to do with the text. For each link there are two realigners, for
+exact bases and for approximate ones, its audits, and its breaker. All of them are frozen values in a ledger, so a run
+sees one version of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.events import Audit, Reason
+from agentmesh.kv.values import KV
+from agentmesh.prompt.segments import Reader
+from agentmesh.sharing.budget import Budget, Worth
+from agentmesh.sharing.ledger import Ledger
+from agentmesh.sharing.matching import Match, Relation
+from agentmesh.sharing.realigner import Realigner
+
+KL_PER_RESIDUAL = 0.1
+"""Nats for each unit of relative residual, before audits have measured it (docs/method.md)."""
+
+AUDITS_KEPT = 50
+AUDITS_NEEDED = 10
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One audit as a link remembers it."""
+
+    kl: float
+    flip: bool
+    residual: float
+
+
+@dataclass(frozen=True)
+class LinkState:
+    """What is known of one link.
+
+    Args:
+        exact: the realigner for exact bases.
+        deep: the realigner for bases that are approximate themselves.
+        audits: the last ones.
+        wait: observations that an opened breaker still waits for; 0 where it is closed.
+    """
+
+    exact: Realigner[Any]
+    deep: Realigner[Any]
+    audits: tuple[Audited, ...] = ()
+    wait: int = 0
+
+    def realigner(self, depth: int, warmup: int) -> Realigner[Any]:
+        """The one for bases of a depth; the other where that has seen less than it needs."""
+        first, second = (self.deep, self.exact) if depth else (self.exact, self.deep)
+        enough = first.observations >= warmup or first.observations >= second.observations
+        return first if enough else second
+
+    def predicted_kl(self, residual: float) -> float:
+        """Nats a token that a residual stands for, as audits have measured it."""
+        seen = sum(audit.residual for audit in self.audits)
+        if len(self.audits) < AUDITS_NEEDED or not seen:
+            return KL_PER_RESIDUAL * residual
+        return residual * sum(audit.kl for audit in self.audits) / seen
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A finding of one observation."""
+
+    deep: bool
+    finding: Any
+
+
+Finding = Observed | Audited
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a match may be placed: with which realigner, or why not."""
+
+    realigner: Realigner[Any] | None
+    reason: Reason | None = None
+
+    @property
+    def cold(self) -> bool:
+        """Whether the slot has to be observed before it can be shared."""
+        return self.reason in (Reason.NOT_WARM, Reason.BREAKER_OPEN)
+
+
+class Learner:
+    """Owns what links have learned.
+
+    Args:
+        spec: warm-up and limits.
+        empty: makes a realigner that has learned nothing.
+        budget: where its statistics count.
+
+    While ``observing`` is set, no slot counts as warm.
+    """
+
+    def __init__(self, spec: CommunicatorSpec, empty: Callable[[], Realigner[Any]], budget: Budget) -> None:
+        self._spec = spec
+        self._empty = empty
+        self._budget = budget
+        self.fresh = LinkState(empty(), empty())
+        self.observing = False
+        self.ledger: Ledger[LinkState, Finding] = Ledger(self._learn)
+        budget.join(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all statistics that are committed."""
+        return sum(_bytes(state) for state in self.ledger.states.values())
+
+    def evict(self, wanted: int, worth: Worth) -> int:  # noqa: ARG002  # the interface of a store
+        """Statistics are small and dear: none is given up."""
+        return 0
+
+    def verdict(self, reader: Reader, match: Match) -> Verdict:
+        """Whether a match may be placed now."""
+        state = self._view(reader).get(link(reader, match), self.fresh)
+        realigner = state.realigner(match.depth, self._spec.warmup)
+        if self.observing:
+            return Verdict(None, Reason.NOT_WARM)
+        if state.wait:
+            return Verdict(None, Reason.BREAKER_OPEN)
+        if realigner.needs_warmup and realigner.observations < self._spec.warmup:
+            full = not realigner.observations and self._budget.limit < 2 * self.fresh.exact.nbytes
+            return Verdict(None, Reason.NO_ROOM if full else Reason.NOT_WARM)
+        if state.predicted_kl(realigner.residual) > self._spec.max_kl:
+            return Verdict(None, Reason.PREDICTED_ERROR)
+        return Verdict(realigner)
+
+    def observe(self, reader: Reader, match: Match, base: KV, truth: KV) -> None:
+        """Learn from a block whose truth is exact."""
+        name = link(reader, match)
+        state = self._view(reader).get(name, self.fresh)
+        deep = match.depth > 0
+        finding = (state.deep if deep else state.exact).study(base, truth)
+        self.ledger.note(reader.run, name, Observed(deep, finding))
+
+    def audited(self, reader: Reader, matches: Sequence[Match], kl: float, *, flip: bool) -> Audit:
+        """Note an audit for every slot that was placed; names those whose breaker it opens."""
+        opened = []
+        for name in sorted({link(reader, match) for match in matches}):
+            state = self._view(reader).get(name, self.fresh)
+            residual = max(state.exact.residual, state.deep.residual)
+            found = Audited(kl, flip, residual)
+            self.ledger.note(reader.run, name, found)
+            if not state.wait and self._too_far((*state.audits, found)):
+                opened.append(name)
+        return Audit(kl=kl, flip=flip, opened=tuple(opened))
+
+    def begin(self, reader: Reader) -> None:
+        """Fix what a run sees."""
+        self._view(reader)
+
+    def end(self, run: str) -> None:
+        """Commit what a run taught."""
+        self.ledger.end(run)
+
+    def _view(self, reader: Reader) -> Mapping[str, LinkState]:
+        return self.ledger.view(reader.run, reader.order, reader.sees)
+
+    def _learn(self, _name: str, state: LinkState | None, finding: Finding) -> LinkState | None:
+        state = state or self.fresh
+        if isinstance(finding, Audited):
+            audits = (*state.audits, finding)[-AUDITS_KEPT:]
+            if state.wait or not self._too_far(audits):
+                return replace(state, audits=audits)
+            return replace(self.fresh, wait=self._spec.warmup)
+        old = state.deep if finding.deep else state.exact
+        if not old.observations and not self._budget.room(old.nbytes):
+            return None
+        new = old.learn(finding.finding)
+        wait = max(state.wait - 1, 0)
+        return replace(state, deep=new, wait=wait) if finding.deep else replace(state, exact=new, wait=wait)
+
+    def _too_far(self, audits: Sequence[Audited]) -> bool:
+        """Whether the moving averages of a link's audits pass a limit."""
+        if len(audits) < AUDITS_NEEDED:
+            return False
+        kl = sum(audit.kl for audit in audits) / len(audits)
+        flips = sum(audit.flip for audit in audits) / len(audits)
+        return kl > self._spec.max_kl or flips > self._spec.max_flips
+
+
+def link(reader: Reader, match: Match) -> str:
+    """The name of a consumer's link: offsets are learned by consumer and by what the source did with the text."""
+    return f"{reader.consumer} {match.relation}"
+
+
+def shares(relation: Relation) -> bool:
+    """Whether a match of this relation is moved into another context, so that there is something to learn."""
+    return relation is not Relation.HISTORY
+
+
+def _bytes(state: LinkState) -> int:
+    return sum(realigner.nbytes for realigner in (state.exact, state.deep) if realigner.observations)

@@ -1,0 +1,97 @@
+"""What links have learned, in a file: safetensors with the model's fingerprint and the agents' templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from agentmesh.communicator.learner import LinkState
+from agentmesh.errors import InputError, RecordError
+
+VERSION = 1
+
+
+def save(path: Path, states: Mapping[str, LinkState], fingerprint: str, consumers: Mapping[str, str]) -> None:
+    """Write all links.
+
+    Args:
+        path: the file; replaced whole or not at all.
+        states: what each link has learned.
+        fingerprint: of the model.
+        consumers: agent → digest of its template; offsets hold for this text alone.
+
+    Raises:
+        RecordError: the file cannot be written.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    links: dict[str, dict[str, int]] = {}
+    for name, state in sorted(states.items()):
+        parts = {"exact": state.exact, "deep": state.deep}
+        links[name] = {part: realigner.observations for part, realigner in parts.items()}
+        for part, realigner in parts.items():
+            if realigner.observations:
+                tensors.update({f"{name}/{part}/{key}": t.contiguous() for key, t in realigner.pack().items()})
+    about = {"version": VERSION, "fingerprint": fingerprint, "consumers": dict(consumers), "links": links}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={"agentmesh": json.dumps(about)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise RecordError(f"{path} cannot be written: {error}; choose another place with --output") from error
+
+
+def load(path: Path, fresh: LinkState, fingerprint: str, consumers: Mapping[str, str]) -> dict[str, LinkState]:
+    """Read links for this model and these agents.
+
+    Args:
+        path: the file.
+        fresh: a link of this model that has learned nothing.
+        fingerprint: of the model.
+        consumers: agent → digest of its template.
+
+    Raises:
+        InputError: the file cannot be read, or was made for another model or other templates.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {})["agentmesh"])
+            _check(path, about, fingerprint, consumers)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
+        return {name: _link(name, counts, fresh, tensors) for name, counts in about["links"].items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"realigners {path}: cannot be read ({error}); make it with `agentmesh calibrate`") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"realigners {path}: {error}; it is no file of `agentmesh calibrate` for this model"
+        ) from error
+
+
+def _check(path: Path, about: Mapping[str, Any], fingerprint: str, consumers: Mapping[str, str]) -> None:
+    again = "run `agentmesh calibrate` again"
+    if about["version"] != VERSION:
+        raise InputError(f"realigners {path}: version {about['version']}, expected {VERSION}; {again}")
+    if about["fingerprint"] != fingerprint:
+        raise InputError(
+            f"realigners {path} were learned with another model, dtype or library version "
+            f"({about['fingerprint'][:12]}…, this is {fingerprint[:12]}…); {again}"
+        )
+    changed = [node for node, digest in about["consumers"].items() if consumers.get(node) != digest]
+    if changed:
+        raise InputError(f"realigners {path}: the texts of {', '.join(changed)} have changed since; {again}")
+
+
+def _link(name: str, counts: Mapping[str, int], fresh: LinkState, tensors: Mapping[str, torch.Tensor]) -> LinkState:
+    def part(which: str, empty: Any) -> Any:
+        own = f"{name}/{which}/"
+        found = {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
+        return empty.unpack(found, counts[which]) if counts[which] else empty
+
+    return replace(fresh, exact=part("exact", fresh.exact), deep=part("deep", fresh.deep))

@@ -1,0 +1,326 @@
+"""``rotate``, ``epic``, ``linear``, ``blend``: exact prefixes and, behind them, every shareable slot is placed.
+
+The plan of a prompt is made in four steps: the longest exact prefix; what earlier agents have read or written of the
+rest, in blocks as long as possible; which of these blocks may be placed (gates); and which of their tokens are computed
+all the same. A slot that must be observed first makes its call dense, so that what is observed is exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from agentmesh.communicator.base import Plan, Preset
+from agentmesh.communicator.keeper import Keeper, KeptPlan
+from agentmesh.communicator.labels import Label, Labels, computed
+from agentmesh.communicator.learner import Learner, Verdict, shares
+from agentmesh.config.presets import CommunicatorSpec, Picking, PresetSpec
+from agentmesh.engine.composition import Composition, Parts, Placement
+from agentmesh.engine.scout import Scout
+from agentmesh.events import Audit, Reason, Treatment
+from agentmesh.kv.arena import Arena
+from agentmesh.kv.values import KVSource
+from agentmesh.prompt.segments import Content, Prompt
+from agentmesh.sharing.matching import REASONS, Match, Matcher, Relation
+from agentmesh.sharing.realigner import NoOffset, Realigner
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A match, and whether it may be placed."""
+
+    match: Match
+    verdict: Verdict
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is placed."""
+        return self.verdict.reason is None
+
+
+@dataclass(frozen=True)
+class SlotPlan(KeptPlan):
+    """A plan, with what its call needs to know afterwards.
+
+    Args:
+        decisions: every match, placed or not.
+        audited: whether the call is checked afterwards.
+    """
+
+    decisions: tuple[Decision, ...] = ()
+    audited: bool = False
+
+
+@final
+class Slots(Preset):
+    """Shares slots behind exact prefixes.
+
+    Args:
+        spec: limits and gates.
+        choice: the preset's choices.
+        scout: looks at caches and checks calls.
+        root: what KV depends on besides tokens (model fingerprint, tenant).
+        empty: makes a realigner that has learned nothing.
+    """
+
+    def __init__(
+        self,
+        spec: CommunicatorSpec,
+        choice: PresetSpec,
+        scout: Scout,
+        root: bytes,
+        empty: Callable[[], Realigner[Any]],
+    ) -> None:
+        self._spec = spec
+        self._choice = choice
+        self._scout = scout
+        assert scout.runner.rope is not None, "slots are shared in models with a known rotation"
+        self.keeper = Keeper(spec, root, scout.runner.rope)
+        self.learner = Learner(spec, empty, self.keeper.budget)
+        self._matcher = Matcher(self.keeper.segments, choice.blocks, spec.max_depth)
+        self._costs = Costs()
+        self._still = NoOffset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of prefixes, segments and statistics."""
+        return self.keeper.budget.used
+
+    def plan(self, prompt: Prompt) -> SlotPlan:
+        """Prefix, matches, gates, and the choice of computed tokens; see ``Preset.plan``."""
+        parts = Parts()
+        with parts.timed("match"):
+            lead = self.keeper.lead(prompt)
+            at = lead[-1].stop if lead else 0
+            found = self._matcher.match(prompt, at)
+        with parts.timed("plan"):
+            decisions = self._decide(prompt, found.matches)
+            labels = Labels(prompt, found.missing)
+            labels.paint(0, at, Label(Treatment.PLACED_EXACT, Reason.IDENTICAL_PREFIX, "prefix store"))
+            for number, decision in enumerate(decisions):
+                self._paint(labels, number, decision)
+        with parts.timed("match"):
+            self._pick(labels, lead, decisions)
+        with parts.timed("plan"):
+            labels.check(strict=self._spec.strict)
+            return self._plan(labels, lead, decisions, parts)
+
+    def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
+        """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
+        assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
+        self._costs.see(plan)
+        self.keeper.keep_prompt(prompt, plan, arena)
+
+    def finished(
+        self, prompt: Prompt, plan: Plan, arena: Arena, message: tuple[int, ...], logits: torch.Tensor
+    ) -> Audit | None:
+        """Keep the message, learn from a dense call, check a sample of the others."""
+        assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
+        self.keeper.keep_message(prompt, plan, arena, message)
+        if prompt.reader.exact or not prompt.reader.run or not plan.teaches:
+            return None
+        if not plan.approximate:
+            self._observe(prompt, plan, arena)
+            return None
+        return self._audit(prompt, plan, logits) if plan.audited else None
+
+    def closed(self, plan: Plan) -> None:
+        """Unpin what the call read and wrote."""
+        assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
+        self.keeper.let_go(plan)
+
+    def release(self, run: str) -> None:
+        """Free a run's segments, commit what it taught."""
+        self.keeper.segments.release(run)
+        self.learner.end(run)
+
+    def ingest(self, contents: Sequence[Content], header: tuple[int, ...]) -> int:
+        """Keep passages of a corpus; those that are too short, kept already, or beyond the budget are left out."""
+        kept = 0
+        for content in contents:
+            tokens = content.tokens or ()
+            if len(tokens) >= self._spec.min_tokens and not self.keeper.knows(tokens):
+                _, arena = self._scout.dense((*header, *tokens))
+                kept += self.keeper.keep_passage(content, len(header), arena)
+        return kept
+
+    def observe_only(self, *, on: bool) -> None:
+        """Count no slot as warm while on."""
+        self.learner.observing = on
+
+    def adopt(self, other: Preset) -> None:
+        """Begin with the other's links."""
+        assert isinstance(other, Slots), "presets adopt from their own kind"
+        self.learner.ledger.states = dict(other.learner.ledger.states)
+
+    def _decide(self, prompt: Prompt, matches: Sequence[Match]) -> tuple[Decision, ...]:
+        """Gate every match; where one has to be observed first, none is placed."""
+        decisions = [Decision(match, self._gate(prompt, match)) for match in matches]
+        if any(decision.verdict.cold for decision in decisions):
+            calm = Verdict(None, Reason.OBSERVING)
+            decisions = [d if not d.placed else Decision(d.match, calm) for d in decisions]
+        return tuple(decisions)
+
+    def _gate(self, prompt: Prompt, match: Match) -> Verdict:
+        """Whether a match may be placed (METHOD 6.2)."""
+        if prompt.reader.exact:
+            return Verdict(None, Reason.READS_EXACTLY)
+        if match.tokens < self._spec.min_tokens:
+            return Verdict(None, Reason.TOO_SHORT)
+        if match.relation is Relation.HISTORY:
+            return Verdict(self._still)
+        verdict = self.learner.verdict(prompt.reader, match)
+        if verdict.reason is None and prompt.reader.sees is None and not self._costs.worth(match.tokens):
+            return Verdict(None, Reason.NOT_WORTH_IT)
+        return verdict
+
+    def _paint(self, labels: Labels, number: int, decision: Decision) -> None:
+        """Label a match's tokens: its head computed, the rest placed, or all computed."""
+        match, reason = decision.match, decision.verdict.reason
+        if reason is not None:
+            labels.paint(match.start, match.stop, computed(reason, number))
+            return
+        exact = match.relation is Relation.HISTORY and match.depth == 0
+        kind = Treatment.PLACED_EXACT if exact else Treatment.PLACED_REALIGNED
+        labels.paint(match.start, match.stop, Label(kind, REASONS[match.relation], match.source, number))
+        if shares(match.relation):
+            head = min(match.start + self._choice.recompute.first, match.stop)
+            labels.paint(match.start, head, computed(Reason.BLOCK_HEAD, number))
+
+    def _pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> None:
+        """Let a look at the cache pick tokens of placed blocks to be computed."""
+        recompute = self._choice.recompute
+        moved = [(n, d) for n, d in enumerate(decisions) if d.placed and shares(d.match.relation)]
+        corpus = [n for n, d in moved if d.match.relation is Relation.CORPUS]
+        others = [n for n, _ in moved if n not in corpus]
+        usual = (recompute.ratio, recompute.by)
+        known = (recompute.documents, Picking.ATTENTION) if recompute.documents else usual
+        picks = ((corpus, *known), (others, *usual))
+        for numbers, ratio, how in picks:
+            if numbers and ratio:
+                composition = self._composition(labels, lead, decisions)
+                scores = self._scores(labels, composition, how)
+                _paint_best(labels, numbers, ratio, scores)
+
+    def _scores(self, labels: Labels, composition: Composition, by: Picking) -> torch.Tensor:
+        if by is Picking.DEVIATION:
+            return self._scout.deviation(composition)
+        last = max(low for low, _, label in labels.runs() if label.match >= 0)
+        asking = [p for low, high, label in labels.runs(last) for p in range(low, high) if label.match < 0]
+        return self._scout.attention(composition, asking)
+
+    def _composition(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Composition:
+        """What the engine runs, read off the labels."""
+        placed = list(lead)
+        for low, high, label in labels.runs():
+            if label.kind is not Treatment.COMPUTED and label.match >= 0:
+                placed.append(Placement(low, _source(decisions[label.match], low, high)))
+        return Composition(labels.prompt.tokens, tuple(placed), labels.prompt.points)
+
+    def _plan(
+        self, labels: Labels, lead: Sequence[Placement], decisions: tuple[Decision, ...], parts: Parts
+    ) -> SlotPlan:
+        def of_match(number: int, low: int, high: int) -> bytes:
+            match = decisions[number].match
+            return match.reading.depths[low - match.start + match.at : high - match.start + match.at]
+
+        depths = labels.depths(of_match)
+        reader = labels.prompt.reader
+        moved = [decision.match.start for decision in decisions if decision.placed]
+        shareable, placed = labels.slot_tokens()
+        plan = SlotPlan(
+            self._composition(labels, lead, decisions),
+            labels.rows(),
+            shareable,
+            placed,
+            parts,
+            depths,
+            exact_until=min(moved, default=len(labels)),
+            pinned=tuple(decision.match.number for decision in decisions),
+            decisions=decisions,
+            audited=any(depths) and reader.run != "" and draw(reader.seed) < self._spec.audit,
+        )
+        self.keeper.pin(plan)
+        return plan
+
+    def _observe(self, prompt: Prompt, plan: SlotPlan, arena: Arena) -> None:
+        """Learn from every match whose truth is in an exact arena."""
+        for decision in plan.decisions:
+            match = decision.match
+            if shares(match.relation) and match.tokens >= self._spec.min_tokens:
+                base = match.reading.cut(match.at, match.at + match.tokens)
+                truth = arena.read_free(match.start, match.stop, self.keeper.rope)
+                self.learner.observe(prompt.reader, match, base, truth)
+
+    def _audit(self, prompt: Prompt, plan: SlotPlan, logits: torch.Tensor) -> Audit:
+        """Check a reusing call against a dense prefill, which is an observation, too."""
+        wanted, arena = self._scout.dense(prompt.tokens)
+        self._observe(prompt, plan, arena)
+        kl = divergence(wanted[None], logits[None])
+        flip = int(wanted.argmax()) != int(logits.argmax())
+        placed = [d.match for d in plan.decisions if d.placed and shares(d.match.relation)]
+        return self.learner.audited(prompt.reader, placed, float(kl[0]), flip=flip)
+
+
+def _source(decision: Decision, low: int, high: int) -> KVSource:
+    """The rows of a placed match's tokens ``low`` to ``high``."""
+    match, realigner = decision.match, decision.verdict.realigner
+    assert realigner is not None, "a placed match has a realigner"
+    base = match.reading.cut(low - match.start + match.at, high - match.start + match.at)
+    return realigner.realign(base, low - match.start)
+
+
+def _paint_best(labels: Labels, numbers: Sequence[int], ratio: float, scores: torch.Tensor) -> None:
+    """Label the placed tokens of some matches with the highest scores as computed."""
+    placed = [
+        position
+        for low, high, label in labels.runs()
+        if label.match in numbers and label.kind is not Treatment.COMPUTED
+        for position in range(low, high)
+    ]
+    count = round(ratio * len(placed))
+    if count:
+        index = torch.tensor(placed, device=scores.device)
+        for position in index[scores[index].topk(count).indices].tolist():
+            labels.paint(position, position + 1, computed(Reason.PICKED, labels[position].match))
+
+
+def draw(seed: int) -> float:
+    """A number in [0, 1) that depends on a call's seed alone."""
+    digest = hashlib.sha256(f"audit {seed}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(wanted ‖ found) in nats of next-token distributions, from logits ``[T, V]``: ``[T]``."""
+    log_p = wanted.float().log_softmax(dim=-1)
+    log_q = found.float().log_softmax(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+class Costs:
+    """Milliseconds for each computed and each placed token, as measured on this machine (METHOD 6.2)."""
+
+    def __init__(self) -> None:
+        self._computed = 0.0
+        self._placed = 0.0
+
+    def see(self, plan: Plan) -> None:
+        """Learn from a prefill that was timed."""
+        placed = plan.composition.placed_tokens
+        rest = len(plan.composition.tokens) - placed
+        self._computed = _smooth(self._computed, plan.parts.forward / rest)
+        if placed:
+            self._placed = _smooth(self._placed, (plan.parts.realign + plan.parts.compose) / placed)
+
+    def worth(self, tokens: int) -> bool:
+        """Whether placing a block of tokens is cheaper than computing it; yes while nothing is measured."""
+        return not self._computed or self._placed * tokens < self._computed * tokens
+
+
+def _smooth(old: float, new: float) -> float:
+    return new if not old else 0.8 * old + 0.2 * new

@@ -1,0 +1,154 @@
+"""Communicator presets as data: what each places, how it realigns, what it computes (METHOD 1).
+
+A preset is three choices, and a mesh file may change any of them:
+
+| choice                 | variants                                                                            |
+|------------------------|-------------------------------------------------------------------------------------|
+| ``share``              | nothing, exact prefixes, or prefixes and slots                                       |
+| ``realigner``          | none (position only), linear (learned), anchors (the paper's, with its own gate)     |
+| ``recompute``          | the first tokens of each placed block, and a share of its tokens picked by a look    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import Field
+
+from agentmesh.config.base import Bytes, Choice, Frozen, Integer, Number
+
+MIB = 2**20
+
+
+class Share(Choice):
+    """What a preset may take from a store."""
+
+    NOTHING = "nothing"
+    PREFIX = "prefix"
+    SLOTS = "slots"
+
+
+class RealignerKind(Choice):
+    """What is added to placed KV besides its new position."""
+
+    NONE = "none"
+    LINEAR = "linear"
+    ANCHORS = "anchors"
+
+
+class Picking(Choice):
+    """How the share ``ratio`` of a block's tokens is picked."""
+
+    DEVIATION = "deviation"
+    """By how far their keys are off in the second layer (CacheBlend)."""
+
+    ATTENTION = "attention"
+    """By the attention that the text behind them pays them (METHOD 5, documents)."""
+
+
+class Recompute(Frozen):
+    """Which tokens of a placed block are computed all the same.
+
+    ``first`` tokens of each block, and ``ratio`` of the others, picked ``by`` a look at the cache. ``documents`` is the
+    ratio for passages that are known from the corpus alone. ``fixed`` says whether fixed text between blocks is
+    computed; only the ``anchors`` realigner can place it.
+    """
+
+    first: Annotated[Integer, Field(ge=0)] = 0
+    ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    by: Picking = Picking.DEVIATION
+    documents: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    fixed: bool = True
+
+
+class AnchorSpec(Frozen):
+    """Anchor pools of the ``anchors`` realigner, with the paper's names and values (arXiv 2510.12872, eq. 5)."""
+
+    pool: Annotated[Integer, Field(ge=2)] = 20
+    gamma: Annotated[Number, Field(ge=0)] = 0.3
+    window: Annotated[Integer, Field(ge=1)] = 5
+
+
+class CommunicatorSpec(Frozen):
+    """How agents get each other's KV: a preset's name, what it may use, and changes to its choices.
+
+    Args:
+        preset: which one.
+        budget: bytes that everything kept for reuse holds at most.
+        min_tokens: shorter segments are computed.
+        share, realigner, recompute, blocks: change the preset's choices; ``blocks`` places runs of segments that one
+            earlier agent read in the same order as one block.
+        warmup: observations of a slot before it is shared.
+        max_kl: predicted error, in nats a token, above which a slot is computed; also the audits' limit.
+        max_flips: share of audits whose most likely token may differ before a slot's breaker opens.
+        audit: share of reusing calls that are checked against a dense prefill.
+        max_depth: how often placed KV may be placed again (METHOD 3).
+        strict: fail instead of computing what could not be shared.
+        realigners: a file made by ``agentmesh calibrate``.
+    """
+
+    preset: Annotated[str, Field(min_length=1)] = "prefix"
+    budget: Bytes = 1024 * MIB
+    min_tokens: Annotated[Integer, Field(ge=1)] = 32
+    share: Share | None = None
+    realigner: RealignerKind | None = None
+    recompute: Recompute | None = None
+    blocks: bool | None = None
+    anchors: AnchorSpec = AnchorSpec()
+    warmup: Annotated[Integer, Field(ge=1)] = 5
+    max_kl: Annotated[Number, Field(gt=0)] = 0.02
+    max_flips: Annotated[Number, Field(gt=0, le=1)] = 0.05
+    audit: Annotated[Number, Field(ge=0, le=1)] = 0.02
+    max_depth: Annotated[Integer, Field(ge=0)] = 2
+    strict: bool = False
+    realigners: str | None = None
+
+
+class PresetSpec(Frozen):
+    """A preset's choices."""
+
+    share: Share
+    realigner: RealignerKind = RealignerKind.NONE
+    recompute: Recompute = Recompute()
+    blocks: bool = True
+
+
+PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
+    {
+        "dense": PresetSpec(share=Share.NOTHING),
+        "prefix": PresetSpec(share=Share.PREFIX),
+        "rotate": PresetSpec(share=Share.SLOTS),
+        "epic": PresetSpec(share=Share.SLOTS, recompute=Recompute(first=16)),
+        "kvcomm": PresetSpec(
+            share=Share.SLOTS, realigner=RealignerKind.ANCHORS, recompute=Recompute(fixed=False), blocks=False
+        ),
+        "linear": PresetSpec(
+            share=Share.SLOTS, realigner=RealignerKind.LINEAR, recompute=Recompute(first=16, documents=0.3)
+        ),
+        "blend": PresetSpec(share=Share.SLOTS, recompute=Recompute(ratio=0.15)),
+    }
+)
+
+
+def choices(spec: CommunicatorSpec) -> PresetSpec:
+    """A mesh's communicator with its preset's choices filled in.
+
+    Raises:
+        KeyError: no preset of that name; ``blueprint.draft`` says so with a position.
+        ValueError: choices that exclude each other.
+    """
+    preset = PRESETS[spec.preset]
+    found = PresetSpec(
+        share=preset.share if spec.share is None else spec.share,
+        realigner=preset.realigner if spec.realigner is None else spec.realigner,
+        recompute=preset.recompute if spec.recompute is None else spec.recompute,
+        blocks=preset.blocks if spec.blocks is None else spec.blocks,
+    )
+    anchors = found.realigner is RealignerKind.ANCHORS
+    if anchors and found.blocks:
+        raise ValueError("`realigner: anchors` keeps offsets of single segments; expected `blocks: false`")
+    if not anchors and not found.recompute.fixed:
+        raise ValueError(f"`fixed: false` places fixed text, which `realigner: {found.realigner}` cannot; use anchors")
+    return found

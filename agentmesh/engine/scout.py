@@ -1,0 +1,107 @@
+"""Forwards beside the live sequence: looks at the cache before a prefill is decided, and dense checks afterwards.
+
+Their time before a prefill counts in TTFT. They write into arenas of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from agentmesh.engine.attention import AttentionWatch
+from agentmesh.engine.cache import ArenaCache
+from agentmesh.engine.composition import Composition
+from agentmesh.engine.forward import ArenaRunner
+from agentmesh.kv.arena import Arena
+from agentmesh.kv.rope import Rope
+from agentmesh.kv.values import KV
+
+LOOK_LAYERS = 2
+
+
+class _LookedEnough(Exception):  # noqa: N818  # it stops a forward early and is no error
+    """Raised in front of the first layer that a look does not need."""
+
+
+@dataclass(frozen=True)
+class Scout:
+    """Looks and checks with one model.
+
+    Args:
+        runner: runs the model over arenas.
+    """
+
+    runner: ArenaRunner
+
+    def dense(self, tokens: Sequence[int]) -> tuple[torch.Tensor, Arena]:
+        """A dense prefill: logits ``[V]`` at the last position, and the arena that it filled."""
+        cache = self.runner.open(len(tokens))
+        logits = self.runner.prefill(cache, Composition(tuple(tokens)))
+        return logits, cache.arena
+
+    @torch.inference_mode()
+    def deviation(self, composition: Composition) -> torch.Tensor:
+        """How far placed keys are from computed ones in the second layer: squared distance, fp32 ``[T]``.
+
+        Every token behind the first placement goes through the first two layers (CacheBlend, arXiv 2405.16444); tokens
+        that are not placed get 0.
+        """
+        runner, begin = self.runner, composition.placed[0].stop if self._exact_lead(composition) else 0
+        assert runner.rope is not None, "KV is placed in models with a known rotation only"
+        rope = Rope(runner.rope.inv_freq[:LOOK_LAYERS], runner.rope.interleaved)
+        arena = Arena(replace(runner.shape, layers=LOOK_LAYERS), len(composition.tokens))
+        for piece in composition.placed:
+            kv = piece.kv.fetch()
+            arena.place(piece.start, KV(kv.keys[:LOOK_LAYERS], kv.values[:LOOK_LAYERS], kv.frame), rope)
+        placed = arena.keys[-1].clone()
+        self._run_layers(ArenaCache(arena), composition.tokens, range(begin, len(composition.tokens)))
+        distance = (arena.keys[-1].float() - placed.float()).square().sum(dim=(0, 2))
+        seen = torch.zeros(len(composition.tokens), dtype=torch.bool, device=distance.device)
+        for piece in composition.placed:
+            seen[max(piece.start, begin) : piece.stop] = True
+        return torch.where(seen, distance, 0.0)
+
+    @torch.inference_mode()
+    def attention(self, composition: Composition, queries: Sequence[int]) -> torch.Tensor:
+        """Attention that the tokens at ``queries`` pay to every position, summed over layers and heads: fp32 ``[T]``.
+
+        Only placed tokens are there to be seen, besides the queries themselves (METHOD 5, documents).
+        """
+        cache = self.runner.open(len(composition.tokens))
+        cache.arena.keys.zero_()
+        cache.arena.values.zero_()
+        for piece in composition.placed:
+            cache.arena.place(piece.start, piece.kv.fetch(), self.runner.rope)
+        watch = AttentionWatch()
+        tokens = [composition.tokens[position] for position in queries]
+        self.runner.run(cache, tokens, queries, keep=1, agentmesh_watch=watch)
+        found = torch.zeros(len(composition.tokens), device=self.runner.shape.device)
+        found[: len(watch.total)] = watch.total
+        return found
+
+    @staticmethod
+    def _exact_lead(composition: Composition) -> bool:
+        return bool(composition.placed) and composition.placed[0].start == 0
+
+    def _run_layers(self, cache: ArenaCache, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Run the first layers only."""
+        handle = decoder_layers(self.runner.model)[LOOK_LAYERS].register_forward_pre_hook(_stop)
+        try:
+            self.runner.run(cache, [tokens[position] for position in positions], positions, keep=1)
+        except _LookedEnough:
+            return
+        finally:
+            handle.remove()
+
+
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """The model's decoder layers: its longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def _stop(_module: torch.nn.Module, _arguments: Any) -> None:
+    raise _LookedEnough

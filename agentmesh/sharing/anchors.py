@@ -1,0 +1,199 @@
+"""Anchor pools: the offsets that earlier contents of a slot got in a consumer's context (arXiv 2510.12872, eq. 5-7).
+
+Anchors are immutable, and shared by everybody who looks at the pool. Everything is position-free.
+
+Notation: ``A`` anchors in a pool; ``L, H, T, D`` as everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from agentmesh.events import Reason
+from agentmesh.kv.values import KV
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One content that was seen in a slot, with what the consumer's context made of it.
+
+    Args:
+        base: its base KV; shared with other consumers' anchors of the same content.
+        slot: the offset of its KV in the consumer's context, as long as ``base``.
+        fixed: the offset of the fixed text behind it; ``None`` where there is none.
+        uses: in how many predictions it took part with weight.
+    """
+
+    base: KV
+    slot: KV
+    fixed: KV | None
+    uses: int = 0
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything it holds."""
+        pieces = (self.base, self.slot) if self.fixed is None else (self.base, self.slot, self.fixed)
+        return tuple(tensor for piece in pieces for tensor in (piece.keys, piece.values))
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How a content compares with a pool, when its offsets can be predicted.
+
+    Args:
+        anchors: those that are as long.
+        global_: weights of the gate, fp32 ``[A]``.
+        used: indices in the pool of the anchors that carry nine tenths of these weights.
+    """
+
+    anchors: tuple[Anchor, ...]
+    global_: torch.Tensor
+    used: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AnchorPool:
+    """The anchors of one slot of one consumer, oldest first.
+
+    Args:
+        fixed: base KV of the fixed text behind the slot: as it was when the consumer first read it.
+        anchors: at most as many as the mesh allows.
+    """
+
+    fixed: KV | None = None
+    anchors: tuple[Anchor, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything it holds."""
+        own = () if self.fixed is None else (self.fixed.keys, self.fixed.values)
+        return (*own, *(tensor for anchor in self.anchors for tensor in anchor.tensors))
+
+    @torch.inference_mode()
+    def weigh(self, base: KV, gamma: float) -> Weighing | Reason:
+        """Compare a content with the anchors; a reason where it has to become an anchor itself (eq. 5).
+
+        Args:
+            base: the content's base KV.
+            gamma: share of the largest possible entropy that the weights may have.
+        """
+        fitting = [(index, a) for index, a in enumerate(self.anchors) if a.base.tokens >= base.tokens]
+        if len(fitting) < 2:
+            return Reason.NO_ANCHOR_AS_LONG
+        wanted = base.values.float()
+        distances = torch.stack([(a.base.values[:, :, : base.tokens].float() - wanted).norm() for _, a in fitting])
+        weights = (-distances).softmax(dim=0)
+        entropy = float(-(weights * weights.clamp_min(1e-30).log()).sum())
+        if entropy > gamma * math.log(len(fitting)):
+            return Reason.ANCHORS_TOO_EVEN
+        return Weighing(tuple(anchor for _, anchor in fitting), weights, _leading(weights, [i for i, _ in fitting]))
+
+    def add(self, anchor: Anchor, limit: int, window: int) -> AnchorPool:
+        """This pool with one more anchor; among the oldest ``window`` the least used one makes room for it."""
+        anchors = self.anchors
+        if len(anchors) >= limit:
+            oldest = anchors[:window]
+            victim = min(range(len(oldest)), key=lambda index: oldest[index].uses)
+            anchors = anchors[:victim] + anchors[victim + 1 :]
+        return replace(self, anchors=(*anchors, anchor))
+
+    def used(self, indices: tuple[int, ...]) -> AnchorPool:
+        """This pool with one use more for some anchors."""
+        return replace(
+            self,
+            anchors=tuple(replace(a, uses=a.uses + (i in indices)) for i, a in enumerate(self.anchors)),
+        )
+
+
+@dataclass(frozen=True)
+class AnchoredSlot:
+    """A slot's KV as the anchors predict it (eq. 6): weights for each token, keys and values apart."""
+
+    base: KV
+    anchors: tuple[Anchor, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens ``T``."""
+        return self.base.tokens
+
+    @torch.inference_mode()
+    def fetch(self) -> KV:
+        """The base and the weighted offsets."""
+        count = self.tokens
+        bases = [anchor.base.cut(0, count) for anchor in self.anchors]
+        offsets = [anchor.slot.cut(0, count) for anchor in self.anchors]
+        keys = _by_token(self.base.keys, [b.keys for b in bases], [o.keys for o in offsets])
+        values = _by_token(self.base.values, [b.values for b in bases], [o.values for o in offsets])
+        return KV(keys, values, self.base.frame)
+
+
+@dataclass(frozen=True)
+class AnchoredFixed:
+    """The fixed text behind a slot as the slot's anchors predict it (eq. 7): weights for each layer, head and dim."""
+
+    fixed: KV
+    slot: KV
+    anchors: tuple[Anchor, ...]
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens ``T``."""
+        return self.stop - self.start
+
+    @torch.inference_mode()
+    def fetch(self) -> KV:
+        """The first reading's KV and the weighted offsets."""
+        count = self.slot.tokens
+        bases = [anchor.base.cut(anchor.base.tokens - count, anchor.base.tokens) for anchor in self.anchors]
+        offsets = [anchor.fixed.cut(self.start, self.stop) for anchor in self.anchors if anchor.fixed is not None]
+        base = self.fixed.cut(self.start, self.stop)
+        keys = _by_channel(base.keys, self.slot.keys, [b.keys for b in bases], [o.keys for o in offsets])
+        values = _by_channel(base.values, self.slot.values, [b.values for b in bases], [o.values for o in offsets])
+        return KV(keys, values, base.frame)
+
+
+def offset(base: KV, truth: KV) -> KV:
+    """``truth − base``, zero in layer 0, whose KV depends on the token alone."""
+    keys, values = truth.keys - base.keys, truth.values - base.values
+    keys[0], values[0] = 0.0, 0.0
+    return KV(keys, values, base.frame)
+
+
+def _leading(weights: torch.Tensor, indices: list[int], share: float = 0.9) -> tuple[int, ...]:
+    """Indices of the fewest anchors whose weights add up to a share of all."""
+    order = weights.argsort(descending=True).tolist()
+    found, total = [], 0.0
+    for place in order:
+        found.append(indices[place])
+        total += float(weights[place])
+        if total >= share:
+            break
+    return tuple(found)
+
+
+def _by_token(base: torch.Tensor, bases: list[torch.Tensor], offsets: list[torch.Tensor]) -> torch.Tensor:
+    """``base + Σ w·offset`` with ``w [A, T]`` from the mean absolute difference of each token."""
+    distances = torch.stack([(other - base).abs().float().mean(dim=(0, 1, 3)) for other in bases])
+    weights = (-distances).softmax(dim=0).to(base.dtype)
+    found = base.clone()
+    for weight, delta in zip(weights, offsets, strict=True):
+        found += weight[:, None] * delta
+    return found
+
+
+def _by_channel(
+    base: torch.Tensor, slot: torch.Tensor, bases: list[torch.Tensor], offsets: list[torch.Tensor]
+) -> torch.Tensor:
+    """``base + Σ w·offset`` with ``w [A, L, H, D]`` from the distance over the slot's tokens."""
+    distances = torch.stack([(other - slot).float().norm(dim=2) for other in bases])
+    weights = (-distances).softmax(dim=0).to(base.dtype)
+    found = base.clone()
+    for weight, delta in zip(weights, offsets, strict=True):
+        found += weight[:, :, None, :] * delta
+    return found

@@ -1,0 +1,72 @@
+"""One hard limit in bytes for everything that is kept for reuse.
+
+Stores join a budget and ask it for room before they keep something; it makes them give up what is worth least. Eviction
+begins when the limit would be passed and goes on down to the low watermark, so that it does not run on every insert.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Protocol
+
+
+class Worth(IntEnum):
+    """How much a store's entry is worth to those who run; what is worth less is evicted first."""
+
+    IDLE = 0
+    """Nothing that runs is known to read it again."""
+
+    LATER = 1
+    """It saves time later: prefixes, anchors."""
+
+    AWAITED = 2
+    """A run that goes on will read it."""
+
+
+class Store(Protocol):
+    """Something that keeps KV or statistics under a budget."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds."""
+
+    def evict(self, wanted: int, worth: Worth) -> int:
+        """Give up entries of one worth until ``wanted`` bytes are free or none is left; the bytes freed."""
+
+
+class Budget:
+    """A hard limit that several stores share.
+
+    Args:
+        limit: bytes that all stores hold together at most, at any time.
+        low: share of the limit down to which eviction goes once it has begun.
+    """
+
+    def __init__(self, limit: int, low: float = 1.0) -> None:
+        self.limit = limit
+        self._low = int(limit * low)
+        self._stores: list[Store] = []
+
+    @property
+    def used(self) -> int:
+        """Bytes that all stores hold now."""
+        return sum(store.nbytes for store in self._stores)
+
+    def join(self, store: Store) -> None:
+        """Count a store from now on."""
+        self._stores.append(store)
+
+    def room(self, need: int) -> bool:
+        """Make room for ``need`` bytes; False where that cannot be."""
+        if need > self.limit:
+            return False
+        if self.used + need <= self.limit:
+            return True
+        for worth in Worth:
+            for store in self._stores:
+                over = self.used + need - min(self._low, self.limit)
+                if over > 0:
+                    store.evict(over, worth)
+            if self.used + need <= self.limit:
+                return True
+        return False

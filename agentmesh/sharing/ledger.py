@@ -1,0 +1,73 @@
+"""What links have learned, in versions: a run sees one version from its first call to its last.
+
+Findings are committed when a run ends, in the order of the runs, whichever ends first. So what a run sees depends on
+which runs were committed when it began; a run that says which (``sees``) gets the same version under any concurrency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+State = TypeVar("State")
+Finding = TypeVar("Finding")
+
+
+@dataclass
+class _Active(Generic[State, Finding]):
+    order: int
+    states: Mapping[str, State]
+    findings: list[tuple[str, Finding]] = field(default_factory=list)
+
+
+@dataclass
+class Ledger(Generic[State, Finding]):
+    """States by name, and the findings of runs that have not been committed.
+
+    Args:
+        learn: a name, its state (``None`` where there is none yet) and a finding → the new state; ``None`` to keep
+            none.
+        states: what is committed now.
+    """
+
+    learn: Callable[[str, State | None, Finding], State | None]
+    states: dict[str, State] = field(default_factory=dict)
+    _active: dict[str, _Active[State, Finding]] = field(default_factory=dict)
+    _ended: dict[int, _Active[State, Finding]] = field(default_factory=dict)
+    _versions: dict[int, dict[str, State]] = field(default_factory=dict)
+    _reach: int = 0
+
+    def view(self, run: str, order: int, sees: int | None) -> Mapping[str, State]:
+        """The states that a run sees; its first call begins it."""
+        if run not in self._active:
+            self._reach = max(self._reach, 0 if sees is None else order - sees)
+            states = self.states if sees is None or sees not in self._versions else self._versions[sees]
+            self._active[run] = _Active(order, dict(states))
+        return self._active[run].states
+
+    def note(self, run: str, name: str, finding: Finding) -> None:
+        """Keep a finding until its run is committed."""
+        self._active[run].findings.append((name, finding))
+
+    def end(self, run: str) -> None:
+        """Commit a run as soon as every run before it has ended."""
+        active = self._active.pop(run, None)
+        if active is None:
+            return
+        self._ended[active.order] = active
+        earliest = min((other.order for other in self._active.values()), default=None)
+        for order in sorted(self._ended):
+            if earliest is not None and order > earliest:
+                break
+            self._commit(order, self._ended.pop(order))
+
+    def _commit(self, order: int, ended: _Active[State, Finding]) -> None:
+        for name, finding in ended.findings:
+            state = self.learn(name, self.states.get(name), finding)
+            if state is not None:
+                self.states[name] = state
+        if self._reach:
+            self._versions[order] = dict(self.states)
+            for old in [version for version in self._versions if version <= order - 2 * self._reach]:
+                del self._versions[old]

@@ -1,0 +1,265 @@
+"""The linear realigner: predicts how a token's KV changes when its context does (METHOD 4).
+
+For each layer and kv head a ridge regression maps the base KV of a token, and where it stands in its block, to the
+offset of its KV in the consumer's context, both position-free:
+
+    x = [k_b; v_b; 1; 1/(1+t); exp(-t/8); exp(-t/32)]        y = [k* - k_b; v* - v_b]
+
+Only sufficient statistics are kept, so their size depends on the model alone. How strongly to regularise and how far to
+trust the prediction is decided by *prequential* error: every observation is predicted before it is added, with each of
+a few ridge strengths; for each layer, head, and keys and values apart, the strength and the shrinkage (0 to 1) that
+would have done best so far are taken. A realigner that does not help shrinks to no offset at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import final
+
+import torch
+
+from agentmesh.kv.arena import KVShape
+from agentmesh.kv.values import KV, KVSource
+from agentmesh.sharing.realigner import Realigner
+
+POSITION_FEATURES = 4
+POSITION_SCALE = 3.0
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
+TRIAL_SUMS = ("cross", "square", "energy", "scale")
+MEMORY = 0.9
+"""Share of the prequential sums that is kept at each observation: early predictions were made from little."""
+
+
+def position_features(begin: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Features ``[T, 4]`` of the tokens number ``begin`` … of a block."""
+    t = torch.arange(begin, begin + tokens, dtype=torch.float32, device=device)
+    stacked = torch.stack([torch.ones_like(t), 1 / (1 + t), torch.exp(-t / 8), torch.exp(-t / 32)], dim=1)
+    return POSITION_SCALE * stacked
+
+
+def features(base: KV, begin: int) -> torch.Tensor:
+    """``x`` of every token, fp32 ``[L·H, T, 2D + 4]``."""
+    keys = base.keys.flatten(0, 1).float()
+    values = base.values.flatten(0, 1).float()
+    places = position_features(begin, base.tokens, keys.device).expand(len(keys), -1, -1)
+    return torch.cat([keys, values, places], dim=2)
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A solved realigner, ready to be applied.
+
+    Args:
+        weights: fp32 ``[L·H, 2D + 4, 2D]``; the identity is part of it, so it gives the new KV, not the offset.
+    """
+
+    weights: torch.Tensor
+
+    @torch.inference_mode()
+    def apply(self, base: KV, begin: int) -> KV:
+        """The base as the consumer's context would have made it; ``begin`` is its first token's number in its block."""
+        layers, heads, tokens, dim = base.keys.shape
+        weights = self.weights.to(base.keys.dtype)
+        places = position_features(begin, tokens, base.keys.device).to(base.keys.dtype)
+        out = places @ weights[:, 2 * dim :]
+        out.baddbmm_(base.keys.flatten(0, 1), weights[:, :dim])
+        out.baddbmm_(base.values.flatten(0, 1), weights[:, dim : 2 * dim])
+        out = out.view(layers, heads, tokens, 2 * dim)
+        return KV(out[..., :dim], out[..., dim:], base.frame)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Prequential sums for each ridge strength ``G``: how predictions compared with what then was seen.
+
+    Args:
+        cross: Σ ŷ·y, ``[G, L·H, 2]``; the last dim is keys and values.
+        square: Σ ŷ·ŷ, ``[G, L·H, 2]``.
+        energy: Σ y·y, ``[L·H, 2]``.
+        scale: Σ of the true keys' and values' squares, ``[L·H, 2]``.
+    """
+
+    cross: torch.Tensor
+    square: torch.Tensor
+    energy: torch.Tensor
+    scale: torch.Tensor
+
+    def fading(self, newer: Trial) -> Trial:
+        """These sums, faded, and newer ones."""
+        return Trial(
+            MEMORY * self.cross + newer.cross,
+            MEMORY * self.square + newer.square,
+            MEMORY * self.energy + newer.energy,
+            MEMORY * self.scale + newer.scale,
+        )
+
+    @cached_property
+    def shrinkage(self) -> torch.Tensor:
+        """The best factor on the prediction, ``[G, L·H, 2]``, between 0 and 1."""
+        return torch.where(self.square > 0, self.cross / self.square.clamp_min(1e-30), 0.0).clamp(0.0, 1.0)
+
+    @cached_property
+    def errors(self) -> torch.Tensor:
+        """Squared error at the best shrinkage, ``[G, L·H, 2]``; never above ``energy``."""
+        s = self.shrinkage
+        return self.energy - 2 * s * self.cross + s * s * self.square
+
+
+@dataclass(frozen=True)
+class Realigned:
+    """KV that a linear map makes when it is placed."""
+
+    base: KV
+    begin: int
+    map: LinearMap
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens ``T``."""
+        return self.base.tokens
+
+    def fetch(self) -> KV:
+        """Apply the map."""
+        return self.map.apply(self.base, self.begin)
+
+
+@dataclass(frozen=True)
+class LinearFinding:
+    """What one observation adds: ``x xᵀ``, ``x yᵀ``, and how its predictions did (``None`` for the first)."""
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    trial: Trial | None
+
+
+@final
+@dataclass(frozen=True)
+class Linear(Realigner[LinearFinding]):
+    """What one link has learned.
+
+    Args:
+        gram: Σ x xᵀ, fp32 ``[L·H, F, F]`` with ``F = 2D + 4``.
+        cross: Σ x yᵀ, fp32 ``[L·H, F, 2D]``.
+        trial: prequential sums.
+        heads: kv heads ``H``; the first ``H`` rows are layer 0, whose KV needs no offset.
+        observations: how many were added.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    trial: Trial
+    heads: int
+    observations: int = 0
+
+    @staticmethod
+    def empty(shape: KVShape) -> Linear:
+        """Nothing learned yet, for a model's KV."""
+        rows, dim = shape.layers * shape.heads, shape.head_dim
+        size = 2 * dim + POSITION_FEATURES
+
+        def zeros(*size: int) -> torch.Tensor:
+            return torch.zeros(size, device=shape.device)
+
+        trial = Trial(zeros(len(RIDGES), rows, 2), zeros(len(RIDGES), rows, 2), zeros(rows, 2), zeros(rows, 2))
+        return Linear(zeros(rows, size, size), zeros(rows, size, 2 * dim), trial, shape.heads)
+
+    @property
+    def needs_warmup(self) -> bool:
+        """A regression needs observations."""
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums, and of the map that they give."""
+        trial = self.trial
+        tensors = (self.gram, self.cross, self.cross, trial.cross, trial.square, trial.energy, trial.scale)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @torch.inference_mode()
+    def study(self, base: KV, truth: KV) -> LinearFinding:
+        """Sums of one observation, and how it would have been predicted; see ``Realigner.study``."""
+        x = features(base, 0)
+        true = torch.cat([truth.keys.flatten(0, 1), truth.values.flatten(0, 1)], dim=2).float()
+        y = true - torch.cat([base.keys.flatten(0, 1), base.values.flatten(0, 1)], dim=2).float()
+        trial = None
+        if self.observations:
+            guesses = [x @ solution for solution in self._solutions]
+            trial = Trial(
+                torch.stack([_by_part(guess * y) for guess in guesses]),
+                torch.stack([_by_part(guess * guess) for guess in guesses]),
+                _by_part(y * y),
+                _by_part(true * true),
+            )
+        return LinearFinding(x.mT @ x, x.mT @ y, trial)
+
+    def learn(self, finding: LinearFinding) -> Linear:
+        """These statistics and one more observation."""
+        trial = self.trial if finding.trial is None else self.trial.fading(finding.trial)
+        gram, cross = self.gram + finding.gram, self.cross + finding.cross
+        return replace(self, gram=gram, cross=cross, trial=trial, observations=self.observations + 1)
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """All sums."""
+        trial = {f"trial.{name}": tensor for name, tensor in vars(self.trial).items() if name in TRIAL_SUMS}
+        return {"gram": self.gram, "cross": self.cross, **trial}
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], observations: int) -> Linear:
+        """Sums of the same shapes as these."""
+        own = self.pack()
+        for name, tensor in own.items():
+            if tensors[name].shape != tensor.shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}")
+        found = {name: tensors[name].to(self.gram.device) for name in own}
+        trial = Trial(*(found[f"trial.{name}"] for name in TRIAL_SUMS))
+        return Linear(found["gram"], found["cross"], trial, self.heads, observations)
+
+    def realign(self, base: KV, begin: int) -> KVSource:
+        """KV that the map makes when it is placed."""
+        return Realigned(base, begin, self.map)
+
+    @cached_property
+    def _solutions(self) -> list[torch.Tensor]:
+        """Ridge solutions ``[L·H, F, 2D]``, one for each strength."""
+        diagonal = self.gram.diagonal(dim1=1, dim2=2).mean(dim=1)
+        eye = torch.eye(self.gram.shape[1], device=self.gram.device)
+        found = []
+        for ridge in RIDGES:
+            strength = (ridge * diagonal + 1e-6)[:, None, None]
+            factor = torch.linalg.cholesky(self.gram + strength * eye)
+            found.append(torch.cholesky_solve(self.cross, factor))
+        return found
+
+    @cached_property
+    def chosen(self) -> torch.Tensor:
+        """The ridge strength of each layer and head, for keys and values: indices ``[L·H, 2]``."""
+        return self.trial.errors.argmin(dim=0)
+
+    @property
+    def residual(self) -> float:
+        """Expected error after realigning, relative to the KV itself: mean over layers, keys and values alike."""
+        left = self.trial.errors.min(dim=0).values[self.heads :]
+        scale = self.trial.scale[self.heads :].clamp_min(1e-30)
+        return float((left / scale).mean())
+
+    @cached_property
+    def map(self) -> LinearMap:
+        """The realigner that these statistics give."""
+        dim = self.cross.shape[2] // 2
+        solutions = torch.stack(self._solutions)  # [G, L·H, F, 2D]
+        rows = torch.arange(solutions.shape[1], device=solutions.device)
+        parts = []
+        for part in (0, 1):
+            which = self.chosen[:, part]
+            best = solutions[which, rows][:, :, part * dim : (part + 1) * dim]
+            parts.append(best * self.trial.shrinkage[which, rows, part][:, None, None])
+        weights = torch.cat(parts, dim=2)
+        weights[: self.heads] = 0.0
+        weights[:, : 2 * dim] += torch.eye(2 * dim, device=weights.device)
+        return LinearMap(weights)
+
+
+def _by_part(product: torch.Tensor) -> torch.Tensor:
+    """Sums over tokens and dims for keys and values apart: ``[L·H, T, 2D] → [L·H, 2]``."""
+    return product.sum(dim=1).view(len(product), 2, -1).sum(dim=2)

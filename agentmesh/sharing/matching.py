@@ -1,0 +1,158 @@
+"""Finding what a prompt can be placed from: blocks that one earlier agent has read as they stand, then single pieces.
+
+A match begins at a slot and goes on for as long as the reading it was found in continues with the prompt's own tokens,
+fixed text included (METHOD 5). Of several readings the one that carries furthest is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agentmesh.config.base import Choice
+from agentmesh.events import Reason
+from agentmesh.prompt.segments import Prompt, Segment
+from agentmesh.sharing.segments import Reading, SegmentStore, Span
+
+
+class Relation(Choice):
+    """What the reading's agent had to do with the matched text; offsets are learned for each relation."""
+
+    HISTORY = "history"
+    """It read it after the same tokens from the beginning on: no offset at all."""
+
+    READ = "read"
+    WROTE = "wrote"
+    CORPUS = "corpus"
+
+
+REASONS = {
+    Relation.HISTORY: Reason.SAME_HISTORY,
+    Relation.READ: Reason.READ_BEFORE,
+    Relation.WROTE: Reason.WRITTEN_BEFORE,
+    Relation.CORPUS: Reason.FROM_CORPUS,
+}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A run of a prompt's tokens that a reading holds.
+
+    Args:
+        start: first token in the prompt.
+        stop: token after the last one with KV.
+        first, last: the first and the last segment that it covers, wholly or up to a last token without KV.
+        number, reading: where it was found.
+        at: token of the reading that ``start`` corresponds to.
+        relation: what the reading's agent had to do with it.
+        depth: of its KV.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    number: int
+    reading: Reading
+    at: int
+    relation: Relation
+    depth: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it places at most."""
+        return self.stop - self.start
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people."""
+        return self.reading.reader or "corpus"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Matches of a prompt in order, and why its other slots have none (by segment)."""
+
+    matches: tuple[Match, ...]
+    missing: dict[int, Reason]
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """Finds matches in a store.
+
+    Args:
+        store: the segment store.
+        blocks: whether a match may go on over several segments.
+        max_depth: deepest KV that is taken.
+    """
+
+    store: SegmentStore
+    blocks: bool
+    max_depth: int
+
+    def match(self, prompt: Prompt, begin: int) -> Found:
+        """All matches of a prompt from token ``begin`` on, left to right, the longest first at each slot."""
+        matches: list[Match] = []
+        missing: dict[int, Reason] = {}
+        index, segments = 0, prompt.segments
+        while index < len(segments):
+            segment = segments[index]
+            if segment.content is None or prompt.starts[index] < begin or not segment.tokens:
+                index += 1
+                continue
+            found, reason = self._best(prompt, index)
+            if found is None:
+                missing[index] = reason
+                index += 1
+                continue
+            matches.append(found)
+            index = found.last + 1
+        return Found(tuple(matches), missing)
+
+    def _best(self, prompt: Prompt, index: int) -> tuple[Match | None, Reason]:
+        """The match that begins at a slot and carries furthest, or why there is none."""
+        content = prompt.segments[index].content
+        assert content is not None
+        if content.deliver == "text":
+            return None, Reason.DELIVERED_AS_TEXT
+        tokens, run = prompt.segments[index].tokens, prompt.reader.run
+        candidates = [self._follow(prompt, index, *found) for found in self.store.find(tokens, run)]
+        if not candidates:
+            evicted = self.store.was_evicted(tokens, run)
+            return None, Reason.EVICTED if evicted else Reason.FIRST_READER
+        usable = [match for match in candidates if match is not None]
+        if not usable:
+            return None, Reason.TOO_DEEP
+        best = max(usable, key=lambda m: (m.relation is Relation.HISTORY, m.last, m.stop, -m.depth, m.number))
+        return best, Reason.FIRST_READER
+
+    def _follow(self, prompt: Prompt, index: int, number: int, reading: Reading, span: Span) -> Match | None:
+        """How far a reading carries from a slot on; ``None`` where its KV there is too deep or missing."""
+        start, at = prompt.starts[index], span.start
+        same = start == at and reading.tokens[:at] == prompt.tokens[:start]
+        relation = Relation.CORPUS if not reading.reader else Relation.WROTE if span.written else Relation.READ
+        last, stop = index, 0
+        reach = reading.reach(at)
+        for step, segment in enumerate(prompt.segments[index:], index):
+            low = prompt.starts[step] - start + at
+            high = low + len(segment.tokens)
+            limit = 255 if same else self.max_depth
+            if not _continues(reading, segment, low) or reading.depth(low, min(high, reach)) > limit or low >= reach:
+                break
+            if segment.content is not None and segment.content.deliver == "text":
+                break
+            if same or segment.content is not None:
+                last, stop = step, min(high, reach) - at + start
+            if not self.blocks or high > reach:
+                break
+        stop = min(stop, len(prompt.tokens) - 1)
+        if stop <= start:
+            return None
+        depth = reading.depth(at, stop - start + at)
+        found = Relation.HISTORY if same else relation
+        return Match(start, stop, index, last, number, reading, at, found, depth)
+
+
+def _continues(reading: Reading, segment: Segment, at: int) -> bool:
+    """Whether a reading holds a segment's tokens at a place."""
+    return reading.tokens[at : at + len(segment.tokens)] == segment.tokens

@@ -1,0 +1,112 @@
+"""The interface of a realigner: what one link has learned, and how it moves KV into a consumer's context.
+
+A realigner is a frozen value, one for each link. What an observation teaches is a *finding* that can be worked out at
+once and added later, in the order of the runs. To add a realigner, write one module with one subclass, and enter it in
+``communicator.REALIGNERS``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar, final
+
+import torch
+
+from agentmesh.kv.values import KV, KVSource
+
+Finding = TypeVar("Finding")
+
+
+class Realigner(ABC, Generic[Finding]):
+    """What one link has learned; immutable."""
+
+    observations: int
+
+    @property
+    @abstractmethod
+    def needs_warmup(self) -> bool:
+        """Whether it must see observations before it can be used."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+
+    @property
+    @abstractmethod
+    def residual(self) -> float:
+        """Expected squared error of realigned KV, relative to the KV itself; mean over layers, keys and values."""
+
+    @abstractmethod
+    def study(self, base: KV, truth: KV) -> Finding:
+        """What an observation teaches, given what is known so far.
+
+        Args:
+            base: position-free KV of a block as an earlier agent's context made it.
+            truth: position-free KV of the same tokens in the consumer's context; exact.
+        """
+
+    @abstractmethod
+    def learn(self, finding: Finding) -> Realigner[Finding]:
+        """This and one more finding."""
+
+    @abstractmethod
+    def pack(self) -> dict[str, torch.Tensor]:
+        """Everything learned, by name, to be saved."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, torch.Tensor], observations: int) -> Realigner[Finding]:
+        """A realigner of this kind from what ``pack`` gave.
+
+        Raises:
+            KeyError: something is missing.
+            ValueError: something has another shape than this model needs.
+        """
+
+    @abstractmethod
+    def realign(self, base: KV, begin: int) -> KVSource:
+        """KV of a block's tokens from number ``begin`` on, as the consumer's context would have made it."""
+
+
+@final
+@dataclass(frozen=True)
+class NoOffset(Realigner[None]):
+    """``none``: KV is moved to its new position and nothing is added."""
+
+    observations: int = 0
+
+    @property
+    def needs_warmup(self) -> bool:
+        """There is nothing to learn."""
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    @property
+    def residual(self) -> float:
+        """It makes no prediction."""
+        return 0.0
+
+    def study(self, base: KV, truth: KV) -> None:
+        """There is nothing to learn."""
+
+    def learn(self, finding: None) -> NoOffset:  # noqa: ARG002  # there is nothing in it
+        """One observation more, which a breaker counts."""
+        return replace(self, observations=self.observations + 1)
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """Nothing."""
+        return {}
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], observations: int) -> NoOffset:  # noqa: ARG002  # as above
+        """The count alone."""
+        return NoOffset(observations)
+
+    def realign(self, base: KV, begin: int) -> KVSource:  # noqa: ARG002  # nothing depends on it
+        """The base itself."""
+        return base

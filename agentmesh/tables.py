@@ -1,0 +1,58 @@
+"""Tables of benchmark figures for the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from agentmesh.bench.figures import Fidelity, Times
+
+
+def fidelity_table(figures: Fidelity) -> Group:
+    """Presets by their distance from dense."""
+    table = _table(
+        f"KL(dense ‖ preset), nats a token: {figures.model}, {figures.dtype}, {figures.n} questions",
+        ("exact bases", "95 %", "chained", "first", "p99", "top-1", "placed", "calls shared"),
+    )
+    for name, one in figures.presets.items():
+        placed = one.placed_tokens / one.slot_tokens if one.slot_tokens else 0.0
+        table.add_row(
+            name,
+            f"{one.kl_mean:.4f}",
+            f"{one.ci95[0]:.4f}-{one.ci95[1]:.4f}",
+            f"{one.kl_chained:.4f}",
+            f"{one.kl_first:.4f}",
+            f"{one.kl_p99:.3f}",
+            f"{one.top1:.3f}",
+            f"{placed:.0%}",
+            f"{one.calls_shared}/{one.calls_shareable}",
+        )
+    controls = [f"{name} {kl:.4f}" for name, kl in figures.controls.items()]
+    return Group(table, Text("controls: " + ", ".join(controls) if controls else ""))
+
+
+def ttft_table(figures: Times) -> Group:
+    """Presets by their time to first token."""
+    agents = len(next(iter(figures.presets.values())).by_agent_ms)
+    table = _table(
+        f"time to first token, ms (and times faster than dense): {figures.model}, {figures.dtype}",
+        (*(f"agent {number}" for number in range(1, agents + 1)), "sum"),
+    )
+    parts = _table("parts of the sum, ms", ("plan", "match", "realign", "compose", "forward", "learn (warm-up)"))
+    for name, times in figures.presets.items():
+        speedup = figures.speedup.get(name)
+        ratios = (*speedup.by_agent, speedup.sum) if speedup else ()
+        shown = [f"{ms:.0f}" for ms in (*times.by_agent_ms, times.sum_ms)]
+        table.add_row(name, *(f"{ms} ({r:.1f}×)" for ms, r in zip(shown, ratios, strict=True)) if ratios else shown)
+        parts.add_row(name, *(f"{ms:.0f}" for ms in times.parts_ms.values()), f"{times.learn_ms:.0f}")
+    return Group(table, parts)
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
+    table.add_column("preset", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

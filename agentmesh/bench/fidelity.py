@@ -24,7 +24,7 @@ from agentmesh.config.presets import CommunicatorSpec, PresetSpec, Recompute, ch
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.events import Treatment
-from agentmesh.kv.values import KV, Frame, KVSource
+from agentmesh.kv.values import ALL, KV, Frame, KVSource
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, ContentKind, Prompt, neutral_header
 
@@ -228,9 +228,9 @@ class _Unrotated:
         """Number of tokens ``T``."""
         return self.inner.tokens
 
-    def fetch(self) -> KV:
+    def fetch(self, layers: slice = ALL) -> KV:
         """The same rows in a frame that nobody rotates."""
-        kv = self.inner.fetch()
+        kv = self.inner.fetch(layers)
         return kv if kv.frame is Frame.ABSOLUTE else KV(kv.keys, kv.values, Frame.ABSOLUTE)
 
 

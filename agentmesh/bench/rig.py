@@ -98,6 +98,7 @@ class Rig:
         again = time.perf_counter()
         preset.finished(call.prompt, plan, said.arena, call.message, logits)
         preset.closed(plan)
+        self.runner.close(cache)
         learn = (kept - done) + (time.perf_counter() - again)
         return Timed(plan, (done - begun) * 1e3, learn * 1e3)
 

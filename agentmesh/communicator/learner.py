@@ -134,12 +134,12 @@ class Learner:
             return Verdict(None, Reason.PREDICTED_ERROR)
         return Verdict(realigner)
 
-    def observe(self, reader: Reader, match: Match, base: KV, truth: KV) -> None:
-        """Learn from a block whose truth is exact."""
+    def observe(self, reader: Reader, match: Match, base: KV, truth: KV, begin: int) -> None:
+        """Learn from a block whose truth is exact, from its token number ``begin`` on."""
         name = link(reader, match)
         state = self._view(reader).get(name, self.fresh)
         deep = match.depth > 0
-        finding = (state.deep if deep else state.exact).study(base, truth)
+        finding = (state.deep if deep else state.exact).study(base, truth, begin)
         self.ledger.note(reader.run, name, Observed(deep, finding))
 
     def audited(self, reader: Reader, matches: Sequence[Match], kl: float, *, flip: bool) -> Audit:
@@ -159,8 +159,12 @@ class Learner:
         self._view(reader)
 
     def end(self, run: str) -> None:
-        """Commit what a run taught."""
+        """Commit what a run taught; what a later plan needs of it is worked out now, outside anybody's TTFT."""
         self.ledger.end(run)
+        for state in self.ledger.states.values():
+            for realigner in (state.exact, state.deep):
+                if realigner.observations >= self._spec.warmup:
+                    realigner.prepare()
 
     def _view(self, reader: Reader) -> Mapping[str, LinkState]:
         return self.ledger.view(reader.run, reader.order, reader.sees)
@@ -189,8 +193,8 @@ class Learner:
 
 
 def link(reader: Reader, match: Match) -> str:
-    """The name of a consumer's link: offsets are learned by consumer and by what the source did with the text."""
-    return f"{reader.consumer} {match.relation}"
+    """The name of a link: offsets are learned by consumer, what the source did with the text, and its kind."""
+    return f"{reader.consumer} {match.relation} {match.kind}"
 
 
 def shares(relation: Relation) -> bool:

@@ -252,9 +252,10 @@ class Slots(Preset):
         for decision in plan.decisions:
             match = decision.match
             if shares(match.relation) and match.tokens >= self._spec.min_tokens:
-                base = match.reading.cut(match.at, match.at + match.tokens)
-                truth = arena.read_free(match.start, match.stop, self.keeper.rope)
-                self.learner.observe(prompt.reader, match, base, truth)
+                head = min(self._choice.recompute.first, match.tokens - 1)
+                base = match.reading.cut(match.at + head, match.at + match.tokens)
+                truth = arena.read_free(match.start + head, match.stop, self.keeper.rope)
+                self.learner.observe(prompt.reader, match, base, truth, head)
 
     def _audit(self, prompt: Prompt, plan: SlotPlan, logits: torch.Tensor) -> Audit:
         """Check a reusing call against a dense prefill, which is an observation, too."""

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "agentmesh_sdpa"
+QUERIES_AT_ONCE = 256
 
 
 class AttentionWatch:
@@ -54,7 +55,8 @@ def attention(
     """Attention of ``query [B, Hq, T, D]`` over ``key, value [B, H, T', D]``; returns ``[B, T, Hq, D]``.
 
     transformers repeats keys and values for grouped heads whenever there is a mask, which is needed on some devices
-    but not on the CPU. Everything else goes to its own function.
+    but not on the CPU. Everything else goes to its own function. Queries go in chunks, each over the keys up to its
+    last position (option ``agentmesh_last``), which saves half of a long prefill behind a prefix.
     """
     watch = options.pop("agentmesh_watch", None)
     if watch is not None:
@@ -64,7 +66,18 @@ def attention(
     if attention_mask is None or query.shape[2] == 1 or not plain or not on_cpu:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output
-    mixed = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=options.get("scaling"), enable_gqa=True
-    )
-    return mixed.transpose(1, 2).contiguous(), None
+    last = options.get("agentmesh_last")
+    pieces = []
+    for low in range(0, query.shape[2], QUERIES_AT_ONCE):
+        high = min(low + QUERIES_AT_ONCE, query.shape[2])
+        seen = key.shape[2] if last is None else last[high - 1] + 1
+        mixed = functional.scaled_dot_product_attention(
+            query[:, :, low:high],
+            key[:, :, :seen],
+            value[:, :, :seen],
+            attn_mask=attention_mask[:, :, low:high, :seen],
+            scale=options.get("scaling"),
+            enable_gqa=True,
+        )
+        pieces.append(mixed.transpose(1, 2))
+    return torch.cat(pieces, dim=1), None

@@ -7,7 +7,7 @@ probe accepts; ``PlainRunner`` serves the others whole, over the cache that tran
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +16,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.masks import MaskPlan, Masks
-from agentmesh.kv.arena import Arena, KVShape
+from agentmesh.kv.arena import Arena, ArenaPool, KVShape
 from agentmesh.kv.rope import Rope
+
+PLACED_AT_ONCE = 8 * 2**20
+"""Bytes of KV that are realigned and placed at once."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,22 @@ class ArenaRunner:
         shape: the size of one token's KV.
         masks: which attention masks the model wants for scattered positions.
         rope: how it rotates keys; ``None`` where that could not be established.
+        spare: arenas that were given back.
     """
 
     model: Any
     shape: KVShape
     masks: MaskPlan
     rope: Rope | None
+    spare: ArenaPool = field(default_factory=ArenaPool)
 
     def open(self, capacity: int) -> ArenaCache:
-        """A fresh arena for one sequence of up to ``capacity`` tokens."""
-        return ArenaCache(Arena(self.shape, capacity))
+        """An arena for one sequence of up to ``capacity`` tokens: one that was given back, or a fresh one."""
+        return ArenaCache(self.spare.take(capacity) or Arena(self.shape, capacity))
+
+    def close(self, cache: ArenaCache) -> None:
+        """Give an arena back; nobody may hold a view of it any more."""
+        self.spare.give(cache.arena)
 
     @torch.inference_mode()
     def forward(self, cache: ArenaCache, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -70,10 +79,16 @@ class ArenaRunner:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
+            agentmesh_last=positions,
             **options,
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _batches(self, tokens: int) -> list[slice]:
+        """Layers that are realigned and placed together: few enough for memory that is used again and again."""
+        step = max(1, PLACED_AT_ONCE * self.shape.layers // max(tokens * self.shape.bytes_per_token, 1))
+        return [slice(low, low + step) for low in range(0, self.shape.layers, step)]
 
     @torch.inference_mode()
     def prefill(self, cache: ArenaCache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:
@@ -89,10 +104,11 @@ class ArenaRunner:
         """
         parts = Parts() if parts is None else parts
         for piece in composition.placed:
-            with parts.timed("realign"):
-                kv = piece.kv.fetch()
-            with parts.timed("compose"):
-                cache.arena.place(piece.start, kv, self.rope)
+            for layers in self._batches(piece.kv.tokens):
+                with parts.timed("realign"):
+                    kv = piece.kv.fetch(layers)
+                with parts.timed("compose"):
+                    cache.arena.place(piece.start, kv, self.rope, layers)
         logits = None
         with parts.timed("forward"):
             for chunk in composition.chunks():
@@ -110,6 +126,9 @@ class PlainRunner:
     def open(self, _capacity: int) -> Cache:
         """A fresh cache of the model's own kind."""
         return DynamicCache(config=self.model.config)
+
+    def close(self, cache: Cache) -> None:
+        """Nothing is reused."""
 
     @torch.inference_mode()
     def forward(self, cache: Cache, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:

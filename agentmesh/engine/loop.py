@@ -172,8 +172,10 @@ class Engine:
         """
         self.check(prompt_tokens)
         arrived = time.perf_counter()
+        cache: Cache | None = None
         try:
             sequence, begun, first = await self._on_thread(lambda: self._start(source, prompt_tokens, sampling))
+            cache = sequence.cache
             report = FirstTokenReport(queue_ms=(begun - arrived) * 1e3, ttft_ms=(first - arrived) * 1e3)
             on_first(report)
             shown = 0
@@ -187,7 +189,7 @@ class Engine:
             decode_ms = (time.perf_counter() - first) * 1e3
             learn_ms = await self._on_thread(lambda: self._finish(source, sequence))
         finally:
-            self._thread.submit(source.closed)
+            self._thread.submit(self._close, source, cache)
         text, tokens = self.tokenizer.decode(sequence.tokens), tuple(sequence.tokens)
         return Generation(tokens, text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms, learn_ms)
 
@@ -224,6 +226,12 @@ class Engine:
         logits = self.support.runner.forward(sequence.cache, sequence.tokens[-1:], (position,))
         sequence.length += 1
         sequence.accept(logits, self.loaded.stop_token_ids, self.loaded.max_context)
+
+    def _close(self, source: Source, cache: Cache | None) -> None:
+        """Let the source go, and give the arena back."""
+        source.closed()
+        if cache is not None:
+            self.support.runner.close(cache)
 
     def _finish(self, source: Source, sequence: Sequence) -> float:
         """Let the source look at the whole sequence; the milliseconds that takes."""

@@ -16,8 +16,6 @@ from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.kv.arena import Arena
-from agentmesh.kv.rope import Rope
-from agentmesh.kv.values import KV
 
 LOOK_LAYERS = 2
 
@@ -51,11 +49,10 @@ class Scout:
         """
         runner, begin = self.runner, composition.placed[0].stop if self._exact_lead(composition) else 0
         assert runner.rope is not None, "KV is placed in models with a known rotation only"
-        rope = Rope(runner.rope.inv_freq[:LOOK_LAYERS], runner.rope.interleaved)
+        rope, layers = runner.rope, slice(0, LOOK_LAYERS)
         arena = Arena(replace(runner.shape, layers=LOOK_LAYERS), len(composition.tokens))
         for piece in composition.placed:
-            kv = piece.kv.fetch()
-            arena.place(piece.start, KV(kv.keys[:LOOK_LAYERS], kv.values[:LOOK_LAYERS], kv.frame), rope)
+            arena.place(piece.start, piece.kv.fetch(layers), rope, layers)
         placed = arena.keys[-1].clone()
         self._run_layers(ArenaCache(arena), composition.tokens, range(begin, len(composition.tokens)))
         distance = (arena.keys[-1].float() - placed.float()).square().sum(dim=(0, 2))

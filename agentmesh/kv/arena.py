@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from agentmesh.kv.rope import Rope
-from agentmesh.kv.values import KV, Frame
+from agentmesh.kv.values import ALL, KV, Frame
 
 Rows = slice | torch.Tensor
 
@@ -78,22 +78,23 @@ class Arena:
             self.values[layer].index_copy_(1, self._rows, values[0])
         return self.keys[layer : layer + 1, :, : self.length], self.values[layer : layer + 1, :, : self.length]
 
-    def place(self, start: int, kv: KV, rope: Rope | None) -> None:
+    def place(self, start: int, kv: KV, rope: Rope | None, layers: slice = ALL) -> None:
         """Copy stored KV to rows ``start`` …, rotating position-free keys to their new positions.
 
         Args:
             start: first row.
             kv: what to place; in the absolute frame it must have been computed at these very positions.
             rope: the model's rotation; needed for position-free keys only.
+            layers: which layers ``kv`` holds.
         """
         stop = start + kv.tokens
         assert stop <= self.capacity, f"rows up to {stop} do not fit an arena of {self.capacity}"
         keys = kv.keys
         if kv.frame is Frame.FREE:
             assert rope is not None, "position-free keys need the model's rotation"
-            keys = rope.rotate(keys, torch.arange(start, stop, device=keys.device))
-        self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = kv.values
+            keys = rope.of(layers).rotate(keys, torch.arange(start, stop, device=keys.device))
+        self.keys[layers, :, start:stop] = keys
+        self.values[layers, :, start:stop] = kv.values
 
     def read(self, start: int, stop: int) -> KV:
         """Rows ``start`` to ``stop`` as they are cached, as a view: copy it (``owned``) to keep it."""
@@ -105,3 +106,31 @@ class Arena:
         view = self.read(start, stop)
         positions = torch.arange(start, stop, device=self.keys.device)
         return KV(rope.unrotate(view.keys, positions), view.values.clone(), Frame.FREE)
+
+
+class ArenaPool:
+    """Arenas that wait to be used again: fresh memory costs as much time as filling it does.
+
+    Args:
+        limit: how many are kept.
+    """
+
+    def __init__(self, limit: int = 2) -> None:
+        self._limit = limit
+        self._free: list[Arena] = []
+
+    def take(self, capacity: int) -> Arena | None:
+        """An empty arena of at least ``capacity`` tokens and at most twice as many, or ``None``."""
+        fitting = [arena for arena in self._free if capacity <= arena.capacity <= 2 * capacity]
+        if not fitting:
+            return None
+        found = min(fitting, key=lambda arena: arena.capacity)
+        self._free.remove(found)
+        found.aim(slice(0, 0), 0)
+        return found
+
+    def give(self, arena: Arena) -> None:
+        """Keep an arena, instead of the smallest one where there are too many."""
+        self._free.append(arena)
+        if len(self._free) > self._limit:
+            self._free.remove(min(self._free, key=lambda one: one.capacity))

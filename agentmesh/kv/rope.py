@@ -9,6 +9,7 @@ directions the identity, bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -35,6 +36,15 @@ class Rope:
         """Number of rotated head dims ``R``."""
         return 2 * self.inv_freq.shape[1]
 
+    @cached_property
+    def shared(self) -> bool:
+        """Whether all layers rotate alike, so that one table serves them."""
+        return bool((self.inv_freq == self.inv_freq[:1]).all())
+
+    def of(self, layers: slice) -> Rope:
+        """The rotation of some layers alone."""
+        return self if self.shared else Rope(self.inv_freq[layers], self.interleaved)
+
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Position-free keys turned to ``positions``.
 
@@ -52,7 +62,7 @@ class Rope:
         return self._turn(keys, positions, -1.0)
 
     def _turn(self, keys: torch.Tensor, positions: torch.Tensor, sign: float) -> torch.Tensor:
-        inv_freq = self.inv_freq.to(keys.device)
+        inv_freq = (self.inv_freq[:1] if self.shared else self.inv_freq).to(keys.device)
         angles = positions.to(keys.device, torch.float32)[None, :, None] * inv_freq[:, None, :]  # [L, T, R/2]
         cos = angles.cos().unsqueeze(1)  # [L, 1, T, R/2]
         sin = angles.sin().unsqueeze(1) * sign

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+ALL = slice(None)
+
 
 class Frame(Enum):
     """In which frame keys are kept (METHOD 2)."""
@@ -51,9 +53,9 @@ class KV:
         """Bytes that keys and values hold."""
         return self.keys.nbytes + self.values.nbytes
 
-    def fetch(self) -> KV:
-        """Itself; a KV is its own source."""
-        return self
+    def fetch(self, layers: slice = ALL) -> KV:
+        """Some layers of itself, as a view; a KV is its own source."""
+        return KV(self.keys[layers], self.values[layers], self.frame)
 
     def cut(self, start: int, stop: int) -> KV:
         """Tokens ``start`` to ``stop`` as a view of the same memory."""
@@ -71,8 +73,8 @@ class KVSource(Protocol):
     def tokens(self) -> int:
         """Number of tokens ``T``."""
 
-    def fetch(self) -> KV:
-        """The rows."""
+    def fetch(self, layers: slice = ALL) -> KV:
+        """The rows of some layers."""
 
 
 def join(pieces: Sequence[KV]) -> KV:

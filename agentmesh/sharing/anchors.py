@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from agentmesh.events import Reason
-from agentmesh.kv.values import KV
+from agentmesh.kv.values import ALL, KV
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,25 @@ class AnchoredSlot:
         """Number of tokens ``T``."""
         return self.base.tokens
 
+    @cached_property
+    def _weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights ``[A, T]`` for keys and for values, from each token's mean absolute difference over all layers."""
+        bases = [anchor.base.cut(0, self.tokens) for anchor in self.anchors]
+        keys = torch.stack([(base.keys - self.base.keys).abs().float().mean(dim=(0, 1, 3)) for base in bases])
+        values = torch.stack([(base.values - self.base.values).abs().float().mean(dim=(0, 1, 3)) for base in bases])
+        return (-keys).softmax(dim=0), (-values).softmax(dim=0)
+
     @torch.inference_mode()
-    def fetch(self) -> KV:
+    def fetch(self, layers: slice = ALL) -> KV:
         """The base and the weighted offsets."""
-        count = self.tokens
-        bases = [anchor.base.cut(0, count) for anchor in self.anchors]
-        offsets = [anchor.slot.cut(0, count) for anchor in self.anchors]
-        keys = _by_token(self.base.keys, [b.keys for b in bases], [o.keys for o in offsets])
-        values = _by_token(self.base.values, [b.values for b in bases], [o.values for o in offsets])
-        return KV(keys, values, self.base.frame)
+        base = self.base.fetch(layers)
+        keys, values = base.keys.clone(), base.values.clone()
+        for number, anchor in enumerate(self.anchors):
+            delta = anchor.slot.fetch(layers).cut(0, self.tokens)
+            by_key, by_value = (weights[number].to(keys.dtype)[:, None] for weights in self._weights)
+            keys += by_key * delta.keys
+            values += by_value * delta.values
+        return KV(keys, values, base.frame)
 
 
 @dataclass(frozen=True)
@@ -147,14 +158,15 @@ class AnchoredFixed:
         return self.stop - self.start
 
     @torch.inference_mode()
-    def fetch(self) -> KV:
+    def fetch(self, layers: slice = ALL) -> KV:
         """The first reading's KV and the weighted offsets."""
-        count = self.slot.tokens
-        bases = [anchor.base.cut(anchor.base.tokens - count, anchor.base.tokens) for anchor in self.anchors]
-        offsets = [anchor.fixed.cut(self.start, self.stop) for anchor in self.anchors if anchor.fixed is not None]
-        base = self.fixed.cut(self.start, self.stop)
-        keys = _by_channel(base.keys, self.slot.keys, [b.keys for b in bases], [o.keys for o in offsets])
-        values = _by_channel(base.values, self.slot.values, [b.values for b in bases], [o.values for o in offsets])
+        count, slot = self.slot.tokens, self.slot.fetch(layers)
+        fitting = [anchor.base.fetch(layers) for anchor in self.anchors]
+        bases = [base.cut(base.tokens - count, base.tokens) for base in fitting]
+        offsets = [a.fixed.fetch(layers).cut(self.start, self.stop) for a in self.anchors if a.fixed is not None]
+        base = self.fixed.fetch(layers).cut(self.start, self.stop)
+        keys = _by_channel(base.keys, slot.keys, [b.keys for b in bases], [o.keys for o in offsets])
+        values = _by_channel(base.values, slot.values, [b.values for b in bases], [o.values for o in offsets])
         return KV(keys, values, base.frame)
 
 
@@ -175,16 +187,6 @@ def _leading(weights: torch.Tensor, indices: list[int], share: float = 0.9) -> t
         if total >= share:
             break
     return tuple(found)
-
-
-def _by_token(base: torch.Tensor, bases: list[torch.Tensor], offsets: list[torch.Tensor]) -> torch.Tensor:
-    """``base + Σ w·offset`` with ``w [A, T]`` from the mean absolute difference of each token."""
-    distances = torch.stack([(other - base).abs().float().mean(dim=(0, 1, 3)) for other in bases])
-    weights = (-distances).softmax(dim=0).to(base.dtype)
-    found = base.clone()
-    for weight, delta in zip(weights, offsets, strict=True):
-        found += weight[:, None] * delta
-    return found
 
 
 def _by_channel(

@@ -21,7 +21,7 @@ from typing import final
 import torch
 
 from agentmesh.kv.arena import KVShape
-from agentmesh.kv.values import KV, KVSource
+from agentmesh.kv.values import ALL, KV, KVSource
 from agentmesh.sharing.realigner import Realigner
 
 POSITION_FEATURES = 4
@@ -47,6 +47,18 @@ def features(base: KV, begin: int) -> torch.Tensor:
     return torch.cat([keys, values, places], dim=2)
 
 
+def robust_weights(offsets: torch.Tensor) -> torch.Tensor:
+    """Weights ``[L·H, T]`` of tokens with offsets ``[L·H, T, 2D]``: small where an offset is large for its head.
+
+    A few tokens (line breaks, sentence ends) have offsets many times larger than all others; unweighted, the
+    regression and its prequential error would be about them alone (docs/method.md).
+    """
+    parts = offsets.view(*offsets.shape[:2], 2, -1).square().sum(dim=3)
+    relative = (parts / parts.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=2)
+    weights = 1 / (relative + relative.median(dim=1, keepdim=True).values + 1e-6)
+    return weights / weights.mean(dim=1, keepdim=True)
+
+
 @dataclass(frozen=True)
 class LinearMap:
     """A solved realigner, ready to be applied.
@@ -58,15 +70,22 @@ class LinearMap:
     weights: torch.Tensor
 
     @torch.inference_mode()
-    def apply(self, base: KV, begin: int) -> KV:
-        """The base as the consumer's context would have made it; ``begin`` is its first token's number in its block."""
-        layers, heads, tokens, dim = base.keys.shape
-        weights = self.weights.to(base.keys.dtype)
+    def apply(self, base: KV, begin: int, layers: slice = ALL) -> KV:
+        """Some layers of the base as the consumer's context would have made them.
+
+        Args:
+            base: the whole base.
+            begin: its first token's number in its block.
+            layers: which layers to make.
+        """
+        base = base.fetch(layers)
+        count, heads, tokens, dim = base.keys.shape
+        weights = self.weights.view(-1, heads, *self.weights.shape[1:])[layers].flatten(0, 1).to(base.keys.dtype)
         places = position_features(begin, tokens, base.keys.device).to(base.keys.dtype)
         out = places @ weights[:, 2 * dim :]
         out.baddbmm_(base.keys.flatten(0, 1), weights[:, :dim])
         out.baddbmm_(base.values.flatten(0, 1), weights[:, dim : 2 * dim])
-        out = out.view(layers, heads, tokens, 2 * dim)
+        out = out.view(count, heads, tokens, 2 * dim)
         return KV(out[..., :dim], out[..., dim:], base.frame)
 
 
@@ -120,9 +139,9 @@ class Realigned:
         """Number of tokens ``T``."""
         return self.base.tokens
 
-    def fetch(self) -> KV:
-        """Apply the map."""
-        return self.map.apply(self.base, self.begin)
+    def fetch(self, layers: slice = ALL) -> KV:
+        """Apply the map to some layers."""
+        return self.map.apply(self.base, self.begin, layers)
 
 
 @dataclass(frozen=True)
@@ -178,11 +197,13 @@ class Linear(Realigner[LinearFinding]):
         return sum(tensor.nbytes for tensor in tensors)
 
     @torch.inference_mode()
-    def study(self, base: KV, truth: KV) -> LinearFinding:
+    def study(self, base: KV, truth: KV, begin: int = 0) -> LinearFinding:
         """Sums of one observation, and how it would have been predicted; see ``Realigner.study``."""
-        x = features(base, 0)
+        x = features(base, begin)
         true = torch.cat([truth.keys.flatten(0, 1), truth.values.flatten(0, 1)], dim=2).float()
         y = true - torch.cat([base.keys.flatten(0, 1), base.values.flatten(0, 1)], dim=2).float()
+        root = robust_weights(y).sqrt()[..., None]
+        x, y, true = x * root, y * root, true * root
         trial = None
         if self.observations:
             guesses = [x @ solution for solution in self._solutions]
@@ -215,6 +236,11 @@ class Linear(Realigner[LinearFinding]):
         trial = Trial(*(found[f"trial.{name}"] for name in TRIAL_SUMS))
         return Linear(found["gram"], found["cross"], trial, self.heads, observations)
 
+    def prepare(self) -> None:
+        """Solve the regression."""
+        assert self.map.weights.isfinite().all(), "a ridge regression has a solution"
+        assert self.residual >= 0
+
     def realign(self, base: KV, begin: int) -> KVSource:
         """KV that the map makes when it is placed."""
         return Realigned(base, begin, self.map)
@@ -236,7 +262,7 @@ class Linear(Realigner[LinearFinding]):
         """The ridge strength of each layer and head, for keys and values: indices ``[L·H, 2]``."""
         return self.trial.errors.argmin(dim=0)
 
-    @property
+    @cached_property
     def residual(self) -> float:
         """Expected error after realigning, relative to the KV itself: mean over layers, keys and values alike."""
         left = self.trial.errors.min(dim=0).values[self.heads :]

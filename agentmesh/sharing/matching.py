@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from agentmesh.config.base import Choice
 from agentmesh.events import Reason
-from agentmesh.prompt.segments import Prompt, Segment
+from agentmesh.prompt.segments import ContentKind, Prompt, Segment
 from agentmesh.sharing.segments import Reading, SegmentStore, Span
 
 
@@ -45,6 +45,7 @@ class Match:
         at: token of the reading that ``start`` corresponds to.
         relation: what the reading's agent had to do with it.
         depth: of its KV.
+        kind: what its first content is.
     """
 
     start: int
@@ -56,6 +57,7 @@ class Match:
     at: int
     relation: Relation
     depth: int
+    kind: ContentKind
 
     @property
     def tokens(self) -> int:
@@ -123,7 +125,7 @@ class Matcher:
         usable = [match for match in candidates if match is not None]
         if not usable:
             return None, Reason.TOO_DEEP
-        best = max(usable, key=lambda m: (m.relation is Relation.HISTORY, m.last, m.stop, -m.depth, m.number))
+        best = max(usable, key=lambda m: (m.relation is Relation.HISTORY, m.last, -m.depth, m.stop, m.number))
         return best, Reason.FIRST_READER
 
     def _follow(self, prompt: Prompt, index: int, number: int, reading: Reading, span: Span) -> Match | None:
@@ -150,7 +152,9 @@ class Matcher:
             return None
         depth = reading.depth(at, stop - start + at)
         found = Relation.HISTORY if same else relation
-        return Match(start, stop, index, last, number, reading, at, found, depth)
+        content = prompt.segments[index].content
+        assert content is not None, "a match begins at a slot"
+        return Match(start, stop, index, last, number, reading, at, found, depth, content.kind)
 
 
 def _continues(reading: Reading, segment: Segment, at: int) -> bool:

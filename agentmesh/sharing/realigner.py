@@ -40,12 +40,13 @@ class Realigner(ABC, Generic[Finding]):
         """Expected squared error of realigned KV, relative to the KV itself; mean over layers, keys and values."""
 
     @abstractmethod
-    def study(self, base: KV, truth: KV) -> Finding:
+    def study(self, base: KV, truth: KV, begin: int = 0) -> Finding:
         """What an observation teaches, given what is known so far.
 
         Args:
             base: position-free KV of a block as an earlier agent's context made it.
             truth: position-free KV of the same tokens in the consumer's context; exact.
+            begin: number of the first of these tokens in its block.
         """
 
     @abstractmethod
@@ -64,6 +65,10 @@ class Realigner(ABC, Generic[Finding]):
             KeyError: something is missing.
             ValueError: something has another shape than this model needs.
         """
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Work out what ``realign`` needs, if that was not done yet."""
 
     @abstractmethod
     def realign(self, base: KV, begin: int) -> KVSource:
@@ -92,7 +97,7 @@ class NoOffset(Realigner[None]):
         """It makes no prediction."""
         return 0.0
 
-    def study(self, base: KV, truth: KV) -> None:
+    def study(self, base: KV, truth: KV, begin: int = 0) -> None:
         """There is nothing to learn."""
 
     def learn(self, finding: None) -> NoOffset:  # noqa: ARG002  # there is nothing in it
@@ -106,6 +111,9 @@ class NoOffset(Realigner[None]):
     def unpack(self, tensors: Mapping[str, torch.Tensor], observations: int) -> NoOffset:  # noqa: ARG002  # as above
         """The count alone."""
         return NoOffset(observations)
+
+    def prepare(self) -> None:
+        """Nothing is needed."""
 
     def realign(self, base: KV, begin: int) -> KVSource:  # noqa: ARG002  # nothing depends on it
         """The base itself."""

@@ -1,0 +1,259 @@
+"""The segment store and matching: identity, blocks, depth, budget, eviction order, pins."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from agentmesh.events import Reason
+from agentmesh.kv.values import KV, Frame, join
+from agentmesh.prompt import Content, ContentKind, Prompt, Reader, Segment
+from agentmesh.sharing.budget import Budget, Worth
+from agentmesh.sharing.matching import Matcher, Relation
+from agentmesh.sharing.segments import Reading, Rows, SegmentStore, Span
+
+BYTES = 2 * 4 * 4
+
+
+def kv(tokens: tuple[int, ...]) -> KV:
+    """KV whose values are the token ids, so that a wrong hit would show."""
+    data = torch.tensor(tokens, dtype=torch.float32).reshape(1, 1, -1, 1).expand(1, 1, len(tokens), 4).contiguous()
+    return KV(data, data.clone(), Frame.FREE)
+
+
+def content(name: str, length: int, kind: ContentKind = ContentKind.MESSAGE, deliver: str = "auto") -> Segment:
+    """A slot whose tokens depend on its name."""
+    tokens = tuple(1000 + 100 * (ord(name[-1]) - ord("a")) + i for i in range(length))
+    return Segment(name, name, tokens, Content(name, kind, name, tokens, deliver))
+
+
+def fixed(*tokens: int) -> Segment:
+    return Segment("fixed", "", tokens)
+
+
+def prompt(*segments: Segment, run: str = "r", consumer: str = "x") -> Prompt:
+    return Prompt(segments, reader=Reader(run, consumer=consumer))
+
+
+def reading(
+    store: SegmentStore, source: Prompt, message: Segment | None = None, depth: int = 0, cut: int = 0
+) -> Reading:
+    """What a call with this prompt would have kept; ``cut`` tokens of the message have no KV."""
+    spans = [
+        Span(store.key(segment.tokens), segment.content.origin, start, start + len(segment.tokens))
+        for segment, start in zip(source.segments, source.starts, strict=True)
+        if segment.content is not None
+    ]
+    begin, tokens = spans[0].start, source.tokens
+    rows = [Rows(begin, kv(tokens[begin:]))]
+    if message is not None:
+        assert message.content is not None
+        size = len(message.tokens)
+        spans.append(
+            Span(store.key(message.tokens), message.content.origin, len(tokens), len(tokens) + size, written=True)
+        )
+        rows.append(Rows(len(tokens), kv(message.tokens[: size - cut])))
+        tokens = (*tokens, *message.tokens)
+    reader = source.reader
+    return Reading(reader.run, reader.consumer, tokens, tuple(spans), tuple(rows), bytes([depth] * len(tokens)))
+
+
+def store(budget: int = 1 << 20) -> SegmentStore:
+    return SegmentStore(Budget(budget), b"model")
+
+
+def test_slices_and_joins_are_identities() -> None:
+    whole = kv(tuple(range(10)))
+
+    assert torch.equal(join([whole.cut(0, 4), whole.cut(4, 10)]).keys, whole.keys)
+    assert whole.cut(2, 5).cut(1, 3).keys.data_ptr() == whole.cut(3, 5).keys.data_ptr()
+
+
+def test_a_run_of_segments_in_the_same_order_is_one_block_with_the_fixed_text_between() -> None:
+    kept, q, m = store(), content("q", 40), content("m", 30)
+    first = prompt(fixed(1, 2), q, fixed(5, 6), m, fixed(9), consumer="a")
+    kept.add(reading(kept, first), {"q": 1, "m": 1})
+    later = prompt(fixed(3, 3, 3), q, fixed(5, 6), m, fixed(7, 7))
+
+    found = Matcher(kept, blocks=True, max_depth=2).match(later, 0)
+
+    (match,) = found.matches
+    assert (match.start, match.stop, match.relation, match.depth) == (3, 75, Relation.READ, 0)
+    assert match.reading.cut(match.at, match.at + match.tokens).keys[0, 0, :, 0].tolist() == list(later.tokens[3:75])
+    assert not found.missing
+
+
+def test_without_blocks_every_slot_is_matched_by_itself() -> None:
+    kept, q, m = store(), content("q", 40), content("m", 30)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(5), m, fixed(9), consumer="a")), {"q": 1, "m": 1})
+
+    found = Matcher(kept, blocks=False, max_depth=2).match(prompt(fixed(3), q, fixed(5), m, fixed(7)), 0)
+
+    assert [(match.start, match.stop) for match in found.matches] == [(1, 41), (42, 72)]
+
+
+def test_other_text_between_two_slots_ends_the_block() -> None:
+    kept, q, m = store(), content("q", 40), content("m", 30)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(5), m, fixed(9), consumer="a")), {"q": 1, "m": 1})
+
+    found = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), q, fixed(6), m, fixed(7)), 0)
+
+    assert [match.tokens for match in found.matches] == [40, 30]
+
+
+def test_a_message_is_matched_from_what_its_writer_decoded_up_to_its_last_kv() -> None:
+    kept, q, m = store(), content("q", 40), content("m", 30)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="a"), m, cut=1), {"q": 1, "m": 1})
+
+    found = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), q, fixed(5), m, fixed(7)), 0)
+
+    assert [(match.relation, match.tokens) for match in found.matches] == [(Relation.READ, 40), (Relation.WROTE, 29)]
+
+
+def test_the_same_tokens_after_the_same_history_need_no_offset() -> None:
+    kept, q = store(), content("q", 40)
+    kept.add(reading(kept, prompt(fixed(1, 2), q, fixed(9), consumer="a"), depth=1), {"q": 1})
+
+    found = Matcher(kept, blocks=True, max_depth=0).match(prompt(fixed(1, 2), q, fixed(7)), 0)
+
+    assert found.matches[0].relation is Relation.HISTORY
+
+
+def test_kv_that_was_placed_too_often_is_no_base() -> None:
+    kept, q = store(), content("q", 40)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="a"), depth=3), {"q": 1})
+
+    found = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), q, fixed(7)), 0)
+
+    assert found.missing == {1: Reason.TOO_DEEP}
+
+
+def test_among_readings_that_carry_as_far_the_shallowest_is_taken() -> None:
+    kept, q = store(), content("q", 40)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="exact")), {"q": 1})
+    kept.add(reading(kept, prompt(fixed(2), q, fixed(9), consumer="deep"), depth=2), {"q": 1})
+
+    found = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), q, fixed(7)), 0)
+
+    assert found.matches[0].source == "exact"
+
+
+def test_a_reader_of_exact_kv_never_sees_the_approximate_namespace() -> None:
+    kept, q = store(), content("q", 40)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="a"), depth=1), {"q": 1})
+
+    assert list(kept.find(q.tokens, "r", exact=True)) == []
+    assert len(list(kept.find(q.tokens, "r"))) == 1
+
+
+def test_other_runs_and_other_tenants_find_nothing() -> None:
+    kept, q = store(), content("q", 40)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), run="other", consumer="a")), {"q": 1})
+
+    assert list(kept.find(q.tokens, "r")) == []
+    assert SegmentStore(Budget(1), b"tenant").key(q.tokens) != kept.key(q.tokens)
+
+
+def test_text_that_its_edge_delivers_as_text_is_not_matched() -> None:
+    kept, q = store(), content("q", 40)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="a")), {"q": 1})
+
+    found = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), content("q", 40, deliver="text")), 0)
+
+    assert found.missing == {1: Reason.DELIVERED_AS_TEXT}
+
+
+def test_what_nobody_awaits_is_evicted_first_and_then_what_is_read_last() -> None:
+    kept = store(10**9)
+    for name, awaited in (("a", {"a": 5}), ("b", {}), ("c", {"c": 1})):
+        kept.add(reading(kept, prompt(fixed(1), content(name, 20), consumer=name)), awaited)
+
+    kept.evict(1, Worth.IDLE)
+    assert [name for name in "abc" if list(kept.find(content(name, 20).tokens, "r"))] == ["a", "c"]
+    kept.evict(1, Worth.AWAITED)
+    assert [name for name in "abc" if list(kept.find(content(name, 20).tokens, "r"))] == ["c"]
+    assert kept.was_evicted(content("a", 20).tokens, "r")
+
+
+def test_pinned_readings_stay_and_released_runs_go() -> None:
+    kept, q = store(10**9), content("q", 40)
+    number = kept.add(reading(kept, prompt(fixed(1), q, consumer="a")), {})
+    assert number is not None
+    kept.pin(number)
+    assert kept.evict(10**9, Worth.IDLE) == 0
+    kept.unpin(number)
+
+    kept.release("r")
+
+    assert len(kept) == 0
+    assert kept.nbytes == 0
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Appends, forks, evictions, pins and releases in any order keep the budget and never give foreign KV."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = SegmentStore(Budget(60 * BYTES), b"m")
+        self.pins: list[int] = []
+
+    @rule(
+        run=st.sampled_from("rs"),
+        name=st.sampled_from("abc"),
+        length=st.integers(1, 25),
+        awaited=st.integers(0, 3),
+        message=st.booleans(),
+        depth=st.integers(0, 3),
+    )
+    def add(self, run: str, name: str, length: int, awaited: int, message: bool, depth: int) -> None:
+        said = content("m", length) if message else None
+        source = prompt(fixed(1), content(name, length), run=run, consumer=name)
+        self.store.add(reading(self.store, source, said, depth), {name: awaited} if awaited else {})
+
+    @rule(length=st.integers(1, 12))
+    def extend(self, length: int) -> None:
+        for number in list(self.store._kept)[:1]:
+            old = self.store._kept[number].reading
+            tokens = tuple(range(5000, 5000 + length))
+            span = Span(self.store.key(tokens), "late", len(old.tokens), len(old.tokens) + length, written=True)
+            self.store.extend(number, span, tokens, Rows(len(old.tokens), kv(tokens)), 1, {})
+
+    @rule()
+    def pin(self) -> None:
+        for number in list(self.store._kept)[-1:]:
+            self.store.pin(number)
+            self.pins.append(number)
+
+    @rule()
+    def unpin(self) -> None:
+        if self.pins:
+            self.store.unpin(self.pins.pop())
+
+    @rule(run=st.sampled_from("rs"))
+    def release(self, run: str) -> None:
+        self.store.release(run)
+
+    @rule(wanted=st.integers(1, 500), worth=st.sampled_from(Worth))
+    def evict(self, wanted: int, worth: Worth) -> None:
+        pinned = {number for number, kept in self.store._kept.items() if kept.pins}
+        self.store.evict(wanted, worth)
+        assert pinned <= set(self.store._kept)
+
+    @rule(run=st.sampled_from("rs"), name=st.sampled_from("abcm"), length=st.integers(1, 25))
+    def find(self, run: str, name: str, length: int) -> None:
+        tokens = content(name, length).tokens
+        for _, found, span in self.store.find(tokens, run):
+            assert found.run == run
+            assert found.cut(span.start, span.stop).keys[0, 0, :, 0].tolist() == list(tokens)
+            assert found.depth(span.start, span.stop) == 0 or not list(self.store.find(tokens, "t", exact=True))
+
+    @invariant()
+    def the_budget_holds_and_the_count_is_true(self) -> None:
+        sizes = [kept.reading.nbytes for kept in self.store._kept.values()]
+        assert self.store.nbytes == sum(sizes) <= self.store.budget.limit
+
+
+AnyOrder.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+test_any_order_of_operations = AnyOrder.TestCase

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from agentmesh.config.mesh import GenerateSpec
 from agentmesh.events import Audit, PlanRow
-from agentmesh.prompt import ChatTokenizer, Prompt
+from agentmesh.prompt import ChatTokenizer, Prompt, Reader
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ class Backend(Protocol):
 
     async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:
         """Answer a prompt. Cancelling frees what the call holds."""
+
+    async def begin(self, reader: Reader) -> None:
+        """A run begins; called in the order of the runs."""
 
     async def release(self, run: str) -> None:
         """A run has ended: free what was kept for it."""

@@ -27,7 +27,7 @@ from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import UsageError
 from agentmesh.events import Audit
 from agentmesh.kv.arena import Arena
-from agentmesh.prompt import Prompt
+from agentmesh.prompt import Prompt, Reader
 
 
 @final
@@ -147,6 +147,10 @@ class LocalBackend:
         if not isinstance(self.communicator, Slots):
             raise UsageError(f"preset {self._preset!r} has no realigners that could be {what}; use `linear`")
         return self.communicator.learner
+
+    async def begin(self, reader: Reader) -> None:
+        """Fix what a run sees of what was learned."""
+        await self.engine.do(lambda: self.communicator.begin(reader))
 
     async def release(self, run: str) -> None:
         """Free what was kept for a run, and commit what it taught."""

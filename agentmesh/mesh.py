@@ -43,6 +43,10 @@ from agentmesh.workers import make_workers, predicates
 Progress = Callable[[str, int, int], None]
 
 
+LAG = 8
+"""A deterministic run uses what was learned up to so many runs before it: as many may overlap."""
+
+
 @final
 class Mesh:
     """Runs a blueprint. Owns the model and everything kept for it, from the first run until ``close``.
@@ -206,21 +210,22 @@ class Mesh:
         try:
             async with self._slot():
                 if self.blueprint.run.deterministic:
-                    await self._wait_for(order - self._width)
+                    await self._wait_for(order - LAG)
                 return await self._run(given, seed, sample, sinks, self._reader(order))
         finally:
             self._ends.pop(order).set()
 
     def _reader(self, order: int) -> Reader:
         """Names a run to those who keep KV for it."""
-        sees = order - self._width if self.blueprint.run.deterministic else None
+        sees = order - LAG if self.blueprint.run.deterministic else None
         return Reader(run=f"run {order}", order=order, sees=sees)
 
     @property
     def _width(self) -> int:
         """How many runs may overlap."""
         wanted = self.blueprint.run.concurrency
-        return (os.cpu_count() or 1) if wanted == "auto" else wanted
+        width = (os.cpu_count() or 1) if wanted == "auto" else wanted
+        return min(width, LAG) if self.blueprint.run.deterministic else width
 
     async def _wait_for(self, order: int) -> None:
         """Wait until every run up to a number has ended."""
@@ -246,6 +251,7 @@ class Mesh:
         stream.emit(self._started(backend, given))
         finished = False
         try:
+            await backend.begin(reader)
             messages = await self._walk(backend, given, stream, seed, reader)
             answer = self._answer(messages)
             wall = time.perf_counter() - begun

@@ -18,7 +18,7 @@ from typing import final
 from agentmesh.backend import Completion, Listener
 from agentmesh.config.mesh import GenerateSpec
 from agentmesh.events import PlanRow, Reason, Treatment
-from agentmesh.prompt import Prompt
+from agentmesh.prompt import Prompt, Reader
 
 CONTROL = {"<|im_start|>": 256, "<|im_end|>": 257}
 
@@ -112,6 +112,9 @@ class ScriptedModel:
         listener.text(text)
         tokens = tuple(self.tokenizer.encode(text, control=False))
         return Completion(tokens, text, "stop", 0.0, ttft, 0.0, rows, self.preset)
+
+    async def begin(self, reader: Reader) -> None:
+        """Nothing is kept for a run."""
 
     async def release(self, run: str) -> None:
         """Nothing is kept for a run."""

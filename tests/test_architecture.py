@@ -19,7 +19,19 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset({"communicator"}),
     frozenset(
-        {"agents", "sandbox", "blueprint", "scheduler", "calls", "workers", "local", "mesh", "record", "testing"}
+        {
+            "agents",
+            "sandbox",
+            "blueprint",
+            "forecast",
+            "scheduler",
+            "calls",
+            "workers",
+            "local",
+            "mesh",
+            "record",
+            "testing",
+        }
     ),
     frozenset({"bench", "display", "tables", "plots"}),
     frozenset({"cli", "__main__"}),

@@ -22,7 +22,7 @@ from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.kv.arena import Arena
 from agentmesh.local import LocalBackend
-from agentmesh.prompt import Prompt
+from agentmesh.prompt import Prompt, Reader
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,10 @@ class Recording:
         done = await self._inner.complete(prompt, generate, seed, listener)
         self.calls.append(Call(prompt, done.tokens))
         return done
+
+    async def begin(self, reader: Reader) -> None:
+        """As the backend that answers."""
+        await self._inner.begin(reader)
 
     async def release(self, run: str) -> None:
         """As the backend that answers."""

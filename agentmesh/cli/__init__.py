@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from agentmesh.cli import bench, calibrate, doctor, look, models, run, runs
+from agentmesh.cli import bench, calibrate, doctor, look, models, plan, run, runs
 from agentmesh.errors import AgentmeshError
 
 INTERRUPTED = 130
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("validate")(look.validate)
+app.command("plan")(plan.plan)
 app.command("graph")(look.graph)
 app.command("schema")(look.schema)
 app.command("ls")(look.ls)

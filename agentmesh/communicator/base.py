@@ -11,7 +11,7 @@ import torch
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.events import Audit, PlanRow, Reason, Treatment
 from agentmesh.kv.arena import Arena
-from agentmesh.prompt.segments import Content, Prompt
+from agentmesh.prompt.segments import Content, Prompt, Reader
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,12 @@ class Plan:
 class Preset(ABC):
     """One strategy of reuse. Called on the engine's thread only, which makes it the owner of what it keeps.
 
-    For each call ``plan``, ``prefilled`` and ``finished`` are called in this order, and ``closed`` at last, whatever
-    happened; ``release`` when a run ends.
+    ``begin`` is called when a run begins and ``release`` when it ends. For each call ``plan``, ``prefilled`` and
+    ``finished`` are called in this order, and ``closed`` at last, whatever happened.
     """
+
+    def begin(self, reader: Reader) -> None:  # noqa: B027  # most presets keep nothing for a run
+        """A run begins: fix what it sees of what was learned."""
 
     @abstractmethod
     def plan(self, prompt: Prompt) -> Plan:

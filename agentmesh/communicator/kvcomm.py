@@ -139,11 +139,16 @@ class KVComm(Preset):
         self.pools = Pools(spec.anchors, self.keeper.budget)
         self._matcher = Matcher(self.keeper.segments, blocks=False, max_depth=DEEPEST)
         self._bases: dict[str, dict[tuple[int, ...], KV]] = {}
+        self._observing = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of prefixes, segments and anchors."""
         return self.keeper.budget.used
+
+    def begin(self, reader: Reader) -> None:
+        """Fix which anchors the run sees."""
+        self._pools(reader)
 
     def plan(self, prompt: Prompt) -> AnchoredPlan:
         """All slots and the fixed text behind them, or nothing but the prefix."""
@@ -208,6 +213,10 @@ class KVComm(Preset):
         self.pools.ledger.end(run)
         self._bases.pop(run, None)
 
+    def observe_only(self, *, on: bool) -> None:
+        """Make every content an anchor while on, whatever the criterion says of it."""
+        self._observing = on
+
     def adopt(self, other: Preset) -> None:
         """Begin with the other's anchors; they are shared, not copied."""
         assert isinstance(other, KVComm), "presets adopt from their own kind"
@@ -226,6 +235,8 @@ class KVComm(Preset):
 
     def _weighed(self, prompt: Prompt, match: Match, pools: Mapping[str, AnchorPool]) -> Slot:
         pool = pools.get(self._name(prompt, match), AnchorPool())
+        if self._observing:
+            return Slot(match, pool, Reason.NOT_WARM)
         base = match.reading.cut(match.at, match.at + match.tokens)
         return Slot(match, pool, pool.weigh(base, self._spec.anchors.gamma))
 

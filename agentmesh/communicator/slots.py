@@ -24,7 +24,7 @@ from agentmesh.engine.scout import Scout
 from agentmesh.events import Audit, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
-from agentmesh.prompt.segments import Content, Prompt
+from agentmesh.prompt.segments import Content, Prompt, Reader
 from agentmesh.sharing.matching import REASONS, Match, Matcher, Relation
 from agentmesh.sharing.realigner import NoOffset, Realigner
 
@@ -89,6 +89,10 @@ class Slots(Preset):
     def nbytes(self) -> int:
         """Bytes of prefixes, segments and statistics."""
         return self.keeper.budget.used
+
+    def begin(self, reader: Reader) -> None:
+        """Fix which realigners the run sees."""
+        self.learner.begin(reader)
 
     def plan(self, prompt: Prompt) -> SlotPlan:
         """Prefix, matches, gates, and the choice of computed tokens; see ``Preset.plan``."""

@@ -155,8 +155,9 @@ AgentSpec = Annotated[
 class RunSpec(Frozen):
     """How a mesh runs. ``retry`` and ``timeout`` hold for each node that does not say otherwise.
 
-    ``deterministic``: what is shared, and so every token, depends on seed and inputs alone: a run uses what was learned
-    ``concurrency`` runs before it and earlier, and gates that depend on measured time are off.
+    ``deterministic``: what is shared, and so every token, depends on seed, inputs and the runs' order alone. A run
+    then uses what was learned eight runs before it and earlier (at most eight may overlap), and gates that depend on
+    measured time are off.
     """
 
     concurrency: Annotated[Integer, Field(ge=1)] | Literal["auto"] = "auto"

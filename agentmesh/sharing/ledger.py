@@ -37,14 +37,23 @@ class Ledger(Generic[State, Finding]):
     _ended: dict[int, _Active[State, Finding]] = field(default_factory=dict)
     _versions: dict[int, dict[str, State]] = field(default_factory=dict)
     _reach: int = 0
+    _base: dict[str, State] | None = None
 
     def view(self, run: str, order: int, sees: int | None) -> Mapping[str, State]:
         """The states that a run sees; its first call begins it."""
         if run not in self._active:
             self._reach = max(self._reach, 0 if sees is None else order - sees)
-            states = self.states if sees is None or sees not in self._versions else self._versions[sees]
-            self._active[run] = _Active(order, dict(states))
+            self._active[run] = _Active(order, dict(self._version(sees)))
         return self._active[run].states
+
+    def _version(self, sees: int | None) -> dict[str, State]:
+        """What is committed now, or what was when a run had been committed."""
+        if self._base is None:
+            self._base = dict(self.states)
+        if sees is None:
+            return self.states
+        earlier = [version for version in self._versions if version <= sees]
+        return self._versions[max(earlier)] if earlier else self._base
 
     def note(self, run: str, name: str, finding: Finding) -> None:
         """Keep a finding until its run is committed."""

@@ -1,0 +1,171 @@
+"""The linear realigner: closed form, prequential choices, and what is saved of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from agentmesh.communicator.learner import LinkState
+from agentmesh.communicator.saved import load, save
+from agentmesh.errors import InputError
+from agentmesh.events import Reason
+from agentmesh.kv.arena import KVShape
+from agentmesh.kv.values import KV, Frame
+from agentmesh.sharing.anchors import Anchor, AnchoredSlot, AnchorPool, Weighing, offset
+from agentmesh.sharing.linear import Linear, features, robust_weights
+
+SHAPE = KVShape(3, 2, 8, torch.float32, torch.device("cpu"))
+
+
+def random_kv(seed: int, tokens: int = 60) -> KV:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(3, 2, tokens, 8, generator=generator) for _ in range(2))
+    return KV(keys, values, Frame.FREE)
+
+
+def shifted(base: KV, noise: float = 0.0, seed: int = 0) -> KV:
+    """A truth that is a fixed linear map of its base; layer 0 stays as it is."""
+    generator = torch.Generator().manual_seed(99)
+    turn = 0.3 * torch.randn(8, 8, generator=generator)
+    scatter = torch.Generator().manual_seed(seed)
+    keys = base.keys + base.values @ turn + 0.2 + noise * torch.randn(base.keys.shape, generator=scatter)
+    values = base.values - 0.1 * base.keys + noise * torch.randn(base.keys.shape, generator=scatter)
+    keys[0], values[0] = base.keys[0], base.values[0]
+    return KV(keys, values, Frame.FREE)
+
+
+def learned(count: int, noise: float = 0.0, begin: int = 0) -> Linear:
+    found = Linear.empty(SHAPE)
+    for seed in range(count):
+        base = random_kv(seed)
+        found = found.learn(found.study(base, shifted(base, noise, seed), begin))
+    return found
+
+
+def error(found: KV, truth: KV) -> float:
+    return float((found.keys - truth.keys).norm() + (found.values - truth.values).norm())
+
+
+def test_a_linear_shift_is_learned_and_applied() -> None:
+    base = random_kv(1000)
+    truth = shifted(base)
+
+    found = learned(8).realign(base, 0).fetch()
+
+    assert error(found, truth) < 0.02 * error(base, truth)
+    assert torch.equal(found.keys[0], base.keys[0])
+
+
+def test_one_observation_gives_the_closed_form_of_weighted_ridge_regression() -> None:
+    base = random_kv(3)
+    truth = shifted(base, 0.5)
+    known = Linear.empty(SHAPE).learn(Linear.empty(SHAPE).study(base, truth))
+
+    row = 3  # layer 1, head 1
+    x = features(base, 0)[row].double()
+    y = torch.cat([truth.keys - base.keys, truth.values - base.values], dim=3).flatten(0, 1)
+    w = robust_weights(y)[row].double()
+    gram = (x * w[:, None]).T @ x
+    strength = 0.03 * gram.diagonal().mean() + 1e-6
+    wanted = torch.linalg.solve(gram + strength * torch.eye(len(gram)), (x * w[:, None]).T @ y[row].double())
+
+    torch.testing.assert_close(known._solutions[1][row].double(), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_layers_can_be_made_in_parts() -> None:
+    known, base = learned(6), random_kv(50)
+
+    whole = known.realign(base, 4).fetch()
+    part = known.realign(base, 4).fetch(slice(1, 3))
+
+    torch.testing.assert_close(part.keys, whole.keys[1:3])
+    torch.testing.assert_close(part.values, whole.values[1:3])
+
+
+def test_what_cannot_be_predicted_shrinks_to_no_offset() -> None:
+    known = Linear.empty(SHAPE)
+    for seed in range(12):
+        base, noise = random_kv(seed, 12), random_kv(seed + 500, 12)
+        known = known.learn(known.study(base, KV(base.keys + noise.keys, base.values + noise.values, Frame.FREE)))
+    base = random_kv(77)
+
+    moved = error(known.realign(base, 0).fetch(), base)
+
+    assert moved < 0.15 * float(base.keys.norm() + base.values.norm())
+    assert bool((known.trial.errors <= known.trial.energy * (1 + 1e-5)).all())
+
+
+def test_the_state_does_not_grow_with_observations() -> None:
+    assert learned(2).nbytes == learned(9).nbytes
+
+
+def test_a_few_huge_offsets_do_not_lead_the_regression() -> None:
+    base = random_kv(5)
+    truth = shifted(base)
+    truth.keys[:, :, 7] += 100.0
+    offsets = torch.cat([truth.keys - base.keys, truth.values - base.values], dim=3).flatten(0, 1)
+
+    weights = robust_weights(offsets)
+
+    assert float(weights[2:, 7].max()) < 0.05 * float(weights[2:].median())
+
+
+def test_links_are_saved_and_loaded_for_the_same_model_and_texts(tmp_path: Path) -> None:
+    path, fresh = tmp_path / "r.safetensors", LinkState(Linear.empty(SHAPE), Linear.empty(SHAPE))
+    known = learned(6)
+    save(path, {"b read input": LinkState(known, Linear.empty(SHAPE))}, "model", {"b": "text"})
+
+    found = load(path, fresh, "model", {"b": "text"})["b read input"]
+
+    base = random_kv(8)
+    assert found.exact.observations == 6
+    assert found.deep.observations == 0
+    assert torch.equal(found.exact.realign(base, 0).fetch().keys, known.realign(base, 0).fetch().keys)
+    with pytest.raises(InputError, match="another model"):
+        load(path, fresh, "other", {"b": "text"})
+    with pytest.raises(InputError, match="texts of b have changed"):
+        load(path, fresh, "model", {"b": "new text"})
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="agentmesh calibrate"):
+        load(path, fresh, "model", {"b": "text"})
+
+
+def anchor(seed: int, tokens: int) -> Anchor:
+    base = random_kv(seed, tokens)
+    return Anchor(base, offset(base, shifted(base)), None)
+
+
+def test_a_content_becomes_an_anchor_where_too_few_are_as_long_or_all_are_as_near() -> None:
+    pool = AnchorPool(None, (anchor(1, 10), anchor(2, 50), anchor(3, 50)))
+    even = AnchorPool(None, (anchor(4, 30), anchor(4, 30)))
+
+    assert pool.weigh(random_kv(9, 51), 0.3) is Reason.NO_ANCHOR_AS_LONG
+    assert even.weigh(random_kv(9, 30), 0.3) is Reason.ANCHORS_TOO_EVEN
+    assert isinstance(pool.weigh(random_kv(2, 50), 0.3), Weighing)
+
+
+def test_an_anchor_predicts_its_own_content() -> None:
+    pool = AnchorPool(None, (anchor(2, 50), anchor(3, 50)))
+    far = Anchor(KV(pool.anchors[1].base.keys + 50, pool.anchors[1].base.values + 50, Frame.FREE), *_rest(pool))
+    base = random_kv(2, 50)
+
+    found = AnchoredSlot(base, (pool.anchors[0], far)).fetch()
+
+    torch.testing.assert_close(found.keys, shifted(base).keys, atol=1e-4, rtol=1e-4)
+
+
+def _rest(pool: AnchorPool) -> tuple[KV, None]:
+    return pool.anchors[1].slot, None
+
+
+def test_the_least_used_of_the_oldest_anchors_makes_room() -> None:
+    pool = AnchorPool(None, tuple(anchor(seed, 10) for seed in range(4))).used((0, 2))
+
+    grown = pool.add(anchor(9, 10), limit=4, window=3)
+
+    assert [one.base.keys.data_ptr() for one in grown.anchors[:3]] == [
+        pool.anchors[index].base.keys.data_ptr() for index in (0, 2, 3)
+    ]
+    assert len(grown.anchors) == 4

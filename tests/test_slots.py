@@ -1,0 +1,241 @@
+"""Sharing slots in whole runs, on a tiny random model: plans, warm-up, reasons, gates, determinism."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from agentmesh import Mesh, agent
+from agentmesh.agents.base import Turn
+from agentmesh.communicator.learner import Learner, LinkState
+from agentmesh.communicator.slots import Slots
+from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.errors import NodeError
+from agentmesh.events import CallRecord, Reason
+from agentmesh.local import LocalBackend
+from agentmesh.prompt import ContentKind, Reader
+from agentmesh.results import RunResult
+from agentmesh.sharing.budget import Budget
+from agentmesh.sharing.matching import Match, Relation
+from agentmesh.sharing.realigner import NoOffset
+from agentmesh.sharing.segments import Reading
+
+PROMPT = "{{ question }}\n{% for m in inbox %}\n{{ m.role }}:\n{{ m }}\n{% endfor %}\nGo on."
+SHARING = ("rotate", "epic", "kvcomm", "linear", "blend")
+
+
+def member(name: str, **extra: Any) -> dict[str, Any]:
+    return {
+        "role": name,
+        "system": f"You are {name}. " * 4,
+        "prompt": PROMPT,
+        "generate": {"max_tokens": 40},
+        **extra,
+    }
+
+
+def mesh(communicator: Any, agents: int = 3, **run: Any) -> Mesh:
+    return Mesh(
+        agents={f"agent.{number}": member(f"Role {number}") for number in range(1, agents + 1)},
+        topology={"use": "fully-connected", "agents": agents},
+        model="random:tiny-llama",
+        communicator=communicator,
+        run=run,
+    )
+
+
+def question(number: int) -> str:
+    return f"Question {number}: " + " ".join(f"word{number * 7 + i}" for i in range(12))
+
+
+def ask(one: Mesh, numbers: Sequence[int]) -> list[RunResult]:
+    return [one.run(question=question(number)) for number in numbers]
+
+
+def reasons(call: CallRecord) -> set[Reason]:
+    return {row.reason for row in call.plan if row.tokens}
+
+
+@pytest.mark.parametrize("preset", SHARING)
+def test_every_plan_adds_up_and_every_computed_slot_token_has_its_reason(preset: str) -> None:
+    with mesh({"preset": preset, "budget": "64MiB"}) as one:
+        results = ask(one, range(8))
+
+    for call in (call for result in results for call in result.calls):
+        assert call.placed_exact + call.placed_realigned + call.computed == call.prompt_tokens
+        assert sum(row.tokens for row in call.plan) == call.prompt_tokens
+        assert 0 <= call.placed_slots <= call.slot_tokens <= call.prompt_tokens
+        assert call.computed >= 1
+        assert set(call.parts_ms) == {"plan", "match", "realign", "compose", "forward"}
+
+
+def test_linear_observes_five_runs_and_shares_from_then_on() -> None:
+    with mesh({"preset": "linear", "max_kl": 1e6}) as one:
+        results = ask(one, range(9))
+
+    for number, result in enumerate(results):
+        for call in result.calls[1:]:
+            shares = call.placed_slots > 0
+            assert shares == (number >= 5), (number, call.node, call.plan)
+            if not shares:
+                assert reasons(call) & {Reason.NOT_WARM, Reason.OBSERVING}
+    assert Reason.FIRST_READER in reasons(results[-1].calls[0])
+
+
+def test_while_it_observes_linear_runs_on_the_tokens_of_dense() -> None:
+    found = {}
+    for preset in ("dense", "prefix", "linear", "kvcomm"):
+        with mesh(preset) as one:
+            found[preset] = one.run(question=question(1))
+
+    for result in found.values():
+        assert [m.text for m in result.messages] == [m.text for m in found["dense"].messages]
+        assert [c.prompt_tokens for c in result.calls] == [c.prompt_tokens for c in found["dense"].calls]
+
+
+def test_a_finished_run_leaves_no_segments_and_the_budget_holds() -> None:
+    budget = 3_000_000
+    with mesh({"preset": "linear", "budget": budget}) as one:
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        assert isinstance(backend.communicator, Slots)
+        for number in range(12):
+            one.run(question=question(number))
+            assert backend.communicator.nbytes <= budget
+            assert len(backend.communicator.keeper.segments) == 0
+
+
+def test_a_judge_reads_exactly_unless_its_entry_says_otherwise() -> None:
+    def run(**extra: Any) -> CallRecord:
+        agents = {"solver": member("Solver"), "judge": member("Judge", **extra)}
+        nodes = {"nodes": {"solver": {}, "judge": {}}, "edges": [{"from": "solver", "to": "judge"}], "output": "judge"}
+        with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="rotate") as one:
+            return one.run(question=question(1)).calls[-1]
+
+    assert Reason.READS_EXACTLY in reasons(run())
+    assert run().placed_realigned == 0
+    assert run(reads="auto").placed_realigned > 0
+
+
+def test_strict_fails_instead_of_computing_what_could_be_shared() -> None:
+    with mesh({"preset": "linear", "strict": True}) as one, pytest.raises(NodeError, match="agentmesh calibrate"):
+        one.run(question=question(1))
+
+
+@pytest.mark.parametrize(("deliver", "wanted"), [("text", Reason.DELIVERED_AS_TEXT), ("kv", Reason.WRITTEN_BEFORE)])
+def test_an_edge_says_how_its_message_is_delivered(deliver: str, wanted: Reason) -> None:
+    agents = {"a": member("A"), "b": member("B")}
+    nodes = {"nodes": {"a": {}, "b": {}}, "edges": [{"from": "a", "to": "b", "deliver": deliver}], "output": "b"}
+    with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="rotate") as one:
+        call = one.run(question=question(1)).calls[-1]
+
+    assert wanted in reasons(call)
+
+
+def test_deliver_kv_fails_where_nothing_is_warm() -> None:
+    agents = {"a": member("A"), "b": member("B")}
+    nodes = {"nodes": {"a": {}, "b": {}}, "edges": [{"from": "a", "to": "b", "deliver": "kv"}], "output": "b"}
+    made = Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="linear")
+    with made as one, pytest.raises(NodeError, match="deliver: kv"):
+        one.run(question=question(1))
+
+
+def test_the_text_of_a_custom_role_takes_part_from_its_second_reader_on() -> None:
+    @agent
+    def notes(turn: Turn) -> str:
+        return f"Notes on {turn.question}. " * 3
+
+    agents = {"notes": notes, "a": member("A"), "b": member("B")}
+    edges = [{"from": "notes", "to": "a"}, {"from": "notes", "to": "b"}, {"from": "a", "to": "b"}]
+    nodes = {"nodes": {"notes": {}, "a": {}, "b": {}}, "edges": edges, "output": "b"}
+    with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="rotate") as one:
+        first, second = one.run(question=question(1)).calls
+
+    assert Reason.FIRST_READER in reasons(first)
+    placed = {row.segment: row.source for row in second.plan if row.reason is Reason.READ_BEFORE}
+    assert placed["message notes@0"] == "a"
+
+
+def test_siblings_that_start_together_compute_a_new_question_once() -> None:
+    agents = {"leaf": member("Leaf"), "hub": member("Hub")}
+    nodes = {"nodes": {"leaf": {"count": 3}, "hub": {}}, "edges": [{"from": "leaf", "to": "hub"}], "output": "hub"}
+    with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="rotate") as one:
+        calls = one.run(question=question(1)).calls
+
+    computed = [call.node for call in calls if Reason.FIRST_READER in reasons(call)]
+    assert len(computed) == 1
+
+
+@pytest.mark.parametrize("preset", ["linear", "kvcomm"])
+def test_deterministic_runs_give_the_same_tokens_whatever_the_concurrency(preset: str) -> None:
+    async def all_at_once(one: Mesh) -> list[RunResult]:
+        return list(await asyncio.gather(*(one.arun(question=question(number)) for number in range(16))))
+
+    found = []
+    for concurrency in (1, 4):
+        spec = {"preset": preset, "max_kl": 1e6, "anchors": {"gamma": 1.0}}
+        with mesh(spec, deterministic=True, concurrency=concurrency) as one:
+            found.append(asyncio.run(all_at_once(one)))
+
+    serial, concurrent = found
+    assert [[m.text for m in r.messages] for r in serial] == [[m.text for m in r.messages] for r in concurrent]
+    assert [[c.placed_slots for c in r.calls] for r in serial] == [
+        [c.placed_slots for c in r.calls] for r in concurrent
+    ]
+    assert any(call.placed_slots for result in serial for call in result.calls)
+
+
+def test_audits_are_reported_and_teach() -> None:
+    with mesh({"preset": "epic", "audit": 1.0, "max_kl": 1e6, "max_flips": 1.0}) as one:
+        calls = one.run(question=question(1)).calls
+
+    assert calls[0].audit is None
+    assert all(call.audit is not None and call.audit.kl >= 0 for call in calls[1:])
+
+
+def a_match(depth: int = 0) -> Match:
+    return Match(0, 40, 0, 0, 0, Reading("r", "a", (), (), (), b""), 0, Relation.READ, depth, ContentKind.INPUT)
+
+
+def test_a_breaker_opens_on_bad_audits_and_closes_after_new_observations() -> None:
+    learner = Learner(CommunicatorSpec(preset="rotate"), NoOffset, Budget(1000))
+    match = a_match()
+    for order in range(10):
+        reader = Reader(f"run {order}", order, consumer="b")
+        assert learner.verdict(reader, match).reason is None
+        audit = learner.audited(reader, [match], 0.5, flip=False)
+        learner.end(reader.run)
+    assert audit.opened == ("b read input",)
+
+    for order in range(10, 15):
+        reader = Reader(f"run {order}", order, consumer="b")
+        assert learner.verdict(reader, match).reason is Reason.BREAKER_OPEN
+        learner.ledger.note(reader.run, "b read input", _observed())
+        learner.end(reader.run)
+
+    assert learner.verdict(Reader("run 15", 15, consumer="b"), match).reason is None
+
+
+def _observed() -> Any:
+    from agentmesh.communicator.learner import Observed
+
+    return Observed(deep=False, finding=None)
+
+
+def test_findings_are_committed_in_the_order_of_the_runs() -> None:
+    learner = Learner(CommunicatorSpec(preset="rotate"), NoOffset, Budget(1000))
+    first, second = Reader("one", 0, consumer="b"), Reader("two", 1, consumer="b")
+    for reader in (first, second):
+        learner.begin(reader)
+        learner.ledger.note(reader.run, "b read input", _observed())
+
+    learner.end("two")
+    assert not learner.ledger.states
+    learner.end("one")
+
+    state = learner.ledger.states["b read input"]
+    assert isinstance(state, LinkState)
+    assert state.exact.observations == 2

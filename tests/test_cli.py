@@ -96,6 +96,11 @@ def test_presets_and_sets_change_the_run_but_not_the_tokens(mesh: Path, tmp_path
         (["validate", "nowhere"], 2, "no config named 'nowhere'"),
         (["validate", "broken.yaml"], 2, "broken.yaml:2:1: not valid YAML"),
         (["graph", "debat"], 2, "Did you mean 'debate'"),
+        (["plan", "demo", "--preset", "linar"], 2, "Did you mean 'linear'"),
+        (["bench", "fidelity", "demo", "--data", "none.jsonl"], 2, "--data none.jsonl: cannot be read"),
+        (["bench", "ttft", "--presets", "linear,blen"], 2, "Did you mean 'blend'"),
+        (["bench", "ttft", "--layout", "sideways"], 2, "expected role-first or role-last"),
+        (["calibrate", "demo", "--data", "x.jsonl", "-o", "nowhere/r.safetensors"], 2, "does not exist"),
         (["graph", "debate", "--format", "png"], 2, "ascii, dot, json, mermaid"),
         (["runs", "show", "zzz"], 2, "no run named"),
         (["models", "pull", "gpt"], 2, "no model 'gpt'"),
@@ -126,7 +131,14 @@ def test_wrong_requests_end_with_a_clear_error(
 
 
 def test_looking_at_files_is_quick_and_loads_no_model(tmp_path: Path) -> None:
-    for arguments in (["graph", "debate"], ["validate", "demo"], ["ls"], ["schema"], ["--help"]):
+    for arguments in (
+        ["graph", "debate"],
+        ["validate", "demo"],
+        ["plan", "demo", "--preset", "linear"],
+        ["ls"],
+        ["schema"],
+        ["--help"],
+    ):
         times = []
         for _ in range(3):
             begun = time.perf_counter()
@@ -148,6 +160,10 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         "models pull",
         "runs show",
         "bench prefix",
+        "bench fidelity",
+        "bench ttft",
+        "plan",
+        "calibrate",
     ):
         assert invoke([*verb.split(), "--help"]) == 0
     assert "question=" in capsys.readouterr().out

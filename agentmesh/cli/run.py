@@ -12,7 +12,7 @@ from rich.rule import Rule
 
 from agentmesh.cli.options import DEFAULT_RUNS, Config, Format, FormatOption, Libraries, RunsDir, Sets
 from agentmesh.config.load import dump, load_mesh
-from agentmesh.display import Display, calls_table, fetching, showing
+from agentmesh.display import Display, audits_line, calls_table, fetching, showing
 from agentmesh.errors import InputError
 from agentmesh.mesh import Mesh
 from agentmesh.record import Recorder
@@ -28,6 +28,9 @@ def run(
     input: Inputs = None,
     set: Sets = None,
     preset: Annotated[str | None, typer.Option(help="Communicator preset, instead of the file's.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail instead of computing what an earlier agent has read or written.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
     display: Annotated[Display, typer.Option(help="How to show the run while it goes on.")] = Display.AUTO,
     format: FormatOption = Format.TEXT,
@@ -39,6 +42,7 @@ def run(
     Example: agentmesh run demo -i question="Tom has 3 apples and buys 4 more. How many has he?"
     """
     overrides = [*(set or ()), *([f"communicator.preset={preset}"] if preset else ())]
+    overrides += ["communicator.strict=true"] if strict else []
     errors = Console(stderr=True)
     given = read_inputs(input or ())
     loaded = load_mesh(config, overrides=overrides, libraries=library or ())
@@ -61,6 +65,9 @@ def run(
         return
     console = Console()
     console.print(calls_table(result.calls))
+    audits = audits_line(result.calls)
+    if audits:
+        console.print(audits, markup=False, highlight=False, soft_wrap=True)
     console.print(Rule("answer"))
     console.print(result.answer, markup=False, highlight=False)
 

@@ -1,0 +1,161 @@
+"""The benchmarks that compare presets, and calibration: small but whole, on the command line and on the real model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmesh.bench import fidelity, ttft
+from agentmesh.bench.ttft import Layout, Setting, round_of_calls
+from agentmesh.config.mesh import ModelSpec
+from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.local import LocalBackend
+
+MESH = """
+version: 1
+model: random:tiny-llama
+topology: {use: fully-connected, agents: 3}
+agents:
+  agent:
+    role: [Solver, Analyst, Inspector]
+    system: You are a {{ role }}. You work with your team on problems, one small step after the other.
+    prompt: |
+      {{ question }}
+      {% for message in inbox %}
+      {{ message.role }}:
+      {{ message }}
+      {% endfor %}
+      Go on.
+    generate: {max_tokens: 40}
+communicator: {preset: linear, max_kl: 1000}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    lines = [json.dumps({"id": i, "question": f"Problem {i}: " + "count the boats. " * 4}) for i in range(12)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "agentmesh", *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def figures(*arguments: str, cwd: Path) -> Any:
+    done = command(*arguments, "--format", "json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_fidelity_gives_the_documented_figures_and_a_plot(folder: Path) -> None:
+    options = ["--warmup", "6", "--limit", "2", "--presets", "prefix,epic,linear,kvcomm", "--plot", "f.png"]
+    found = figures("bench", "fidelity", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
+
+    assert set(found) == {"model", "dtype", "n", "settings", "presets", "controls"}
+    assert found["n"] == 2
+    assert set(found["controls"]) == {"wrong_consumer", "unrotated", "nothing_computed"}
+    linear, prefix = found["presets"]["linear"], found["presets"]["prefix"]
+    assert {"kl_mean", "kl_chained", "kl_common", "kl_first", "kl_p99", "ci95", "top1", "anchors_held"} <= set(linear)
+    assert linear["calls"] == 6
+    assert linear["calls_shareable"] == linear["calls_shared"] == 4
+    assert 0 < linear["placed_tokens"] < linear["slot_tokens"]
+    assert set(linear["by_agent"]) == {"agent.1", "agent.2", "agent.3"}
+    assert prefix["placed_tokens"] == 0
+    assert found["settings"]["linear"]["recompute"]["first"] == 16
+    assert (folder / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ttft_gives_the_documented_figures_and_a_plot(tmp_path: Path) -> None:
+    sizes = ["--agents", "3", "--question", "60", "--prefix", "40", "--output", "40", "--warmup", "5", "--repeat", "1"]
+    presets = "dense,prefix,prefix@role-last,kvcomm,linear"
+    options = [*sizes, "--presets", presets, "--plot", "t.png", "--model", "random:tiny-llama"]
+    found = figures("bench", "ttft", *options, cwd=tmp_path)
+
+    linear = found["presets"]["linear"]
+    assert set(linear["parts_ms"]) == {"plan", "match", "realign", "compose", "forward"}
+    assert linear["calls_shared"] == [0, 1, 1]
+    assert len(found["speedup"]["linear"]["by_agent"]) == 3
+    dense = found["presets"]["dense"]
+    for name in presets.split(","):
+        one = found["presets"][name]
+        if "role-last" not in name:
+            sums = [placed + computed for placed, computed in zip(one["placed"], one["computed"], strict=True)]
+            assert sums == dense["computed"]
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_calibrated_mesh_shares_in_its_first_run(folder: Path) -> None:
+    done = command("calibrate", "mesh.yaml", "--data", "data.jsonl", "--limit", "6", "-o", "r.safetensors", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "agent.3 read input: 6 observations" in done.stdout
+
+    common = ["-i", f"question=Problem 99: {'count the boats. ' * 4}", "--display", "none", "--strict"]
+    use = ["--set", "communicator.realigners=r.safetensors"]
+    result = figures("run", "mesh.yaml", *common, *use, cwd=folder)
+    assert [call["placed_slots"] > 0 for call in result["calls"]] == [False, True, True]
+
+    cold = command("run", "mesh.yaml", *common, cwd=folder)
+    assert cold.returncode == 1
+    assert "agentmesh calibrate" in cold.stderr
+
+    (folder / "mesh.yaml").write_text(MESH.replace("Go on.", "Continue."))
+    changed = command("run", "mesh.yaml", *common, *use, cwd=folder)
+    assert changed.returncode == 2
+    assert "have changed since" in changed.stderr
+
+
+def test_bad_data_is_refused_before_a_model_is_loaded(folder: Path) -> None:
+    (folder / "bad.jsonl").write_text('{"question": "one"}\n{"text": "two"}\n')
+
+    bad = command("bench", "fidelity", "mesh.yaml", "--data", "bad.jsonl", "--warmup", "1", "--limit", "1", cwd=folder)
+    few = command("bench", "fidelity", "mesh.yaml", "--data", "data.jsonl", cwd=folder)
+    cut = command("bench", "fidelity", "mesh.yaml", "--data", "data.jsonl", "--passages", "4by256", cwd=folder)
+
+    assert "bad.jsonl:2: expected" in bad.stderr
+    assert "has 12 questions, but 60 are asked for" in few.stderr
+    assert {bad.returncode, few.returncode, cut.returncode} == {2}
+
+
+@pytest.mark.model
+def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not() -> None:
+    backend = LocalBackend(ModelSpec(), CommunicatorSpec(preset="dense"))
+    sizes = Setting(3, 96, 64, 64, Layout.ROLE_FIRST)
+    base = CommunicatorSpec(preset="linear", budget=2**31, audit=0.0)
+    try:
+        calls = (round_of_calls(backend.tokenizer, sizes, Layout.ROLE_FIRST, number) for number in range(11))
+        found = fidelity.measure(
+            backend, calls, fidelity.specs(base, ["rotate", "linear"]), 8, corpus=False, tick=lambda: None
+        )
+    finally:
+        backend.close()
+
+    linear, rotate = found.presets["linear"], found.presets["rotate"]
+    assert linear.calls_shared == linear.calls_shareable == 6
+    assert linear.placed_tokens >= 0.75 * linear.slot_tokens
+    assert linear.kl_mean <= 0.03  # text that the model would not write itself weighs every error more
+    assert linear.kl_chained <= 0.035
+    assert linear.kl_mean < 0.8 * rotate.kl_mean
+    assert found.controls["unrotated"] >= 2 * linear.kl_mean
+    assert found.controls["wrong_consumer"] >= 1.1 * linear.kl_mean
+    assert found.controls["nothing_computed"] >= 1.1 * linear.kl_mean
+
+
+def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from agentmesh.testing import ByteTokenizer
+
+    for layout in Layout:
+        calls = round_of_calls(ByteTokenizer(), Setting(3, 100, 50, 40, layout), layout, 1)
+        again = round_of_calls(ByteTokenizer(), Setting(3, 100, 50, 40, layout), layout, 1)
+        assert [call.prompt.tokens for call in calls] == [call.prompt.tokens for call in again]
+        assert all(len(call.message) == 40 for call in calls)
+        assert [len(call.prompt.segments) for call in calls] == [4, 6, 8]
+    assert ttft.COMMON_PREFIX < 50

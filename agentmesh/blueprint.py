@@ -61,6 +61,11 @@ class Blueprint:
     folder: Path = Path()
 
     @property
+    def main_input(self) -> str:
+        """The input that a bare question goes to: ``question``, or the first one where there is none of that name."""
+        return "question" if "question" in self.inputs else self.inputs[0]
+
+    @property
     def digests(self) -> dict[str, str]:
         """Agent → digest of its role and texts, for everybody whose prompts a mesh file describes."""
         found = {}

@@ -10,7 +10,7 @@ from agentmesh.agents.base import Turn
 from agentmesh.backend import Backend, Completion
 from agentmesh.config.mesh import GenerateSpec
 from agentmesh.events import CallRecord, Event, FirstToken, ModelFinished, PlanRow, TokenText, Treatment
-from agentmesh.prompt import Content, ContentKind, Exchange, PromptRenderer, RoleTemplate, Scope
+from agentmesh.prompt import Content, ContentKind, Exchange, PromptRenderer, RoleTemplate, Scope, said
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Caller:
         prompt, pieces = self.renderer.render(template, scope_of(turn), history, leads=self.leads)
         listener = _Listener(self.emit, turn)
         seed = call_seed(self.seed, turn.node, turn.round, turn.attempt)
-        label = f"message {turn.node}@{turn.round}"
+        label = said(ContentKind.MESSAGE, turn.node, turn.round)
         prompt = replace(prompt, reader=replace(turn.reader, writes=label, seed=seed))
         done = await self.backend.complete(prompt, generate, seed, listener)
         self.emit(ModelFinished(call=_record(turn, done)))

@@ -15,7 +15,7 @@ from agentmesh.config.mesh import LlmAgentSpec, RetrieverAgentSpec
 from agentmesh.config.presets import Share, choices
 from agentmesh.errors import TemplateError
 from agentmesh.events import Reason
-from agentmesh.prompt import Content, ContentKind, Message, RoleTemplate, Scope
+from agentmesh.prompt import Content, ContentKind, Message, RoleTemplate, Scope, said
 from agentmesh.topology import Visit
 
 Piece = str | Content
@@ -76,7 +76,7 @@ class _Walk:
         slots = tuple(self._slots(pieces, exactly=member.reads_exactly))
         self._advise(visit.node, pieces)
         moved = frozenset(one.slot for one in slots if one.shared and one.reason is not Reason.IDENTICAL_PREFIX)
-        self.read.append(_Read(visit.node, pieces, f"message {visit.node}@{visit.round}", moved))
+        self.read.append(_Read(visit.node, pieces, said(ContentKind.MESSAGE, visit.node, visit.round), moved))
         return VisitForecast(node=visit.node, round=visit.round, slots=slots)
 
     def _pieces(self, visit: Visit, member: Member, spec: LlmAgentSpec) -> tuple[Piece, ...]:
@@ -91,7 +91,7 @@ class _Walk:
         member = self.blueprint.members[node]
         kind = ContentKind.DOCUMENT if isinstance(member.spec, RetrieverAgentSpec) else ContentKind.MESSAGE
         deliver = self.blueprint.topology.edges[order].deliver.value
-        return Message(node, member.role, round_, (Content("", kind, f"{kind} {node}@{round_}", deliver=deliver),))
+        return Message(node, member.role, round_, (Content("", kind, said(kind, node, round_), deliver=deliver),))
 
     def _slots(self, pieces: Sequence[Piece], *, exactly: bool) -> list[SlotForecast]:
         share = choices(self.blueprint.communicator).share

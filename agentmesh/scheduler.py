@@ -23,7 +23,7 @@ from agentmesh.events import (
     NodeSkipped,
     NodeStarted,
 )
-from agentmesh.prompt import Content, ContentKind, Exchange, Message, Reader
+from agentmesh.prompt import Content, ContentKind, Exchange, Message, Reader, said
 from agentmesh.topology import Edge, Topology, Visit, conditions
 
 Key = tuple[str, int]
@@ -140,14 +140,19 @@ class Walk:
         for steps, later in enumerate(self._waiting.values(), 1):
             origins = [content.origin for content in self.inputs.values()]
             for delivery in later.inbox:
-                said = self.messages.get((delivery.source, delivery.source_round))
-                label = f"{self.workers[delivery.source].kind} {delivery.source}@{delivery.source_round}"
-                origins += [label] if said is None else [content.origin for content in said.contents]
+                message = self.messages.get((delivery.source, delivery.source_round))
+                if message is None:
+                    origins.append(self._origin(delivery.source, delivery.source_round))
+                else:
+                    origins += [content.origin for content in message.contents]
             if later.node == visit.node and self.workers[visit.node].remembers:
-                origins.append(f"{self.workers[visit.node].kind} {visit.node}@{visit.round}")
+                origins.append(self._origin(visit.node, visit.round))
             for origin in origins:
                 found.setdefault(origin, steps)
         return found
+
+    def _origin(self, node: str, round_: int) -> str:
+        return said(self.workers[node].kind, node, round_)
 
     def _open(self, edge: Edge, message: Message) -> bool:
         if edge.condition is None:
@@ -210,7 +215,7 @@ class Walk:
         )
 
     def _finish(self, visit: Visit, worker: Worker, answer: Answer) -> Message:
-        label = f"{worker.kind} {visit.node}@{visit.round}"
+        label = self._origin(visit.node, visit.round)
         if isinstance(answer, str):
             contents: tuple[Content, ...] = (Content(answer, worker.kind, label),)
         else:

@@ -71,7 +71,7 @@ def test_one_observation_gives_the_closed_form_of_weighted_ridge_regression() ->
     strength = 0.03 * gram.diagonal().mean() + 1e-6
     wanted = torch.linalg.solve(gram + strength * torch.eye(len(gram)), (x * w[:, None]).T @ y[row].double())
 
-    torch.testing.assert_close(known._solutions[1][row].double(), wanted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(known._solutions()[1][row].double(), wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_layers_can_be_made_in_parts() -> None:

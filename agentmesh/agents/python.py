@@ -7,7 +7,7 @@ from typing import final
 from agentmesh.agents.base import Agent, Answer, Turn
 from agentmesh.config.mesh import PythonAgentSpec
 from agentmesh.errors import RunError
-from agentmesh.prompt import Content, ContentKind
+from agentmesh.prompt import Content, ContentKind, said
 from agentmesh.sandbox import CodeResult, Limits, last_code_block, run_code
 
 
@@ -31,7 +31,9 @@ class PythonAgent(Agent):
                 f"none of {len(turn.inbox)} messages holds a code block between ``` fences; ask the writer for one"
             )
         result = await run_code(blocks[-1], self._limits)
-        return Content(report(result, self._limits), ContentKind.RESULT, f"result {turn.node}@{turn.round}")
+        return Content(
+            report(result, self._limits), ContentKind.RESULT, said(ContentKind.RESULT, turn.node, turn.round)
+        )
 
 
 def report(result: CodeResult, limits: Limits) -> str:

@@ -124,11 +124,10 @@ def dense_runs(
     passages: Passages | None,
 ) -> Iterator[Sequence[Call]]:
     """Run a mesh on each question and give the model calls it made."""
-    name = "question" if "question" in mesh.blueprint.inputs else mesh.blueprint.inputs[0]
     for question in questions:
         if passages is not None:
             contents = passages.cut(question, recording.tokenizer)
             for agent in given.values():
                 agent.passages = contents
-        mesh.run({name: question.text})
+        mesh.run({mesh.blueprint.main_input: question.text})
         yield recording.take()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
@@ -49,7 +49,7 @@ def prefix(
         figures = speed.prefix(
             _spec(model, dtype), prompt=prompt, seen=seen, repeats=repeat, progress=progress, tick=tick
         )
-    _show(figures, format)
+    _show(figures, format, _rows(figures))
 
 
 @app.command("decode")
@@ -68,7 +68,7 @@ def decode(
         figures = speed.decode(
             _spec(model, dtype), prompt=prompt, output=output, repeats=repeat, progress=progress, tick=tick
         )
-    _show(figures, format)
+    _show(figures, format, _rows(figures))
 
 
 @app.command("fidelity")
@@ -108,10 +108,7 @@ def fidelity(
         from agentmesh.plots import plot_fidelity  # noqa: PLC0415  # matplotlib is slow to import
 
         plot_fidelity(figures, plot)
-    if format is Format.JSON:
-        typer.echo(figures.model_dump_json(indent=2))
-    else:
-        Console().print(fidelity_table(figures))
+    _show(figures, format, fidelity_table(figures))
 
 
 @app.command("ttft")
@@ -148,10 +145,7 @@ def ttft(
         from agentmesh.plots import plot_ttft  # noqa: PLC0415  # matplotlib is slow to import
 
         plot_ttft(figures, plot)
-    if format is Format.JSON:
-        typer.echo(figures.model_dump_json(indent=2))
-    else:
-        Console().print(ttft_table(figures))
+    _show(figures, format, ttft_table(figures))
 
 
 def _names(text: str) -> list[str]:
@@ -186,11 +180,16 @@ def _bars(rounds: int) -> Iterator[tuple[Callable[[str, int, int], None], Callab
         yield progress, lambda: bars.advance(task)
 
 
-def _show(figures: Frozen, format: Format) -> None:
+def _show(figures: Frozen, format: Format, table: RenderableType) -> None:
     if format is Format.JSON:
         typer.echo(figures.model_dump_json(indent=2))
-        return
+    else:
+        Console().print(table)
+
+
+def _rows(figures: Frozen) -> Table:
+    """Figures without a table of their own, one a row."""
     table = Table(show_header=False)
     for name, value in figures.model_dump().items():
         table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    return table

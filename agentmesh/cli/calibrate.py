@@ -43,12 +43,11 @@ def calibrate(
         with fetching(console, quiet=False) as progress:
             backend = mesh.load(progress)
         assert isinstance(backend, LocalBackend), "a mesh from a file runs its model itself"
-        name = "question" if "question" in mesh.blueprint.inputs else mesh.blueprint.inputs[0]
         backend.observe_only(on=True)
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task("observing", total=limit)
             for question in questions:
-                mesh.run({name: question.text})
+                mesh.run({mesh.blueprint.main_input: question.text})
                 bars.advance(task)
         for line in backend.save_realigners(output, mesh.blueprint.digests):
             typer.echo(line)

@@ -57,7 +57,7 @@ class Slot:
     @property
     def base(self) -> KV:
         """The content's base KV, as far as it goes."""
-        return self.match.reading.cut(self.match.at, self.match.at + self.match.tokens)
+        return self.match.cut(self.match.start, self.match.stop)
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,7 @@ class KVComm(Preset):
             pools = self._pools(prompt.reader)
             slots = tuple(self._weighed(prompt, match, pools) for match in found.matches)
         with parts.timed("plan"):
-            labels = Labels(prompt, found.missing)
-            labels.paint(0, at, Label(Treatment.PLACED_EXACT, Reason.IDENTICAL_PREFIX, "prefix store"))
+            labels = Labels(prompt, found.missing, at)
             blocked = bool(found.missing) or any(isinstance(slot.weighing, Reason) for slot in slots)
             placed = list(lead)
             for number, slot in enumerate(slots):
@@ -237,8 +236,7 @@ class KVComm(Preset):
         pool = pools.get(self._name(prompt, match), AnchorPool())
         if self._observing:
             return Slot(match, pool, Reason.NOT_WARM)
-        base = match.reading.cut(match.at, match.at + match.tokens)
-        return Slot(match, pool, pool.weigh(base, self._spec.anchors.gamma))
+        return Slot(match, pool, pool.weigh(match.cut(match.start, match.stop), self._spec.anchors.gamma))
 
     @staticmethod
     def _refusal(prompt: Prompt, slot: Slot, *, blocked: bool) -> Reason | None:
@@ -261,7 +259,7 @@ class KVComm(Preset):
             start = prompt.starts[behind]
             stop = min(start + slot.pool.fixed.tokens, len(prompt.tokens) - 1)
             if stop > start:
-                fixed = AnchoredFixed(slot.pool.fixed, slot.base, weighing.anchors, 0, stop - start)
+                fixed = AnchoredFixed(slot.pool.fixed, slot.base, weighing.anchors, stop - start)
                 found.append((start, fixed, Reason.ANCHORED))
         return found
 

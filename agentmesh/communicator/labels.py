@@ -42,20 +42,22 @@ def computed(reason: Reason, match: int = -1) -> Label:
 
 
 class Labels:
-    """The labels of a prompt's tokens; at first everything is computed, for the reason given for its segment.
+    """The labels of a prompt's tokens: an exact prefix, and behind it, at first, all computed for its segment's reason.
 
     Args:
         prompt: the prompt.
         missing: why a slot is shared by nobody, by segment.
+        lead: length of the exact prefix that is placed.
     """
 
-    def __init__(self, prompt: Prompt, missing: dict[int, Reason]) -> None:
+    def __init__(self, prompt: Prompt, missing: dict[int, Reason], lead: int) -> None:
         self.prompt = prompt
         self._labels: list[Label] = []
         for index, segment in enumerate(prompt.segments):
             fixed = Reason.FIXED_TEXT if index else Reason.NOT_SEEN
             reason = fixed if segment.content is None else missing.get(index, Reason.NO_KV)
             self._labels += [computed(reason)] * len(segment.tokens)
+        self.paint(0, lead, Label(Treatment.PLACED_EXACT, Reason.IDENTICAL_PREFIX, "prefix store"))
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -103,8 +103,7 @@ class Slots(Preset):
             found = self._matcher.match(prompt, at)
         with parts.timed("plan"):
             decisions = self._decide(prompt, found.matches)
-            labels = Labels(prompt, found.missing)
-            labels.paint(0, at, Label(Treatment.PLACED_EXACT, Reason.IDENTICAL_PREFIX, "prefix store"))
+            labels = Labels(prompt, found.missing, at)
             for number, decision in enumerate(decisions):
                 self._paint(labels, number, decision)
         with parts.timed("match"):
@@ -178,7 +177,7 @@ class Slots(Preset):
         if match.relation is Relation.HISTORY:
             return Verdict(self._still)
         verdict = self.learner.verdict(prompt.reader, match)
-        if verdict.reason is None and prompt.reader.sees is None and not self._costs.worth(match.tokens):
+        if verdict.reason is None and prompt.reader.sees is None and not self._costs.placing_pays:
             return Verdict(None, Reason.NOT_WORTH_IT)
         return verdict
 
@@ -229,8 +228,7 @@ class Slots(Preset):
         self, labels: Labels, lead: Sequence[Placement], decisions: tuple[Decision, ...], parts: Parts
     ) -> SlotPlan:
         def of_match(number: int, low: int, high: int) -> bytes:
-            match = decisions[number].match
-            return match.reading.depths[low - match.start + match.at : high - match.start + match.at]
+            return decisions[number].match.depths(low, high)
 
         depths = labels.depths(of_match)
         reader = labels.prompt.reader
@@ -257,7 +255,7 @@ class Slots(Preset):
             match = decision.match
             if shares(match.relation) and match.tokens >= self._spec.min_tokens:
                 head = min(self._choice.recompute.first, match.tokens - 1)
-                base = match.reading.cut(match.at + head, match.at + match.tokens)
+                base = match.cut(match.start + head, match.stop)
                 truth = arena.read_free(match.start + head, match.stop, self.keeper.rope)
                 self.learner.observe(prompt.reader, match, base, truth, head)
 
@@ -275,8 +273,7 @@ def _source(decision: Decision, low: int, high: int) -> KVSource:
     """The rows of a placed match's tokens ``low`` to ``high``."""
     match, realigner = decision.match, decision.verdict.realigner
     assert realigner is not None, "a placed match has a realigner"
-    base = match.reading.cut(low - match.start + match.at, high - match.start + match.at)
-    return realigner.realign(base, low - match.start)
+    return realigner.realign(match.cut(low, high), low - match.start)
 
 
 def _paint_best(labels: Labels, numbers: Sequence[int], ratio: float, scores: torch.Tensor) -> None:
@@ -322,9 +319,10 @@ class Costs:
         if placed:
             self._placed = _smooth(self._placed, (plan.parts.realign + plan.parts.compose) / placed)
 
-    def worth(self, tokens: int) -> bool:
-        """Whether placing a block of tokens is cheaper than computing it; yes while nothing is measured."""
-        return not self._computed or self._placed * tokens < self._computed * tokens
+    @property
+    def placing_pays(self) -> bool:
+        """Whether placing a token is cheaper than computing it; yes while nothing is measured."""
+        return not self._computed or self._placed < self._computed
 
 
 def _smooth(old: float, new: float) -> float:

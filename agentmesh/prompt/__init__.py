@@ -1,7 +1,7 @@
 """Prompts as segments: fixed text of a template and the content of its slots, each tokenised by itself."""
 
 from agentmesh.prompt.render import ChatTokenizer, Exchange, PromptRenderer, neutral_header
-from agentmesh.prompt.segments import Content, ContentKind, Message, Prompt, Reader, Segment
+from agentmesh.prompt.segments import Content, ContentKind, Message, Prompt, Reader, Segment, said
 from agentmesh.prompt.templates import RoleTemplate, Scope
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Scope",
     "Segment",
     "neutral_header",
+    "said",
 ]

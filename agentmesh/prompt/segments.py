@@ -18,6 +18,11 @@ class ContentKind(Choice):
     RESULT = "result"
 
 
+def said(kind: ContentKind, node: str, round_: int) -> str:
+    """The origin of what a node said in a round, such as ``message solver.1@0``."""
+    return f"{kind} {node}@{round_}"
+
+
 @dataclass(frozen=True)
 class Content:
     """One run of text with one origin.

@@ -46,12 +46,10 @@ class Weighing:
 
     Args:
         anchors: those that are as long.
-        global_: weights of the gate, fp32 ``[A]``.
-        used: indices in the pool of the anchors that carry nine tenths of these weights.
+        used: indices in the pool of the anchors that carry nine tenths of the gate's weights.
     """
 
     anchors: tuple[Anchor, ...]
-    global_: torch.Tensor
     used: tuple[int, ...]
 
 
@@ -90,7 +88,7 @@ class AnchorPool:
         entropy = float(-(weights * weights.clamp_min(1e-30).log()).sum())
         if entropy > gamma * math.log(len(fitting)):
             return Reason.ANCHORS_TOO_EVEN
-        return Weighing(tuple(anchor for _, anchor in fitting), weights, _leading(weights, [i for i, _ in fitting]))
+        return Weighing(tuple(anchor for _, anchor in fitting), _leading(weights, [i for i, _ in fitting]))
 
     def add(self, anchor: Anchor, limit: int, window: int) -> AnchorPool:
         """This pool with one more anchor; among the oldest ``window`` the least used one makes room for it."""
@@ -144,18 +142,15 @@ class AnchoredSlot:
 
 @dataclass(frozen=True)
 class AnchoredFixed:
-    """The fixed text behind a slot as the slot's anchors predict it (eq. 7): weights for each layer, head and dim."""
+    """The fixed text behind a slot as the slot's anchors predict it (eq. 7): weights for each layer, head and dim.
+
+    ``tokens`` of it are made, from its beginning on.
+    """
 
     fixed: KV
     slot: KV
     anchors: tuple[Anchor, ...]
-    start: int
-    stop: int
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens ``T``."""
-        return self.stop - self.start
+    tokens: int
 
     @torch.inference_mode()
     def fetch(self, layers: slice = ALL) -> KV:
@@ -163,8 +158,8 @@ class AnchoredFixed:
         count, slot = self.slot.tokens, self.slot.fetch(layers)
         fitting = [anchor.base.fetch(layers) for anchor in self.anchors]
         bases = [base.cut(base.tokens - count, base.tokens) for base in fitting]
-        offsets = [a.fixed.fetch(layers).cut(self.start, self.stop) for a in self.anchors if a.fixed is not None]
-        base = self.fixed.fetch(layers).cut(self.start, self.stop)
+        offsets = [a.fixed.fetch(layers).cut(0, self.tokens) for a in self.anchors if a.fixed is not None]
+        base = self.fixed.fetch(layers).cut(0, self.tokens)
         keys = _by_channel(base.keys, slot.keys, [b.keys for b in bases], [o.keys for o in offsets])
         values = _by_channel(base.values, slot.values, [b.values for b in bases], [o.values for o in offsets])
         return KV(keys, values, base.frame)

@@ -206,7 +206,7 @@ class Linear(Realigner[LinearFinding]):
         x, y, true = x * root, y * root, true * root
         trial = None
         if self.observations:
-            guesses = [x @ solution for solution in self._solutions]
+            guesses = [x @ solution for solution in self._solutions()]
             trial = Trial(
                 torch.stack([_by_part(guess * y) for guess in guesses]),
                 torch.stack([_by_part(guess * guess) for guess in guesses]),
@@ -237,15 +237,13 @@ class Linear(Realigner[LinearFinding]):
         return Linear(found["gram"], found["cross"], trial, self.heads, observations)
 
     def prepare(self) -> None:
-        """Solve the regression."""
-        assert self.map.weights.isfinite().all(), "a ridge regression has a solution"
-        assert self.residual >= 0
+        """Solve the regression, and work out its residual; both are kept."""
+        _ = self.map, self.residual
 
     def realign(self, base: KV, begin: int) -> KVSource:
         """KV that the map makes when it is placed."""
         return Realigned(base, begin, self.map)
 
-    @cached_property
     def _solutions(self) -> list[torch.Tensor]:
         """Ridge solutions ``[L·H, F, 2D]``, one for each strength."""
         diagonal = self.gram.diagonal(dim1=1, dim2=2).mean(dim=1)
@@ -273,7 +271,7 @@ class Linear(Realigner[LinearFinding]):
     def map(self) -> LinearMap:
         """The realigner that these statistics give."""
         dim = self.cross.shape[2] // 2
-        solutions = torch.stack(self._solutions)  # [G, L·H, F, 2D]
+        solutions = torch.stack(self._solutions())  # [G, L·H, F, 2D]
         rows = torch.arange(solutions.shape[1], device=solutions.device)
         parts = []
         for part in (0, 1):

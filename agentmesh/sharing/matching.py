@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from agentmesh.config.base import Choice
 from agentmesh.events import Reason
+from agentmesh.kv.values import KV
 from agentmesh.prompt.segments import ContentKind, Prompt, Segment
 from agentmesh.sharing.segments import Reading, SegmentStore, Span
 
@@ -63,6 +64,14 @@ class Match:
     def tokens(self) -> int:
         """How many tokens it places at most."""
         return self.stop - self.start
+
+    def cut(self, low: int, high: int) -> KV:
+        """Stored KV of the prompt's tokens ``low`` to ``high``."""
+        return self.reading.cut(low - self.start + self.at, high - self.start + self.at)
+
+    def depths(self, low: int, high: int) -> bytes:
+        """Depths of the stored KV of the prompt's tokens ``low`` to ``high``."""
+        return self.reading.depths[low - self.start + self.at : high - self.start + self.at]
 
     @property
     def source(self) -> str:

@@ -196,6 +196,27 @@ def test_audits_are_reported_and_teach() -> None:
     assert all(call.audit is not None and call.audit.kl >= 0 for call in calls[1:])
 
 
+@pytest.mark.parametrize("preset", ["prefix", "rotate"])
+def test_agents_with_one_beginning_share_what_they_all_read_as_an_exact_prefix(preset: str) -> None:
+    texts = {
+        f"agent.{number}": member(
+            f"Role {number}", system="You are a team. " * 4, prompt=f"{PROMPT} As number {number}."
+        )
+        for number in (1, 2, 3)
+    }
+    topology = {"use": "fully-connected", "agents": 3}
+    with Mesh(agents=texts, topology=topology, model="random:tiny-llama", communicator=preset) as one:
+        calls = one.run(question=question(1)).calls
+
+    exact = [[row.segment for row in call.plan if row.reason is Reason.IDENTICAL_PREFIX] for call in calls]
+    assert exact[0] == []
+    assert "question" in exact[1]
+    if preset == "prefix":
+        assert "message agent.1@0" in exact[2]
+    else:
+        assert Reason.SAME_HISTORY in reasons(calls[2])
+
+
 def a_match(depth: int = 0) -> Match:
     return Match(0, 40, 0, 0, 0, Reading("r", "a", (), (), (), b""), 0, Relation.READ, depth, ContentKind.INPUT)
 

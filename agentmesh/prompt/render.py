@@ -75,7 +75,7 @@ class PromptRenderer:
             history: earlier exchanges, oldest first, that come before the new turn; ``None`` for an agent without
                 memory, whose prompts nothing continues.
             leads: token ids that other agents' prompts begin with; where they stop being identical to this prompt's
-                own beginning, a reuse point is declared.
+                own beginning, a reuse point is declared; where one is the same, the ends of slots are points, too.
 
         Raises:
             TemplateError: the template fails, or the chat template drops or repeats a slot.
@@ -127,16 +127,33 @@ class PromptRenderer:
     def _points(
         self, segments: Sequence[Segment], leads: Sequence[Sequence[int]], ends: Sequence[int]
     ) -> tuple[int, ...]:
-        """Declared reuse points: where identical beginnings of other prompts end, and the leading fixed text."""
+        """Declared reuse points: where identical beginnings of other prompts end, and the leading fixed text.
+
+        Where another agent has the same leading text, its prompt may go on with the same slots (role-last layout,
+        METHOD 5), so each slot's end is a point, too.
+        """
         total = sum(len(segment.tokens) for segment in segments)
         candidates = set(ends)
         if segments[0].content is None:
-            candidates |= {len(segments[0].tokens), *shared_beginnings(leads, segments[0].tokens)}
+            own = segments[0].tokens
+            candidates |= {len(own), *shared_beginnings(leads, own)}
+            if sum(tuple(lead) == own for lead in leads) > 1:
+                candidates |= _slot_ends(segments)
         points: list[int] = []
         for point in sorted(candidates):
             if (points[-1] if points else 0) + self.min_tokens <= point < total:
                 points.append(point)
         return tuple(points)
+
+
+def _slot_ends(segments: Sequence[Segment]) -> set[int]:
+    """Positions behind the slots of a prompt."""
+    ends, at = set(), 0
+    for segment in segments:
+        at += len(segment.tokens)
+        if segment.content is not None:
+            ends.add(at)
+    return ends
 
 
 def neutral_header(tokenizer: ChatTokenizer) -> tuple[int, ...]:

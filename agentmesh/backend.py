@@ -70,6 +70,10 @@ class Backend(Protocol):
     def tokenizer(self) -> ChatTokenizer:
         """What prompts are tokenised with."""
 
+    @property
+    def width(self) -> int:
+        """How many runs it serves well at once."""
+
     def describe(self) -> dict[str, str]:
         """What a run's manifest says of the model: name, fingerprint, dtype, device, supported reuse."""
 

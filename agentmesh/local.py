@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import final
 
+import psutil
 import torch
 
 from agentmesh.backend import Completion, Listener
@@ -19,8 +21,9 @@ from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
+from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import load
-from agentmesh.engine.loop import Engine, FirstTokenReport
+from agentmesh.engine.loop import BATCH, Engine, FirstTokenReport
 from agentmesh.engine.probe import probe
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.tokenizer import HubTokenizer
@@ -28,6 +31,8 @@ from agentmesh.errors import UsageError
 from agentmesh.events import Audit
 from agentmesh.kv.arena import Arena
 from agentmesh.prompt import Prompt, Reader
+
+RUNS_AT_ONCE = 16
 
 
 @final
@@ -38,15 +43,22 @@ class LocalBackend:
         model: which one.
         communicator: how its KV is reused.
         progress: told how far fetching and converting are.
+        batch: how many sequences may decode in one forward; see ``Engine``.
 
     Raises:
         NotFoundError: no such model or preset.
         ModelError: the weights cannot be fetched or read.
     """
 
-    def __init__(self, model: ModelSpec, communicator: CommunicatorSpec, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        communicator: CommunicatorSpec,
+        progress: Progress | None = None,
+        batch: int = BATCH,
+    ) -> None:
         loaded = load(model, progress)
-        self.engine = Engine(loaded, probe(loaded.model))
+        self.engine = Engine(loaded, probe(loaded.model), batch)
         self.communicator: Preset = make(communicator, self.engine.support, loaded.fingerprint)
         self._preset = communicator.preset
 
@@ -59,6 +71,15 @@ class LocalBackend:
     def preset(self) -> str:
         """The preset's name."""
         return self._preset
+
+    @property
+    def width(self) -> int:
+        """As many runs as may decode in one forward, if half of the free memory holds their longest prompts."""
+        loaded, runner = self.engine.loaded, self.engine.support.runner
+        if not isinstance(runner, ArenaRunner) or not runner.batches:
+            return os.cpu_count() or 1
+        longest = loaded.max_context * runner.shape.bytes_per_token
+        return max(1, min(RUNS_AT_ONCE, int(psutil.virtual_memory().available) // 2 // longest))
 
     @property
     def tokenizer(self) -> HubTokenizer:

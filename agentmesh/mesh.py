@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -157,7 +156,8 @@ class Mesh:
         if self._backend is None:
             from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
 
-            backend = LocalBackend(self.blueprint.model, self.blueprint.communicator, progress)
+            batch = {"batch": 1} if self.blueprint.run.deterministic else {}
+            backend = LocalBackend(self.blueprint.model, self.blueprint.communicator, progress, **batch)
             try:
                 if self.blueprint.communicator.realigners is not None:
                     path = self.blueprint.folder / Path(self.blueprint.communicator.realigners).expanduser()
@@ -221,10 +221,10 @@ class Mesh:
         return Reader(run=f"run {order}", order=order, sees=sees)
 
     @property
-    def _width(self) -> int:
-        """How many runs may overlap."""
+    def width(self) -> int:
+        """How many runs may overlap: as ``run.concurrency`` says, or what the loaded model serves well at once."""
         wanted = self.blueprint.run.concurrency
-        width = (os.cpu_count() or 1) if wanted == "auto" else wanted
+        width = self.load().width if wanted == "auto" else wanted
         return min(width, LAG) if self.blueprint.run.deterministic else width
 
     async def _wait_for(self, order: int) -> None:
@@ -233,10 +233,10 @@ class Mesh:
             await pending[0].wait()
 
     def _slot(self) -> asyncio.Semaphore:
-        """Room for as many runs at once as ``run.concurrency`` says; ``auto`` is one a core. One an event loop."""
+        """Room for as many runs at once as the mesh is wide. One an event loop."""
         loop = asyncio.get_running_loop()
         if self._slots is None or self._slots[0] is not loop:
-            self._slots = loop, asyncio.Semaphore(self._width)
+            self._slots = loop, asyncio.Semaphore(self.width)
         return self._slots[1]
 
     async def _run(

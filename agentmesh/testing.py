@@ -79,6 +79,7 @@ class ScriptedModel:
         self.calls: list[ScriptedCall] = []
         self.name = name
         self.preset = "dense"
+        self.width = 4
         self.tokenizer = ByteTokenizer()
         self.closed = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,14 +93,19 @@ def _parsed(line: str, place: str) -> Question:
 
 @final
 class GivenPassages(Agent):
-    """Stands in for a retriever: says the passages it was given."""
+    """Stands in for a retriever: says the passages that belong to a question.
 
-    def __init__(self) -> None:
-        self.passages: tuple[Content, ...] = ()
+    Args:
+        name: of the input that is the question.
+    """
 
-    async def act(self, turn: Turn) -> Answer:  # noqa: ARG002  # whatever is asked
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.passages: dict[str, tuple[Content, ...]] = {}
+
+    async def act(self, turn: Turn) -> Answer:
         """The passages of the question at hand."""
-        return self.passages
+        return self.passages[turn.inputs[self._name].text]
 
 
 def stand_ins(blueprint: Blueprint, passages: Passages | None) -> dict[str, GivenPassages]:
@@ -113,7 +119,7 @@ def stand_ins(blueprint: Blueprint, passages: Passages | None) -> dict[str, Give
     nodes = [node for node, member in blueprint.members.items() if isinstance(member.spec, RetrieverAgentSpec)]
     if not nodes:
         raise InputError("--passages needs a mesh with an agent of `kind: retriever`, whose place the passages take")
-    return {node: GivenPassages() for node in nodes}
+    return {node: GivenPassages(blueprint.main_input) for node in nodes}
 
 
 def dense_runs(
@@ -123,11 +129,17 @@ def dense_runs(
     given: Mapping[str, GivenPassages],
     passages: Passages | None,
 ) -> Iterator[Sequence[Call]]:
-    """Run a mesh on each question and give the model calls it made."""
-    for question in questions:
-        if passages is not None:
+    """Run a mesh on all questions, several at once, and give the model calls that each one made."""
+    if passages is not None:
+        for question in questions:
             contents = passages.cut(question, recording.tokenizer)
             for agent in given.values():
-                agent.passages = contents
-        mesh.run({mesh.blueprint.main_input: question.text})
-        yield recording.take()
+                agent.passages[question.text] = contents
+    for low in range(0, len(questions), mesh.width):
+        asyncio.run(_together(mesh, questions[low : low + mesh.width]))
+        yield from recording.take()
+
+
+async def _together(mesh: Mesh, questions: Sequence[Question]) -> None:
+    name = mesh.blueprint.main_input
+    await asyncio.gather(*(mesh.arun({name: question.text}) for question in questions))

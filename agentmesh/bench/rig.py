@@ -141,6 +141,7 @@ class Recording:
         self.name = inner.name
         self.preset = inner.preset
         self.tokenizer = inner.tokenizer
+        self.width = inner.width
 
     def describe(self) -> dict[str, str]:
         """As the backend that answers."""
@@ -160,10 +161,13 @@ class Recording:
         """As the backend that answers."""
         await self._inner.release(run)
 
-    def take(self) -> list[Call]:
-        """The calls since the last time, in the order they ended."""
-        taken, self.calls = self.calls, []
-        return taken
+    def take(self) -> list[list[Call]]:
+        """The calls since the last time: for each run, in the order they ended."""
+        runs: dict[int, list[Call]] = {}
+        for call in self.calls:
+            runs.setdefault(call.prompt.reader.order, []).append(call)
+        self.calls = []
+        return [runs[order] for order in sorted(runs)]
 
     def close(self) -> None:
         """Close the backend that answers."""

@@ -10,6 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from agentmesh.engine.batch import BatchCache
+
 NAME = "agentmesh_sdpa"
 QUERIES_AT_ONCE = 256
 
@@ -56,8 +58,14 @@ def attention(
 
     transformers repeats keys and values for grouped heads whenever there is a mask, which is needed on some devices
     but not on the CPU. Everything else goes to its own function. Queries go in chunks, each over the keys up to its
-    last position (option ``agentmesh_last``), which saves half of a long prefill behind a prefix.
+    last position (option ``agentmesh_last``), which saves half of a long prefill behind a prefix. A decoding step of
+    several sequences (option ``agentmesh_batch``) attends over their own arenas; there the mask is only a stand-in, as
+    wide as the layer's window.
     """
+    batch: BatchCache | None = options.pop("agentmesh_batch", None)
+    if batch is not None:
+        assert attention_mask is not None, "a batch says how far its layers see"
+        return batch.attend(query, attention_mask.shape[3], options.get("scaling")), None
     watch = options.pop("agentmesh_watch", None)
     if watch is not None:
         watch.see(query, key, attention_mask, options.get("scaling"))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from agentmesh.engine.batch import BatchCache
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.masks import MaskPlan, Masks
@@ -32,6 +33,7 @@ class ArenaRunner:
         shape: the size of one token's KV.
         masks: which attention masks the model wants for scattered positions.
         rope: how it rotates keys; ``None`` where that could not be established.
+        batches: whether several sequences can decode in one forward.
         spare: arenas that were given back.
     """
 
@@ -39,6 +41,7 @@ class ArenaRunner:
     shape: KVShape
     masks: MaskPlan
     rope: Rope | None
+    batches: bool = False
     spare: ArenaPool = field(default_factory=ArenaPool)
 
     def open(self, capacity: int) -> ArenaCache:
@@ -85,7 +88,32 @@ class ArenaRunner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _batches(self, tokens: int) -> list[slice]:
+    @torch.inference_mode()
+    def decode(self, caches: Sequence[ArenaCache], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Compute one more token of each sequence, at its next position, in one pass over the weights if possible.
+
+        Returns:
+            Logits ``[B, V]``.
+        """
+        if not self.batches:
+            rows = zip(caches, tokens, positions, strict=True)
+            return torch.stack([self.forward(cache, (token,), (position,)) for cache, token, position in rows])
+        for cache, position in zip(caches, positions, strict=True):
+            cache.arena.aim(slice(position, position + 1), position + 1)
+        batch = BatchCache([cache.arena for cache in caches])
+        device = self.shape.device
+        output = self.model(
+            input_ids=torch.tensor(tokens, device=device)[:, None],
+            position_ids=torch.tensor(positions, device=device)[:, None],
+            attention_mask=self.masks.stand_ins(device),
+            past_key_values=batch,
+            use_cache=True,
+            agentmesh_batch=batch,
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def _layer_groups(self, tokens: int) -> list[slice]:
         """Layers that are realigned and placed together: few enough for memory that is used again and again."""
         step = max(1, PLACED_AT_ONCE * self.shape.layers // max(tokens * self.shape.bytes_per_token, 1))
         return [slice(low, low + step) for low in range(0, self.shape.layers, step)]
@@ -104,7 +132,7 @@ class ArenaRunner:
         """
         parts = Parts() if parts is None else parts
         for piece in composition.placed:
-            for layers in self._batches(piece.kv.tokens):
+            for layers in self._layer_groups(piece.kv.tokens):
                 with parts.timed("realign"):
                     kv = piece.kv.fetch(layers)
                 with parts.timed("compose"):
@@ -143,6 +171,11 @@ class PlainRunner:
         )
         logits: torch.Tensor = output.logits[0, -1]
         return logits
+
+    def decode(self, caches: Sequence[Cache], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Append one token to each cache, one after the other; logits ``[B, V]``."""
+        rows = zip(caches, tokens, positions, strict=True)
+        return torch.stack([self.forward(cache, (token,), (position,)) for cache, token, position in rows])
 
     def prefill(self, cache: Cache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:
         """Compute a whole prompt; logits ``[V]`` at its last position."""

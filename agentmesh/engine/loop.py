@@ -1,8 +1,9 @@
 """The engine: owns the model, runs prefills and decoding steps, one at a time, on a thread of its own.
 
-Every live sequence asks for one step after another; the thread serves them in turn, so sequences that decode and
-prompts that wait advance side by side. It knows token ids and KV. It knows no agents, templates or stores: a ``Source``
-says what to place and gets to see the arena when the prompt is in it.
+The thread serves what comes in turn. A step decodes one token of every live sequence, in one pass over the weights, and
+queues behind the prompts that came meanwhile: neither waits for more than one turn of the other. It knows token ids and
+KV. It knows no agents, templates or stores: a ``Source`` says what to place and gets to see the arena when the prompt
+is in it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, final
 
@@ -22,11 +24,14 @@ from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.probe import Support
 from agentmesh.engine.sampling import Sampler, Sampling
-from agentmesh.engine.tokenizer import HubTokenizer, TextStream
+from agentmesh.engine.sequence import Sequence
+from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import RequestTooLongError
 from agentmesh.kv.arena import Arena
 
 Result = TypeVar("Result")
+
+BATCH = 32
 
 
 class Source(Protocol):
@@ -76,55 +81,27 @@ class Generation:
     learn_ms: float
 
 
-class Sequence:
-    """One live sequence: its cache and what it has generated. Owned by the request that started it."""
-
-    def __init__(
-        self, cache: Cache, length: int, logits: torch.Tensor, sampler: Sampler, text: TextStream, sampling: Sampling
-    ) -> None:
-        self.cache = cache
-        self.first_logits = logits
-        self.length = length
-        self.sampling = sampling
-        self.tokens: list[int] = []
-        self.pieces: list[str] = []
-        self.finish = ""
-        self._sampler = sampler
-        self._text = text
-
-    def accept(self, logits: torch.Tensor, stops: frozenset[int], context: int) -> None:
-        """Pick the next token and decide whether the message ends with it."""
-        token = self._sampler.pick(logits)
-        if token in stops:
-            self.finish = "stop"
-            return
-        self.tokens.append(token)
-        self.pieces.append(self._text.push(token))
-        if self._completes_stop():
-            self.finish = "stop"
-        elif len(self.tokens) >= self.sampling.max_tokens:
-            self.finish = "length"
-        elif self.length + 1 >= context:
-            self.finish = "context"
-
-    def _completes_stop(self) -> bool:
-        if not self.sampling.stop or not self.pieces[-1]:
-            return False
-        reach = max(len(stop) for stop in self.sampling.stop) + len(self.pieces[-1])
-        tail = "".join(self.pieces[-reach:])[-reach:]
-        return any(stop in tail for stop in self.sampling.stop)
-
-
 @final
 class Engine:
-    """A loaded model at work. Use as a context manager, or call ``close``."""
+    """A loaded model at work. Use as a context manager, or call ``close``.
 
-    def __init__(self, loaded: LoadedModel, support: Support) -> None:
+    Args:
+        loaded: the model.
+        support: what the probe found of it.
+        batch: how many sequences may decode in one forward. The size of a batch decides the order of a matrix
+            product's sums, so only with 1 a sequence's tokens do not depend on its neighbours in the last bit.
+    """
+
+    def __init__(self, loaded: LoadedModel, support: Support, batch: int = BATCH) -> None:
         self.loaded = loaded
         self.support = support
         self.tokenizer = HubTokenizer(loaded.tokenizer)
         suppressed = sorted(loaded.special_token_ids - loaded.stop_token_ids)
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=loaded.model.device)
+        self._batch = batch
+        self._live: list[Sequence] = []
+        self._stepping = False
+        self._closing = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agentmesh-engine")
 
     def __enter__(self) -> Engine:
@@ -134,7 +111,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread; waits for the forward that is running."""
+        """Stop the thread; waits for the forward that is running. What is decoding then is cancelled."""
+        self._closing = True
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def check(self, prompt_tokens: int) -> None:
@@ -172,25 +150,26 @@ class Engine:
         """
         self.check(prompt_tokens)
         arrived = time.perf_counter()
-        cache: Cache | None = None
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(piece: str | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        request = _Request(source, prompt_tokens, sampling, tell)
         try:
-            sequence, begun, first = await self._on_thread(lambda: self._start(source, prompt_tokens, sampling))
-            cache = sequence.cache
+            begun, first = await self._on_thread(lambda: self._start(request))
+            sequence = request.begun
             report = FirstTokenReport(queue_ms=(begun - arrived) * 1e3, ttft_ms=(first - arrived) * 1e3)
             on_first(report)
-            shown = 0
-            while True:
-                if len(sequence.pieces) > shown and sequence.pieces[shown]:
-                    on_text(sequence.pieces[shown])
-                shown = len(sequence.pieces)
-                if sequence.finish:
-                    break
-                await self._on_thread(lambda: self._step(sequence))
-            decode_ms = (time.perf_counter() - first) * 1e3
+            while (piece := await pieces.get()) is not None:
+                on_text(piece)
+            await asyncio.wrap_future(sequence.done)
             learn_ms = await self._on_thread(lambda: self._finish(source, sequence))
         finally:
-            self._thread.submit(self._close, source, cache)
+            self._thread.submit(self._close, request)
         text, tokens = self.tokenizer.decode(sequence.tokens), tuple(sequence.tokens)
+        decode_ms = (sequence.ended - first) * 1e3
         return Generation(tokens, text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms, learn_ms)
 
     async def do(self, work: Callable[[], Result]) -> Result:
@@ -200,38 +179,70 @@ class Engine:
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _start(self, source: Source, prompt_tokens: int, sampling: Sampling) -> tuple[Sequence, float, float]:
-        """Plan, prefill, pick the first token: the sequence, when it began, when the token was out.
+    def _start(self, request: _Request) -> tuple[float, float]:
+        """Plan, prefill, pick the first token: when the request began, and when the token was out.
 
         The prompt's KV is kept before any other request can begin: siblings that read the same new text wait for
         one prefill of it, not for its message.
         """
         begun = time.perf_counter()
-        composition, parts = source.compose()
-        runner = self.support.runner
-        room = min(prompt_tokens + sampling.max_tokens, self.loaded.max_context)
+        composition, parts = request.source.compose()
+        runner, sampling = self.support.runner, request.sampling
+        room = min(request.tokens + sampling.max_tokens, self.loaded.max_context)
         cache = runner.open(room)
         logits = runner.prefill(cache, composition, parts)
         sampler = Sampler(sampling, self._suppressed)
-        sequence = Sequence(cache, prompt_tokens, logits, sampler, self.tokenizer.stream(), sampling)
+        text = self.tokenizer.stream()
+        sequence = Sequence(cache, request.tokens, logits, sampler, text, sampling, request.tell)
+        sequence.done.add_done_callback(request.over)
+        request.sequence = sequence
         sequence.accept(logits, self.loaded.stop_token_ids, self.loaded.max_context)
         first = time.perf_counter()
         arena = _arena(cache)
         if arena is not None:
-            source.prefilled(arena)
-        return sequence, begun, first
+            request.source.prefilled(arena)
+        if not sequence.finish:
+            self._live.append(sequence)
+            self._go_on()
+        return begun, first
 
-    def _step(self, sequence: Sequence) -> None:
-        position = sequence.length
-        logits = self.support.runner.forward(sequence.cache, sequence.tokens[-1:], (position,))
-        sequence.length += 1
-        sequence.accept(logits, self.loaded.stop_token_ids, self.loaded.max_context)
+    def _go_on(self) -> None:
+        """See to it that the live sequences get their next token, after whatever waits for the thread now."""
+        if self._live and not self._stepping:
+            self._stepping = True
+            self._thread.submit(self._step).add_done_callback(self._stepped)
 
-    def _close(self, source: Source, cache: Cache | None) -> None:
+    def _step(self) -> None:
+        """The next token of every live sequence, as many at once as may be."""
+        for low in range(0, len(self._live), self._batch):
+            group = self._live[low : low + self._batch]
+            logits = self.support.runner.decode(
+                [sequence.cache for sequence in group],
+                [sequence.tokens[-1] for sequence in group],
+                [sequence.length for sequence in group],
+            )
+            for sequence, row in zip(group, logits, strict=True):
+                sequence.length += 1
+                sequence.accept(row, self.loaded.stop_token_ids, self.loaded.max_context)
+        self._live = [sequence for sequence in self._live if not sequence.finish]
+
+    def _stepped(self, step: Future[None]) -> None:
+        """Go on after a step; if it failed, so did every sequence that was in it."""
+        self._stepping = False
+        error = CancelledError() if self._closing or step.cancelled() else step.exception()
+        if error is not None:
+            failed, self._live = self._live, []
+            for sequence in failed:
+                if not sequence.done.done():
+                    sequence.done.set_exception(error)
+        self._go_on()
+
+    def _close(self, request: _Request) -> None:
         """Let the source go, and give the arena back."""
-        source.closed()
-        if cache is not None:
-            self.support.runner.close(cache)
+        request.source.closed()
+        if request.sequence is not None:
+            self._live = [sequence for sequence in self._live if sequence is not request.sequence]
+            self.support.runner.close(request.sequence.cache)
 
     def _finish(self, source: Source, sequence: Sequence) -> float:
         """Let the source look at the whole sequence; the milliseconds that takes."""
@@ -240,6 +251,28 @@ class Engine:
         if arena is not None:
             source.finished(arena, tuple(sequence.tokens), sequence.first_logits)
         return (time.perf_counter() - begun) * 1e3
+
+
+@dataclass
+class _Request:
+    """One call of ``generate``, and its sequence once it has begun."""
+
+    source: Source
+    tokens: int
+    sampling: Sampling
+    tell: Callable[[str | None], None]
+    sequence: Sequence | None = None
+
+    @property
+    def begun(self) -> Sequence:
+        """Its sequence; there by now."""
+        assert self.sequence is not None, "the prefill has been awaited"
+        return self.sequence
+
+    def over(self, _done: Future[None]) -> None:
+        """Tell that no text will come any more."""
+        with suppress(RuntimeError):  # the event loop that listened is closed
+            self.tell(None)
 
 
 def _arena(cache: Cache) -> Arena | None:

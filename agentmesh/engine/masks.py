@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+UNLIMITED = 1 << 40
+"""Width of a stand-in mask where a layer sees everything."""
+
 Masks = torch.Tensor | dict[str, torch.Tensor]
 
 
@@ -36,4 +39,13 @@ class MaskPlan:
             seen = causal if window is None else causal & (keys > positions[:, None] - window)
             mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
             masks[kind] = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[None, None]
+        return masks if self.by_type else next(iter(masks.values()))
+
+    def stand_ins(self, device: torch.device) -> Masks:
+        """Masks that hold nothing: ``[1, 1, 1, W]`` without memory, as wide as each layer type's window.
+
+        transformers takes them as they are instead of making masks of its own; a batch reads their width.
+        """
+        nothing = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=device)
+        masks = {kind: nothing.expand(1, 1, 1, window or UNLIMITED) for kind, window in self.windows.items()}
         return masks if self.by_type else next(iter(masks.values()))

@@ -1,14 +1,14 @@
 """What a model supports, established when it is loaded and never assumed (METHOD 6.1).
 
 First the configuration is read: recurrent, latent or chunked attention keeps KV that cannot be sliced. Then the model
-is run: keys of the same tokens at two positions must differ by a rotation, and a prefill from placed and computed
-tokens must equal a full forward.
+is run: keys of the same tokens at two positions must differ by a rotation, a prefill from placed and computed tokens
+must equal a full forward, and sequences that decode together must get what each gets alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -74,6 +74,9 @@ def probe(model: Any) -> Support:
     masks = _mask_plan(config, shape.dtype)
     labels, rope = _rope(model, ArenaRunner(model, shape, masks, None))
     runner = ArenaRunner(model, shape, masks, rope)
+    batching = replace(runner, batches=True)
+    if _batch_error(batching) <= TOLERANCE[shape.dtype]:
+        runner = batching
     if rope is None:
         return Support(Level.PREFIX, labels, "keys do not turn with their position as rotary embeddings do", runner)
     error = _sparse_error(runner)
@@ -212,3 +215,22 @@ def _sparse_error(runner: ArenaRunner) -> float:
     for mine, theirs in ((sparse.arena.keys, full.arena.keys), (sparse.arena.values, full.arena.values)):
         worst += _relative_error(mine.float(), theirs.float())
     return max(worst)
+
+
+def _batch_error(runner: ArenaRunner) -> float:
+    """Largest relative error of logits when sequences of different lengths decode together instead of alone.
+
+    An attention that does not know of batches fails by its shapes or by its numbers; either way there are none.
+    """
+    tokens, ends = _probe_tokens(runner), (PROBE_TOKENS - 1, PROBE_TOKENS // 2)
+    caches, alone = [], []
+    for end in ends:
+        cache = runner.open(end + 1)
+        runner.prefill(cache, Composition(tuple(tokens[:end])))
+        alone.append(runner.forward(cache, tokens[end : end + 1], (end,)))
+        caches.append(cache)
+    try:
+        together = runner.decode(caches, [tokens[end] for end in ends], ends)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return float("inf")
+    return max(_relative_error(together.float(), torch.stack(alone).float()))

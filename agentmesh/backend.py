@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from agentmesh.config.mesh import GenerateSpec
 from agentmesh.events import Audit, PlanRow
-from agentmesh.prompt import ChatTokenizer, Prompt, Reader
+from agentmesh.prompt import ChatTokenizer, Content, Prompt, Reader
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ class Backend(Protocol):
 
     async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:
         """Answer a prompt. Cancelling frees what the call holds."""
+
+    async def ingest(self, contents: Sequence[Content]) -> int:
+        """Keep passages of a corpus before anybody reads them; how many were new and kept."""
 
     async def begin(self, reader: Reader) -> None:
         """A run begins; called in the order of the runs."""

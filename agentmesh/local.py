@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -30,7 +31,7 @@ from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import UsageError
 from agentmesh.events import Audit
 from agentmesh.kv.arena import Arena
-from agentmesh.prompt import Prompt, Reader
+from agentmesh.prompt import Content, Prompt, Reader, neutral_header
 
 RUNS_AT_ONCE = 16
 
@@ -40,27 +41,45 @@ class LocalBackend:
     """Runs a model on this machine.
 
     Args:
-        model: which one.
+        engine: the model at work; backends with different communicators may share it.
         communicator: how its KV is reused.
-        progress: told how far fetching and converting are.
-        batch: how many sequences may decode in one forward; see ``Engine``.
 
     Raises:
-        NotFoundError: no such model or preset.
-        ModelError: the weights cannot be fetched or read.
+        NotFoundError: no such preset.
     """
 
-    def __init__(
-        self,
+    def __init__(self, engine: Engine, communicator: CommunicatorSpec) -> None:
+        self.engine = engine
+        self.communicator: Preset = make(communicator, engine.support, engine.loaded.fingerprint)
+        self.peak_bytes = 0
+        self._preset = communicator.preset
+
+    @classmethod
+    def open(
+        cls,
         model: ModelSpec,
         communicator: CommunicatorSpec,
         progress: Progress | None = None,
         batch: int = BATCH,
-    ) -> None:
+    ) -> LocalBackend:
+        """Load a model and begin to run it.
+
+        Args:
+            model: which one.
+            communicator: how its KV is reused.
+            progress: told how far fetching and converting are.
+            batch: how many sequences may decode in one forward; see ``Engine``.
+
+        Raises:
+            NotFoundError: no such model or preset.
+            ModelError: the weights cannot be fetched or read.
+        """
         loaded = load(model, progress)
-        self.engine = Engine(loaded, probe(loaded.model), batch)
-        self.communicator: Preset = make(communicator, self.engine.support, loaded.fingerprint)
-        self._preset = communicator.preset
+        return cls(Engine(loaded, probe(loaded.model), batch), communicator)
+
+    def note_bytes(self) -> None:
+        """Note how much KV there is now, in live sequences and in stores; called on the engine's thread."""
+        self.peak_bytes = max(self.peak_bytes, self.engine.live_bytes + self.communicator.nbytes)
 
     @property
     def name(self) -> str:
@@ -105,7 +124,7 @@ class LocalBackend:
         Raises:
             RequestTooLongError: the prompt does not fit the model's context.
         """
-        source = _Planned(self.communicator, prompt)
+        source = _Planned(self, prompt)
         sampling = Sampling(
             generate.max_tokens, generate.temperature, generate.top_p, generate.top_k, generate.stop, seed
         )
@@ -169,6 +188,16 @@ class LocalBackend:
             raise UsageError(f"preset {self._preset!r} has no realigners that could be {what}; use `linear`")
         return self.communicator.learner
 
+    async def ingest(self, contents: Sequence[Content]) -> int:
+        """Keep passages, each behind a neutral header; the engine serves others between two of them."""
+        header, kept = neutral_header(self.tokenizer), 0
+        for content in contents:
+            ids = self.tokenizer.encode(content.text, control=False) if content.tokens is None else content.tokens
+            passage = replace(content, tokens=tuple(ids))
+            if len(header) + len(ids) <= self.engine.loaded.max_context:
+                kept += await self.engine.do(partial(self.communicator.ingest, (passage,), header))
+        return kept
+
     async def begin(self, reader: Reader) -> None:
         """Fix what a run sees of what was learned."""
         await self.engine.do(lambda: self.communicator.begin(reader))
@@ -185,8 +214,9 @@ class LocalBackend:
 class _Planned:
     """A prompt whose plan is made when the engine begins it."""
 
-    def __init__(self, preset: Preset, prompt: Prompt) -> None:
-        self._preset = preset
+    def __init__(self, backend: LocalBackend, prompt: Prompt) -> None:
+        self._backend = backend
+        self._preset = backend.communicator
         self._prompt = prompt
         self._plan: Plan | None = None
         self.audit: Audit | None = None
@@ -209,6 +239,7 @@ class _Planned:
     def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
         """Let the preset keep the message, learn, and check the call."""
         self.audit = self._preset.finished(self._prompt, self.decided, arena, tokens, logits)
+        self._backend.note_bytes()
 
     def closed(self) -> None:
         """Let the preset let go of the call, where it was begun at all."""

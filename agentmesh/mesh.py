@@ -7,7 +7,6 @@ print(mesh.run(question="…").answer)
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,13 +36,10 @@ from agentmesh.results import RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
+from agentmesh.turns import Turns
 from agentmesh.workers import make_workers, predicates
 
 Progress = Callable[[str, int, int], None]
-
-
-LAG = 8
-"""A deterministic run uses what was learned up to so many runs before it: as many may overlap."""
 
 
 @final
@@ -131,9 +127,7 @@ class Mesh:
         self._predicates = predicates(blueprint)
         self._backend: Backend | None = backend
         self._leads: tuple[tuple[int, ...], ...] | None = None
-        self._orders = itertools.count()
-        self._ends: dict[int, asyncio.Event] = {}
-        self._slots: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._turns = Turns(lambda: self.width, deterministic=blueprint.run.deterministic)
 
     def __enter__(self) -> Mesh:
         return self
@@ -157,7 +151,7 @@ class Mesh:
             from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
 
             batch = {"batch": 1} if self.blueprint.run.deterministic else {}
-            backend = LocalBackend(self.blueprint.model, self.blueprint.communicator, progress, **batch)
+            backend = LocalBackend.open(self.blueprint.model, self.blueprint.communicator, progress, **batch)
             try:
                 if self.blueprint.communicator.realigners is not None:
                     path = self.blueprint.folder / Path(self.blueprint.communicator.realigners).expanduser()
@@ -173,6 +167,28 @@ class Mesh:
         if self._backend is not None:
             self._backend.close()
             self._backend = None
+
+    def ingest(self, tick: Callable[[int, int], None] | None = None) -> int:
+        """Make and keep the KV of all documents that agents may hand out, so that their first readers share it, too.
+
+        Args:
+            tick: told after each document how many are done, and of how many.
+
+        Returns:
+            How many were kept; the others are too short, beyond the budget, or the preset places no documents.
+        """
+        backend = self.load()
+        contents = [content for worker in self._workers.values() for content in worker.agent.corpus()]
+
+        async def keep() -> int:
+            kept = 0
+            for number, content in enumerate(contents, 1):
+                kept += await backend.ingest([content])
+                if tick is not None:
+                    tick(number, len(contents))
+            return kept
+
+        return asyncio.run(keep())
 
     def run(self, inputs: Mapping[str, str] | None = None, **named: Any) -> RunResult:
         """Run once and wait for the result; inputs as a dict or by name. Other arguments as ``arun``."""
@@ -205,39 +221,14 @@ class Mesh:
         """
         given = {**(inputs or {}), **named}
         self.blueprint.check_inputs(given)
-        order = next(self._orders)
-        self._ends[order] = asyncio.Event()
-        try:
-            async with self._slot():
-                if self.blueprint.run.deterministic:
-                    await self._wait_for(order - LAG)
-                return await self._run(given, seed, sample, sinks, self._reader(order))
-        finally:
-            self._ends.pop(order).set()
-
-    def _reader(self, order: int) -> Reader:
-        """Names a run to those who keep KV for it."""
-        sees = order - LAG if self.blueprint.run.deterministic else None
-        return Reader(run=f"run {order}", order=order, sees=sees)
+        async with self._turns.turn() as reader:
+            return await self._run(given, seed, sample, sinks, reader)
 
     @property
     def width(self) -> int:
         """How many runs may overlap: as ``run.concurrency`` says, or what the loaded model serves well at once."""
         wanted = self.blueprint.run.concurrency
-        width = self.load().width if wanted == "auto" else wanted
-        return min(width, LAG) if self.blueprint.run.deterministic else width
-
-    async def _wait_for(self, order: int) -> None:
-        """Wait until every run up to a number has ended."""
-        while pending := [event for number, event in self._ends.items() if number <= order]:
-            await pending[0].wait()
-
-    def _slot(self) -> asyncio.Semaphore:
-        """Room for as many runs at once as the mesh is wide. One an event loop."""
-        loop = asyncio.get_running_loop()
-        if self._slots is None or self._slots[0] is not loop:
-            self._slots = loop, asyncio.Semaphore(self.width)
-        return self._slots[1]
+        return self.load().width if wanted == "auto" else wanted
 
     async def _run(
         self, given: Mapping[str, str], seed: int | None, sample: str, sinks: Sequence[Sink], reader: Reader

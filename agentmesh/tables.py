@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from agentmesh.bench.figures import Fidelity, Times
+from agentmesh.bench.figures import Fidelity, Throughput, Times
 
 
 def fidelity_table(figures: Fidelity) -> Group:
@@ -55,4 +55,36 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     table.add_column("preset", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def throughput_table(figures: Throughput) -> Table:
+    """Presets and concurrencies by their speed."""
+    table = Table(
+        title=f"throughput: {figures.model}, {figures.dtype}",
+        box=SIMPLE_HEAD,
+        padding=0,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    for name in ("preset", "at once"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/s", "decoding", "samples/min", "prefill", "decode", "keep", "placed", "peak MiB", "TTFT p50"):
+        table.add_column(name, justify="right", no_wrap=True)
+    base = figures.baseline
+    if base is not None:
+        rates = (f"{base.tokens_per_s:.1f}", f"{base.decode_tokens_per_s:.1f}", f"{base.samples_per_min:.2f}")
+        table.add_row("generate", "1", *rates)
+    for run in figures.runs:
+        ratios = (run.tokens_per_s / base.tokens_per_s, run.samples_per_min / base.samples_per_min) if base else ()
+        table.add_row(
+            run.preset,
+            str(run.concurrency),
+            f"{run.tokens_per_s:.1f}" + (f" ({ratios[0]:.1f}×)" if ratios else ""),
+            f"{run.decode_tokens_per_s:.1f}",
+            f"{run.samples_per_min:.2f}" + (f" ({ratios[1]:.1f}×)" if ratios else ""),
+            *(f"{share:.0%}" for share in (run.prefill_share, run.decode_share, run.keep_share, run.placed_share)),
+            f"{run.peak_bytes / 2**20:.0f}",
+            f"{run.ttft_ms.p50:.0f}",
+        )
     return table

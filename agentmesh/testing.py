@@ -18,7 +18,7 @@ from typing import final
 from agentmesh.backend import Completion, Listener
 from agentmesh.config.mesh import GenerateSpec
 from agentmesh.events import PlanRow, Reason, Treatment
-from agentmesh.prompt import Prompt, Reader
+from agentmesh.prompt import Content, Prompt, Reader
 
 CONTROL = {"<|im_start|>": 256, "<|im_end|>": 257}
 
@@ -113,6 +113,10 @@ class ScriptedModel:
         listener.text(text)
         tokens = tuple(self.tokenizer.encode(text, control=False))
         return Completion(tokens, text, "stop", 0.0, ttft, 0.0, rows, self.preset)
+
+    async def ingest(self, contents: Sequence[Content]) -> int:  # noqa: ARG002  # the interface of a backend
+        """Nothing is kept."""
+        return 0
 
     async def begin(self, reader: Reader) -> None:
         """Nothing is kept for a run."""

@@ -25,6 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "blueprint",
             "forecast",
             "scheduler",
+            "turns",
             "calls",
             "workers",
             "local",

@@ -127,7 +127,7 @@ def test_bad_data_is_refused_before_a_model_is_loaded(folder: Path) -> None:
 
 @pytest.mark.model
 def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not() -> None:
-    backend = LocalBackend(ModelSpec(), CommunicatorSpec(preset="dense"))
+    backend = LocalBackend.open(ModelSpec(), CommunicatorSpec(preset="dense"))
     sizes = Setting(3, 96, 64, 64, Layout.ROLE_FIRST)
     base = CommunicatorSpec(preset="linear", budget=2**31, audit=0.0)
     try:

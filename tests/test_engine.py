@@ -175,3 +175,58 @@ def test_sequences_decoded_side_by_side_equal_those_decoded_alone(tiny_engine: E
     alone = [generate(tiny_engine, prompt, Sampling(20))[0].tokens for prompt in prompts]
 
     assert [done.tokens for done in asyncio.run(together())] == alone
+
+
+def test_tokens_of_a_batch_of_one_do_not_depend_on_neighbours_at_all() -> None:
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    sampling = Sampling(40, temperature=1.5, seed=4)
+
+    async def together(engine: Engine) -> list[Generation]:
+        prompts = [[number] * (20 + number) for number in range(3, 9)]
+        return await asyncio.gather(*(quiet(engine, prompt, sampling) for prompt in prompts))
+
+    with Engine(loaded, probe(loaded.model), batch=1) as engine:
+        first = asyncio.run(quiet(engine, [5] * 25, sampling))
+        assert asyncio.run(together(engine))[2].tokens == first.tokens
+
+
+def test_a_step_that_fails_fails_its_sequences_and_no_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    support = probe(loaded.model)
+    calls = []
+
+    def broken(*_arguments: object) -> torch.Tensor:
+        calls.append(1)
+        raise MemoryError("no room for the logits")
+
+    async def two(engine: Engine) -> list[Generation | BaseException]:
+        work = [quiet(engine, [number] * 30, Sampling(20)) for number in (3, 4)]
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    with Engine(loaded, support) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(ArenaRunner, "decode", broken)
+            failed = asyncio.run(two(engine))
+        assert [type(error) for error in failed] == [MemoryError, MemoryError]
+        assert all(isinstance(done, Generation) for done in asyncio.run(two(engine)))
+
+
+def test_an_engine_that_is_closed_cancels_what_it_decodes() -> None:
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+
+    async def closed_midway() -> None:
+        engine = Engine(loaded, probe(loaded.model))
+        begun = asyncio.Event()
+        task = asyncio.create_task(
+            engine.generate(Whole([5] * 50), 50, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)
+        )
+        await begun.wait()
+        await asyncio.to_thread(engine.close)
+        with pytest.raises((asyncio.CancelledError, RuntimeError)):
+            await asyncio.wait_for(task, 20)
+
+    asyncio.run(closed_midway())
+
+
+async def quiet(engine: Engine, prompt: list[int], sampling: Sampling) -> Generation:
+    return await engine.generate(Whole(prompt), len(prompt), sampling, lambda _report: None, lambda _piece: None)

@@ -103,6 +103,29 @@ def test_a_prefix_hit_is_bit_equal_to_the_same_prompt_computed_cold(name: str, d
     assert torch.equal(caches["warm"].arena.values, caches["cold"].arena.values)
 
 
+def test_sequences_of_any_length_decode_together_as_they_would_alone(reusable: ArenaRunner) -> None:
+    """Lengths below and above the tiny models' windows of 8."""
+    lengths, alone, caches = (3, 8, 30, 89), [], []
+    for length in lengths:
+        caches.append(reusable.open(90))
+        reusable.prefill(caches[-1], Composition(TOKENS[:length]))
+        other = reusable.open(90)
+        reusable.prefill(other, Composition(TOKENS[:length]))
+        alone.append(reusable.forward(other, (TOKENS[length],), (length,)))
+
+    together = reusable.decode(caches, [TOKENS[length] for length in lengths], lengths)
+
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=1e-3)
+    assert [cache.arena.length for cache in caches] == [length + 1 for length in lengths]
+
+
+def test_models_with_an_attention_of_their_own_decode_one_by_one() -> None:
+    batches = {name: runner_of(ZOO[name][0]).batches for name in REUSABLE}
+
+    assert batches.pop("gemma2-softcap") is False
+    assert all(batches.values())
+
+
 def test_masks_equal_brute_force() -> None:
     positions = torch.tensor([0, 3, 4, 9, 15])
     plan = MaskPlan({"full_attention": None, "sliding_attention": 4}, by_type=True, dtype=torch.float32)

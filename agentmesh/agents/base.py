@@ -103,6 +103,10 @@ class Agent(ABC):
             Exception: whatever it raises fails the node, which is retried as the mesh file says.
         """
 
+    def corpus(self) -> Sequence[Content]:
+        """Documents that it may hand out, so that their KV can be made ahead; none for most agents."""
+        return ()
+
 
 @final
 class FunctionAgent(Agent):

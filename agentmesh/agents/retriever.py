@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -90,6 +91,10 @@ class RetrieverAgent(Agent):
         count = min(self._spec.top_k, len(self._documents))
         ranks, _ = self._index.retrieve(query, k=count, show_progress=False)
         return [self._content(int(index)) for index in ranks[0]]
+
+    def corpus(self) -> Sequence[Content]:
+        """All its documents."""
+        return [self._content(index) for index in range(len(self._documents))]
 
     def _content(self, index: int) -> Content:
         document = self._documents[index]

@@ -34,6 +34,11 @@ class Passages:
     count: int
     tokens: int
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each passage."""
+        return (self.tokens,) * self.count
+
     @staticmethod
     def parse(text: str) -> Passages:
         """From its text.
@@ -46,19 +51,27 @@ class Passages:
             raise InputError(f"--passages {text!r}: expected COUNTxTOKENS, such as 4x256")
         return Passages(int(match[1]), int(match[2]))
 
-    def cut(self, question: Question, tokenizer: ChatTokenizer) -> tuple[Content, ...]:
-        """A question's passages, of exactly the asked length.
+    def fitting(self, questions: Sequence[Question], limit: int, tokenizer: ChatTokenizer) -> list[Question]:
+        """The first ``limit`` questions whose context is long enough.
 
         Raises:
-            InputError: the context is too short.
+            InputError: there are fewer.
         """
+        found = [question for question in questions if self.cut(question, tokenizer)]
+        if len(found) < limit:
+            raise InputError(
+                f"--passages {self.count}x{self.tokens} needs {self.count * self.tokens} tokens of context, which "
+                f"{len(found)} of {len(questions)} questions have, but {limit} are asked for; ask for fewer or shorter "
+                "passages, or lower --limit/--warmup"
+            )
+        return found[:limit]
+
+    def cut(self, question: Question, tokenizer: ChatTokenizer) -> tuple[Content, ...]:
+        """A question's passages, of exactly the asked length; none where its context is too short."""
         text = "\n\n".join(question.context)
         ids = tokenizer.encode(text, control=False)
         if len(ids) < self.count * self.tokens:
-            raise InputError(
-                f"--passages {self.count}x{self.tokens} needs {self.count * self.tokens} tokens of context, but the "
-                f"question {question.text[:60]!r} has {len(ids)}; ask for fewer or shorter passages"
-            )
+            return ()
         pieces = [tuple(ids[i * self.tokens : (i + 1) * self.tokens]) for i in range(self.count)]
         return tuple(
             Content(tokenizer.decode(piece), ContentKind.DOCUMENT, f"document {number}", piece)
@@ -67,7 +80,7 @@ class Passages:
 
 
 def read_questions(path: Path, limit: int) -> list[Question]:
-    """The first ``limit`` questions of a JSONL file with ``question`` and optionally ``context`` on each line.
+    """Questions of a JSONL file with ``question`` and optionally ``context`` on each line, at least ``limit``.
 
     Raises:
         InputError: the file cannot be read, a line is no question, or there are fewer.
@@ -76,7 +89,7 @@ def read_questions(path: Path, limit: int) -> list[Question]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--data {path}: cannot be read ({error}); expected a JSONL file in UTF-8") from error
-    found = [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()][:limit]
+    found = [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if len(found) < limit:
         raise InputError(f"--data {path} has {len(found)} questions, but {limit} are asked for; lower --limit/--warmup")
     return found

@@ -19,7 +19,7 @@ from agentmesh.communicator import Preset, make
 from agentmesh.communicator.base import Plan
 from agentmesh.communicator.keeper import KeptPlan
 from agentmesh.communicator.kvcomm import KVComm
-from agentmesh.communicator.slots import divergence
+from agentmesh.communicator.measures import divergence
 from agentmesh.config.presets import CommunicatorSpec, PresetSpec, Recompute, choices
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner

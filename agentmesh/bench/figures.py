@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from agentmesh.config.base import Frozen
@@ -58,7 +59,8 @@ class PresetTimes(Frozen):
     """One preset's medians over the measured rounds, in milliseconds; by agent, the first one first.
 
     ``parts_ms`` are sums over the agents of the medians; ``learn_ms`` is the sum over the warm-up rounds of what was
-    spent outside TTFT on keeping and learning, ``keep_ms`` the same for one measured round.
+    spent outside TTFT on keeping and learning, ``keep_ms`` the same for one measured round, ``ingest_ms`` what making
+    the KV of a round's passages took ahead.
     """
 
     by_agent_ms: tuple[float, ...]
@@ -67,6 +69,7 @@ class PresetTimes(Frozen):
     parts_by_agent_ms: tuple[dict[str, float], ...]
     learn_ms: float
     keep_ms: float
+    ingest_ms: float
     kv_bytes: int
     placed: tuple[int, ...]
     computed: tuple[int, ...]
@@ -88,3 +91,57 @@ class Times(Frozen):
     settings: dict[str, Any]
     presets: dict[str, PresetTimes]
     speedup: dict[str, Speedup]
+
+
+class Percentiles(Frozen):
+    """Median and ninth decile."""
+
+    p50: float
+    p90: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Percentiles:
+        """Of some values; zeros where there are none."""
+        ordered = sorted(values) or [0.0]
+        return cls(p50=ordered[len(ordered) // 2], p90=ordered[len(ordered) * 9 // 10])
+
+
+class Baseline(Frozen):
+    """One call at a time. ``tokens_per_s`` are output tokens by wall time, ``decode_…`` by time in decoding."""
+
+    name: str
+    questions: int
+    tokens_per_s: float
+    decode_tokens_per_s: float
+    samples_per_min: float
+
+
+class Load(Frozen):
+    """One preset at one concurrency; rates as in ``Baseline``.
+
+    The shares are of wall time: prefills with their planning, decoding steps, and keeping and learning.
+    ``peak_bytes`` of KV, in live sequences and in stores. ``placed_share`` of shareable slot tokens.
+    """
+
+    preset: str
+    concurrency: int
+    tokens_per_s: float
+    decode_tokens_per_s: float
+    samples_per_min: float
+    prefill_share: float
+    decode_share: float
+    keep_share: float
+    placed_share: float
+    peak_bytes: int
+    ttft_ms: Percentiles
+    wall_s: float
+
+
+class Throughput(Frozen):
+    """Figures of one run; every preset and the baseline on the same questions."""
+
+    model: str
+    dtype: str
+    settings: dict[str, Any]
+    baseline: Baseline | None
+    runs: tuple[Load, ...]

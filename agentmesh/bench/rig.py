@@ -7,6 +7,7 @@ then prefills these prompts and is made to say these messages.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -22,7 +23,7 @@ from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.kv.arena import Arena
 from agentmesh.local import LocalBackend
-from agentmesh.prompt import Prompt, Reader
+from agentmesh.prompt import Content, Prompt, Reader
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,10 @@ class Recording:
         done = await self._inner.complete(prompt, generate, seed, listener)
         self.calls.append(Call(prompt, done.tokens))
         return done
+
+    async def ingest(self, contents: Sequence[Content]) -> int:
+        """As the backend that answers."""
+        return await self._inner.ingest(contents)
 
     async def begin(self, reader: Reader) -> None:
         """As the backend that answers."""

@@ -28,7 +28,7 @@ def fidelity(
     loaded: LoadedMesh,
     questions: Sequence[Question],
     names: Sequence[str],
-    warmup: int,
+    sizes: tuple[int, int],
     passages: Passages | None,
     *,
     corpus: bool,
@@ -36,6 +36,16 @@ def fidelity(
     tick: Callable[[], None],
 ) -> Fidelity:
     """Measure presets on a mesh; see ``bench.fidelity``.
+
+    Args:
+        loaded: the mesh.
+        questions: at least as many as are needed; those whose context is too short for the passages are left out.
+        names: presets.
+        sizes: questions that are observed, and that are measured.
+        passages: what takes the place of the mesh's retrievers.
+        corpus: whether passages are kept before they are read.
+        progress: of fetching the model.
+        tick: called after each question.
 
     Raises:
         UnsupportedModelError: the model's KV cannot be moved.
@@ -46,9 +56,10 @@ def fidelity(
     backend = _backend(blueprint.model, progress)
     recording = Recording(backend)
     with Mesh.from_loaded(loaded, model=recording, agents=given) as mesh:
+        fitting = passages.fitting(questions, sum(sizes), backend.tokenizer) if passages else questions[: sum(sizes)]
         chosen = fidelity_bench.specs(blueprint.communicator, names)
-        runs = dense_runs(mesh, recording, questions, given, passages)
-        return fidelity_bench.measure(backend, runs, chosen, warmup, corpus=corpus, tick=tick)
+        runs = dense_runs(mesh, recording, fitting, given, passages)
+        return fidelity_bench.measure(backend, runs, chosen, sizes[0], corpus=corpus, tick=tick)
 
 
 def ttft(
@@ -84,20 +95,25 @@ def ttft(
         backend.close()
 
 
-def setting(agents: int, question: int, prefix: int, output: int, layout: str) -> ttft_bench.Setting:
+def setting(
+    agents: int, question: int, prefix: int, output: int, layout: str, passages: str | None, *, corpus: bool
+) -> ttft_bench.Setting:
     """Sizes of a TTFT measurement.
 
     Raises:
-        InputError: no such layout.
+        InputError: no such layout, no such sizes of passages, or a corpus without passages.
     """
+    cut = None if passages is None else Passages.parse(passages)
+    if corpus and cut is None:
+        raise InputError("--corpus keeps passages before they are read; say how many with --passages, such as 4x256")
     try:
-        return ttft_bench.Setting(agents, question, prefix, output, ttft_bench.Layout(layout))
+        return ttft_bench.Setting(agents, question, prefix, output, ttft_bench.Layout(layout), cut, corpus)
     except ValueError as error:
         raise InputError(f"--layout {layout!r}: expected role-first or role-last") from error
 
 
 def _backend(model: ModelSpec, progress: Progress | None) -> LocalBackend:
-    backend = LocalBackend(model, DENSE, progress)
+    backend = LocalBackend.open(model, DENSE, progress)
     support = backend.engine.support
     if support.level is not Level.REALIGN:
         backend.close()

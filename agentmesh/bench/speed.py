@@ -152,8 +152,8 @@ def decode(
 @contextmanager
 def _backends(model: ModelSpec, progress: Progress | None) -> Iterator[tuple[LocalBackend, LocalBackend]]:
     """The same model under ``dense`` and ``prefix``."""
-    dense = LocalBackend(model, CommunicatorSpec(preset="dense"), progress)
-    shared = LocalBackend(model, CommunicatorSpec(preset="prefix"), progress)
+    dense = LocalBackend.open(model, CommunicatorSpec(preset="dense"), progress)
+    shared = LocalBackend(dense.engine, CommunicatorSpec(preset="prefix"))
     try:
         yield dense, shared
     finally:

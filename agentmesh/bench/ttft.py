@@ -2,17 +2,19 @@
 
 Fully connected agents, each with a fixed prefix of its own, read the same question and all earlier messages. Everything
 between the prompt and its first token counts: planning, matching, realigning, copying, the forward. Learning is outside
-and reported by itself. Messages are text of the asked length, prefilled in their sender's context, so that a
-measurement takes minutes.
+and reported by itself. Passages of documents may stand before the question (METHOD 5). Messages are text of the asked
+length, prefilled in their sender's context, so that a measurement takes minutes.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from agentmesh.bench.fidelity import settings, specs
+from agentmesh.bench.data import Passages
+from agentmesh.bench.fidelity import documents, settings, specs
 from agentmesh.bench.figures import PresetTimes, Speedup, Times
 from agentmesh.bench.rig import Call, Rig, Timed
 from agentmesh.bench.text import english
@@ -22,7 +24,7 @@ from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.events import Treatment
 from agentmesh.local import LocalBackend
-from agentmesh.prompt import ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment
+from agentmesh.prompt import ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment, neutral_header
 
 WORDS_A_SENTENCE = 16
 COMMON_PREFIX = 32
@@ -45,6 +47,8 @@ class Setting:
         prefix: tokens of each agent's own fixed text.
         output: tokens of each message.
         layout: where the agents' own text stands, for presets that do not say.
+        passages: documents that stand before the question.
+        corpus: whether passages are kept behind a neutral header before anybody reads them.
     """
 
     agents: int
@@ -52,6 +56,8 @@ class Setting:
     prefix: int
     output: int
     layout: Layout
+    passages: Passages | None = None
+    corpus: bool = False
 
 
 @dataclass
@@ -61,6 +67,7 @@ class _Subject:
     layout: Layout
     rounds: list[list[Timed]] = field(default_factory=list)
     learn_ms: float = 0.0
+    ingest_ms: list[float] = field(default_factory=list)
     kv_bytes: int = 0
 
 
@@ -97,6 +104,8 @@ def measure(
         turn = number % len(subjects)
         for subject in subjects[turn:] + subjects[:turn]:
             calls = round_of_calls(backend.tokenizer, setting, subject.layout, number)
+            if setting.corpus:
+                subject.ingest_ms.append(_ingest(subject.preset, calls[0], neutral_header(backend.tokenizer)))
             timed = [rig.timed(subject.preset, call) for call in calls]
             subject.kv_bytes = max(subject.kv_bytes, subject.preset.nbytes)
             subject.preset.release(f"round {number}")
@@ -118,15 +127,20 @@ def measure(
 
 def round_of_calls(tokenizer: ChatTokenizer, setting: Setting, layout: Layout, number: int) -> list[Call]:
     """The agents' calls on one question; only question and messages differ between rounds."""
-    question = Content("", ContentKind.INPUT, "question", _text(tokenizer, f"question {number}", setting.question))
+    shared = [
+        Content("", ContentKind.DOCUMENT, f"document {one}", _text(tokenizer, f"passage {number} {one}", tokens))
+        for one, tokens in enumerate(setting.passages.sizes if setting.passages else (), 1)
+    ]
+    question = _text(tokenizer, f"question {number}", setting.question)
+    shared.append(Content("", ContentKind.INPUT, "question", question))
     messages: list[Content] = []
     calls = []
     for agent in range(1, setting.agents + 1):
         name = f"agent.{agent}"
         label = f"message {name}@0"
         said = _text(tokenizer, f"message {number} {agent}", setting.output)
-        prompt = _prompt(tokenizer, setting, layout, agent, [question, *messages])
-        awaited = {content.origin: 1 for content in (question, *messages)} | {label: 1}
+        prompt = _prompt(tokenizer, setting, layout, agent, [*shared, *messages])
+        awaited = {content.origin: 1 for content in (*shared, *messages)} | {label: 1}
         reader = Reader(f"round {number}", number, None, name, awaited=awaited, writes=label, seed=number)
         calls.append(Call(Prompt(prompt.segments, prompt.points, reader=reader), said))
         messages.append(Content("", ContentKind.MESSAGE, label, said))
@@ -140,8 +154,8 @@ def _prompt(
     first = layout is Layout.ROLE_FIRST
     lead = own if first else _text(tokenizer, "team", COMMON_PREFIX)
     segments, points, at = [Segment("fixed", "", lead)], [len(lead)], len(lead)
-    for number, content in enumerate(contents):
-        label = tuple(tokenizer.encode(f"\n\nAgent {number} wrote:\n" if number else "\n", control=False))
+    for content in contents:
+        label = tuple(tokenizer.encode(_label(content), control=False))
         assert content.tokens is not None, "a bench gives contents as tokens"
         segments += [Segment("fixed", "", label), Segment(content.origin, "", content.tokens, content)]
         at += len(label) + len(content.tokens)
@@ -150,6 +164,20 @@ def _prompt(
     end = tuple(tokenizer.encode("\n\nAnswer the question.\n", control=False))
     segments.append(Segment("fixed", "", end if first else (*own, *end)))
     return Prompt(tuple(segments), tuple(points))
+
+
+def _label(content: Content) -> str:
+    """The fixed text before a content."""
+    if content.kind is ContentKind.MESSAGE:
+        return f"\n\n{content.origin.removeprefix('message ').partition('@')[0]} wrote:\n"
+    return "\n\nPassage:\n" if content.kind is ContentKind.DOCUMENT else "\n\nQuestion:\n"
+
+
+def _ingest(preset: Preset, call: Call, header: tuple[int, ...]) -> float:
+    """Milliseconds to keep a call's passages as those of a corpus."""
+    begun = time.perf_counter()
+    preset.ingest(documents(call.prompt), header)
+    return (time.perf_counter() - begun) * 1e3
 
 
 def _text(tokenizer: ChatTokenizer, seed: str, tokens: int) -> tuple[int, ...]:
@@ -176,6 +204,7 @@ def _summary(subject: _Subject, agents: int) -> PresetTimes:
         parts_by_agent_ms=parts,
         learn_ms=subject.learn_ms,
         keep_ms=statistics.median(sum(one.learn_ms for one in timed) for timed in subject.rounds),
+        ingest_ms=statistics.median(subject.ingest_ms) if subject.ingest_ms else 0.0,
         kv_bytes=subject.kv_bytes,
         placed=tuple(column[-1].plan.composition.placed_tokens for column in columns),
         computed=tuple(column[-1].plan.count(Treatment.COMPUTED) for column in columns),

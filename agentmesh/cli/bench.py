@@ -15,18 +15,21 @@ from rich.table import Table
 
 from agentmesh.cli.options import Config, Format, FormatOption, Libraries, Sets
 from agentmesh.config.base import Frozen
-from agentmesh.config.load import load_mesh
+from agentmesh.config.load import LoadedMesh, load_mesh
 from agentmesh.config.mesh import Dtype, ModelSpec
 from agentmesh.config.presets import PRESETS
 from agentmesh.display import fetching
 from agentmesh.errors import InputError, did_you_mean, listing
-from agentmesh.tables import fidelity_table, ttft_table
+from agentmesh.tables import fidelity_table, throughput_table, ttft_table
 
 app = typer.Typer(help="Measure the engine; ratios within one run, medians.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Option(help="A model's name, as in a mesh file.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of weights and KV.")]
 Presets = Annotated[str, typer.Option(help="Presets to compare, separated by commas.")]
+Corpus = Annotated[
+    bool, typer.Option("--corpus", help="Keep each passage behind a neutral header before anybody reads it.")
+]
 Plot = Annotated[Path | None, typer.Option(help="Write a PNG plot to this file.")]
 Repeat = Annotated[int, typer.Option(min=1, help="Measured rounds; medians are reported.")]
 
@@ -81,9 +84,7 @@ def fidelity(
     passages: Annotated[
         str | None, typer.Option(help="COUNTxTOKENS: passages cut from the context take the retriever's place.")
     ] = None,
-    corpus: Annotated[
-        bool, typer.Option("--corpus", help="Keep each passage behind a neutral header before anybody reads it.")
-    ] = False,
+    corpus: Corpus = False,
     budget: Annotated[str, typer.Option(help="Bytes each preset may keep; anchor pools need many.")] = "4GiB",
     set: Sets = None,
     library: Libraries = None,
@@ -103,7 +104,9 @@ def fidelity(
     found = questions_of.read_questions(data, warmup + limit)
     cut = None if passages is None else questions_of.Passages.parse(passages)
     with _bars(warmup + limit) as (progress, tick):
-        figures = session.fidelity(loaded, found, names, warmup, cut, corpus=corpus, progress=progress, tick=tick)
+        figures = session.fidelity(
+            loaded, found, names, (warmup, limit), cut, corpus=corpus, progress=progress, tick=tick
+        )
     if plot is not None:
         from agentmesh.plots import plot_fidelity  # noqa: PLC0415  # matplotlib is slow to import
 
@@ -125,6 +128,10 @@ def ttft(
     layout: Annotated[
         str, typer.Option(help="role-first or role-last; a preset may say its own, as prefix@role-last.")
     ] = "role-first",
+    passages: Annotated[
+        str | None, typer.Option(help="COUNTxTOKENS: documents that stand before the question.")
+    ] = None,
+    corpus: Corpus = False,
     budget: Annotated[str, typer.Option(help="Bytes each preset may keep.")] = "4GiB",
     plot: Plot = None,
     format: FormatOption = Format.TEXT,
@@ -136,7 +143,7 @@ def ttft(
     from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
     names = _names(presets)
-    sizes = session.setting(agents, question, prefix, output, layout)
+    sizes = session.setting(agents, question, prefix, output, layout, passages, corpus=corpus)
     with _bars((warmup + repeat) * len(names)) as (progress, tick):
         figures = session.ttft(
             _spec(model, dtype), names, sizes, warmup, repeat, budget=budget, progress=progress, tick=tick
@@ -146,6 +153,51 @@ def ttft(
 
         plot_ttft(figures, plot)
     _show(figures, format, ttft_table(figures))
+
+
+@app.command("throughput")
+def throughput(
+    config: Config,
+    data: Annotated[Path, typer.Option(help="JSONL file with a question on each line.")],
+    warmup: Annotated[int, typer.Option(min=0, help="Questions before the clock starts; slots warm up in them.")] = 8,
+    limit: Annotated[int, typer.Option(min=1, help="Questions that are timed.")] = 16,
+    concurrency: Annotated[str, typer.Option(help="Runs at once, separated by commas.")] = "1,4,16",
+    presets: Presets = "dense,linear",
+    baseline: Annotated[int, typer.Option(min=0, help="Timed questions that the baseline answers; 0: none.")] = 4,
+    set: Sets = None,
+    library: Libraries = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Whole runs under load: tokens a second and samples a minute, against transformers' generate, one at a time.
+
+    Example: agentmesh bench throughput math-fully-connected --data gsm8k.jsonl --warmup 8 --limit 16
+    """
+    widths, names = _widths(concurrency), _names(presets)
+
+    def mesh_of(width: int) -> LoadedMesh:
+        return load_mesh(config, overrides=[*(set or ()), f"run.concurrency={width}"], libraries=library or ())
+
+    mesh_of(widths[0])
+    from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.bench import throughput as load  # noqa: PLC0415
+
+    found = questions_of.read_questions(data, warmup + limit)
+    plan = load.Plan(names, widths, warmup, limit, min(baseline, limit))
+    with _bars(plan.ticks) as (progress, tick):
+        figures = load.measure(mesh_of, found, plan, progress=progress, tick=tick)
+    _show(figures, format, throughput_table(figures))
+
+
+def _widths(text: str) -> list[int]:
+    """Numbers of runs at once.
+
+    Raises:
+        InputError: something else.
+    """
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found or not all(part.isdecimal() and int(part) for part in found):
+        raise InputError(f"--concurrency {text!r}: expected numbers from 1 on, separated by commas, such as 1,4,16")
+    return list(dict.fromkeys(int(part) for part in found))
 
 
 def _names(text: str) -> list[str]:

@@ -43,10 +43,13 @@ def calibrate(
         with fetching(console, quiet=False) as progress:
             backend = mesh.load(progress)
         assert isinstance(backend, LocalBackend), "a mesh from a file runs its model itself"
+        with Progress(console=console, transient=True) as bars:
+            task = bars.add_task("documents", total=None)
+            mesh.ingest(lambda done, total: bars.update(task, completed=done, total=total))
         backend.observe_only(on=True)
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task("observing", total=limit)
-            for question in questions:
+            for question in questions[:limit]:
                 mesh.run({mesh.blueprint.main_input: question.text})
                 bars.advance(task)
         for line in backend.save_realigners(output, mesh.blueprint.digests):

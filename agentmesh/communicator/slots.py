@@ -7,7 +7,6 @@ all the same. A slot that must be observed first makes its call dense, so that w
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -18,6 +17,7 @@ from agentmesh.communicator.base import Plan, Preset
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Label, Labels, computed
 from agentmesh.communicator.learner import Learner, Verdict, shares
+from agentmesh.communicator.measures import Costs, divergence, draw
 from agentmesh.config.presets import CommunicatorSpec, Picking, PresetSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
 from agentmesh.engine.scout import Scout
@@ -147,8 +147,8 @@ class Slots(Preset):
         for content in contents:
             tokens = content.tokens or ()
             if len(tokens) >= self._spec.min_tokens and not self.keeper.knows(tokens):
-                _, arena = self._scout.dense((*header, *tokens))
-                kept += self.keeper.keep_passage(content, len(header), arena)
+                with self._scout.dense((*header, *tokens)) as (_, arena):
+                    kept += self.keeper.keep_passage(content, len(header), arena)
         return kept
 
     def observe_only(self, *, on: bool) -> None:
@@ -176,6 +176,9 @@ class Slots(Preset):
             return Verdict(None, Reason.TOO_SHORT)
         if match.relation is Relation.HISTORY:
             return Verdict(self._still)
+        ratio, by = self._look(match.relation)
+        if ratio and not self._scout.can(by):
+            return Verdict(None, Reason.MODEL_UNSUPPORTED)
         verdict = self.learner.verdict(prompt.reader, match)
         if verdict.reason is None and prompt.reader.sees is None and not self._costs.placing_pays:
             return Verdict(None, Reason.NOT_WORTH_IT)
@@ -196,18 +199,21 @@ class Slots(Preset):
 
     def _pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> None:
         """Let a look at the cache pick tokens of placed blocks to be computed."""
-        recompute = self._choice.recompute
-        moved = [(n, d) for n, d in enumerate(decisions) if d.placed and shares(d.match.relation)]
-        corpus = [n for n, d in moved if d.match.relation is Relation.CORPUS]
-        others = [n for n, _ in moved if n not in corpus]
-        usual = (recompute.ratio, recompute.by)
-        known = (recompute.documents, Picking.ATTENTION) if recompute.documents else usual
-        picks = ((corpus, *known), (others, *usual))
-        for numbers, ratio, how in picks:
-            if numbers and ratio:
-                composition = self._composition(labels, lead, decisions)
-                scores = self._scores(labels, composition, how)
+        looks: dict[tuple[float, Picking], list[int]] = {}
+        for number, decision in enumerate(decisions):
+            if decision.placed and shares(decision.match.relation):
+                looks.setdefault(self._look(decision.match.relation), []).append(number)
+        for (ratio, by), numbers in looks.items():
+            if ratio:
+                scores = self._scores(labels, self._composition(labels, lead, decisions), by)
                 _paint_best(labels, numbers, ratio, scores)
+
+    def _look(self, relation: Relation) -> tuple[float, Picking]:
+        """Which share of a block is picked to be computed, and how."""
+        recompute = self._choice.recompute
+        if relation is Relation.CORPUS and recompute.documents:
+            return recompute.documents, Picking.ATTENTION
+        return recompute.ratio, recompute.by
 
     def _scores(self, labels: Labels, composition: Composition, by: Picking) -> torch.Tensor:
         if by is Picking.DEVIATION:
@@ -261,8 +267,8 @@ class Slots(Preset):
 
     def _audit(self, prompt: Prompt, plan: SlotPlan, logits: torch.Tensor) -> Audit:
         """Check a reusing call against a dense prefill, which is an observation, too."""
-        wanted, arena = self._scout.dense(prompt.tokens)
-        self._observe(prompt, plan, arena)
+        with self._scout.dense(prompt.tokens) as (wanted, arena):
+            self._observe(prompt, plan, arena)
         kl = divergence(wanted[None], logits[None])
         flip = int(wanted.argmax()) != int(logits.argmax())
         placed = [d.match for d in plan.decisions if d.placed and shares(d.match.relation)]
@@ -289,41 +295,3 @@ def _paint_best(labels: Labels, numbers: Sequence[int], ratio: float, scores: to
         index = torch.tensor(placed, device=scores.device)
         for position in index[scores[index].topk(count).indices].tolist():
             labels.paint(position, position + 1, computed(Reason.PICKED, labels[position].match))
-
-
-def draw(seed: int) -> float:
-    """A number in [0, 1) that depends on a call's seed alone."""
-    digest = hashlib.sha256(f"audit {seed}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """KL(wanted ‖ found) in nats of next-token distributions, from logits ``[T, V]``: ``[T]``."""
-    log_p = wanted.float().log_softmax(dim=-1)
-    log_q = found.float().log_softmax(dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-class Costs:
-    """Milliseconds for each computed and each placed token, as measured on this machine (METHOD 6.2)."""
-
-    def __init__(self) -> None:
-        self._computed = 0.0
-        self._placed = 0.0
-
-    def see(self, plan: Plan) -> None:
-        """Learn from a prefill that was timed."""
-        placed = plan.composition.placed_tokens
-        rest = len(plan.composition.tokens) - placed
-        self._computed = _smooth(self._computed, plan.parts.forward / rest)
-        if placed:
-            self._placed = _smooth(self._placed, (plan.parts.realign + plan.parts.compose) / placed)
-
-    @property
-    def placing_pays(self) -> bool:
-        """Whether placing a token is cheaper than computing it; yes while nothing is measured."""
-        return not self._computed or self._placed < self._computed
-
-
-def _smooth(old: float, new: float) -> float:
-    return new if not old else 0.8 * old + 0.2 * new

@@ -46,6 +46,11 @@ def use_grouped_heads(model: Any) -> None:
         model.set_attn_implementation(NAME)
 
 
+def is_grouped(model: Any) -> bool:
+    """Whether a model runs this module's attention, which can be watched."""
+    return str(model.config.get_text_config()._attn_implementation) == NAME  # noqa: SLF001  # as above
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,

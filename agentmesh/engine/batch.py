@@ -15,6 +15,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from agentmesh.kv.arena import Arena
 
+Views = list[tuple[torch.Tensor, ...]]
+"""For each layer, a view of every arena."""
+
 
 class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
     """One layer of several arenas; each gets one row."""
@@ -33,11 +36,8 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write rows ``[B, H, 1, D]``, one to each arena; the attention takes its keys from the cache's ``views``."""
-        self.cache.views = [
-            arena.write_layer(self.layer, key_states[row : row + 1], value_states[row : row + 1])
-            for row, arena in enumerate(self.cache.arenas)
-        ]
+        """Write rows ``[B, H, 1, D]``, one to each arena; the attention takes its keys from the cache."""
+        self.cache.write(self.layer, key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -56,33 +56,50 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
 class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """The ``past_key_values`` of one decoding step of several sequences.
 
+    Views of all layers are cut once for the step: cutting them layer by layer takes longer than attending.
+
     Args:
         arenas: one a sequence, each aimed at the row of its next token.
-
-    Attributes:
-        views: keys and values ``[1, H, length, D]`` of every sequence in the layer that is running.
     """
 
     def __init__(self, arenas: Sequence[Arena]) -> None:
         self.arenas = arenas
-        self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.longest = max(arena.length for arena in arenas)
+        self._layer = 0
+        self._new = _views(arenas, 1)
+        self._seen: dict[int, tuple[Views, Views]] = {}
         super().__init__(layers=[BatchLayer(self, layer) for layer in range(arenas[0].shape.layers)])
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, with the one that is running."""
-        return max(arena.length for arena in self.arenas)
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the rows ``[B, H, 1, D]`` of the layer that runs now."""
+        self._layer = layer
+        new_keys, new_values = self._new
+        for target, row in zip(new_keys[layer], keys.unbind(0), strict=True):
+            target[0].copy_(row)
+        for target, row in zip(new_values[layer], values.unbind(0), strict=True):
+            target[0].copy_(row)
 
     def attend(self, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
         """Attention of ``query [B, Hq, 1, D]``, each row over its own last ``window`` keys; ``[B, 1, Hq, D]``.
 
         Query heads of one kv head are the rows of one product, so keys are read once and never repeated.
         """
-        mixed = []
-        for row, (keys, values) in enumerate(self.views):
-            begin = max(0, keys.shape[2] - window)
-            grouped = query[row].view(1, keys.shape[1], -1, query.shape[3])
-            mixed.append(
-                functional.scaled_dot_product_attention(grouped, keys[:, :, begin:], values[:, :, begin:], scale=scale)
-            )
+        if window not in self._seen:
+            self._seen[window] = _views(self.arenas, window)
+        keys, values = (views[self._layer] for views in self._seen[window])
+        grouped = query.view(len(keys), 1, keys[0].shape[1], -1, query.shape[3]).unbind(0)
+        mixed = [
+            functional.scaled_dot_product_attention(*one, scale=scale)
+            for one in zip(grouped, keys, values, strict=True)
+        ]
         return torch.cat(mixed).flatten(1, 2)[:, None]
+
+
+def _views(arenas: Sequence[Arena], last: int) -> tuple[Views, Views]:
+    """Keys and values ``[1, H, …, D]`` of the last visible tokens of each arena, by layer and arena."""
+    keys, values = [], []
+    for arena in arenas:
+        rows = slice(max(0, arena.length - last), arena.length)
+        keys.append(arena.keys[:, :, rows].unsqueeze(1).unbind(0))
+        values.append(arena.values[:, :, rows].unsqueeze(1).unbind(0))
+    return list(zip(*keys, strict=True)), list(zip(*values, strict=True))

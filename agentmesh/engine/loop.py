@@ -81,6 +81,16 @@ class Generation:
     learn_ms: float
 
 
+@dataclass
+class Spent:
+    """Where the engine's thread spent its time, in seconds, and the tokens that its decoding steps gave."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    keep_s: float = 0.0
+    decoded: int = 0
+
+
 @final
 class Engine:
     """A loaded model at work. Use as a context manager, or call ``close``.
@@ -102,6 +112,7 @@ class Engine:
         self._live: list[Sequence] = []
         self._stepping = False
         self._closing = False
+        self.spent = Spent()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agentmesh-engine")
 
     def __enter__(self) -> Engine:
@@ -172,6 +183,11 @@ class Engine:
         decode_ms = (sequence.ended - first) * 1e3
         return Generation(tokens, text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms, learn_ms)
 
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of KV of all sequences that are live."""
+        return sum(arena.nbytes for sequence in self._live if (arena := _arena(sequence.cache)) is not None)
+
     async def do(self, work: Callable[[], Result]) -> Result:
         """Run something on the engine's thread, between its forwards."""
         return await self._on_thread(work)
@@ -198,9 +214,11 @@ class Engine:
         request.sequence = sequence
         sequence.accept(logits, self.loaded.stop_token_ids, self.loaded.max_context)
         first = time.perf_counter()
+        self.spent.prefill_s += first - begun
         arena = _arena(cache)
         if arena is not None:
             request.source.prefilled(arena)
+            self.spent.keep_s += time.perf_counter() - first
         if not sequence.finish:
             self._live.append(sequence)
             self._go_on()
@@ -214,6 +232,8 @@ class Engine:
 
     def _step(self) -> None:
         """The next token of every live sequence, as many at once as may be."""
+        begun = time.perf_counter()
+        self.spent.decoded += len(self._live)
         for low in range(0, len(self._live), self._batch):
             group = self._live[low : low + self._batch]
             logits = self.support.runner.decode(
@@ -225,6 +245,7 @@ class Engine:
                 sequence.length += 1
                 sequence.accept(row, self.loaded.stop_token_ids, self.loaded.max_context)
         self._live = [sequence for sequence in self._live if not sequence.finish]
+        self.spent.decode_s += time.perf_counter() - begun
 
     def _stepped(self, step: Future[None]) -> None:
         """Go on after a step; if it failed, so did every sequence that was in it."""
@@ -250,7 +271,9 @@ class Engine:
         arena = _arena(sequence.cache)
         if arena is not None:
             source.finished(arena, tuple(sequence.tokens), sequence.first_logits)
-        return (time.perf_counter() - begun) * 1e3
+        took = time.perf_counter() - begun
+        self.spent.keep_s += took
+        return took * 1e3
 
 
 @dataclass

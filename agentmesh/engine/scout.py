@@ -5,13 +5,15 @@ Their time before a prefill counts in TTFT. They write into arenas of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from agentmesh.engine.attention import AttentionWatch
+from agentmesh.config.presets import Picking
+from agentmesh.engine.attention import AttentionWatch, is_grouped
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
@@ -34,11 +36,20 @@ class Scout:
 
     runner: ArenaRunner
 
-    def dense(self, tokens: Sequence[int]) -> tuple[torch.Tensor, Arena]:
-        """A dense prefill: logits ``[V]`` at the last position, and the arena that it filled."""
+    def can(self, by: Picking) -> bool:
+        """Whether the model allows a look: at an attention that can be watched, or at one of more than two layers."""
+        if by is Picking.ATTENTION:
+            return is_grouped(self.runner.model)
+        return self.runner.shape.layers > LOOK_LAYERS
+
+    @contextmanager
+    def dense(self, tokens: Sequence[int]) -> Iterator[tuple[torch.Tensor, Arena]]:
+        """A dense prefill: logits ``[V]`` at the last position, and the arena that it filled, as long as it is open."""
         cache = self.runner.open(len(tokens))
-        logits = self.runner.prefill(cache, Composition(tuple(tokens)))
-        return logits, cache.arena
+        try:
+            yield self.runner.prefill(cache, Composition(tuple(tokens))), cache.arena
+        finally:
+            self.runner.close(cache)
 
     @torch.inference_mode()
     def deviation(self, composition: Composition) -> torch.Tensor:

@@ -1,0 +1,114 @@
+"""What a mesh is compared with: transformers' own ``generate``, one call at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from agentmesh.backend import Completion, Listener
+from agentmesh.config.mesh import GenerateSpec
+from agentmesh.engine.loading import LoadedModel
+from agentmesh.engine.tokenizer import HubTokenizer
+from agentmesh.prompt import Content, Prompt, Reader
+
+
+class _Clock(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
+    """Notes when each token's logits are there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return scores
+
+
+@final
+@dataclass
+class GenerateBackend:
+    """Answers calls with ``model.generate``, greedy, nothing reused, one after the other.
+
+    Args:
+        loaded: the model; it runs transformers' own attention.
+
+    Attributes:
+        decode_s: seconds between first and last tokens.
+        decoded: tokens that came in them.
+    """
+
+    loaded: LoadedModel
+    preset: str = "dense"
+    width: int = 1
+    decode_s: float = 0.0
+    decoded: int = 0
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.loaded.name
+
+    @property
+    def tokenizer(self) -> HubTokenizer:
+        """The model's tokenizer."""
+        return HubTokenizer(self.loaded.tokenizer)
+
+    def describe(self) -> dict[str, str]:
+        """The model's name."""
+        return {"name": self.name}
+
+    async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:  # noqa: ARG002  # greedy
+        """Generate, when it is this call's turn."""
+        arrived = time.perf_counter()
+        async with self._turn:
+            begun = time.perf_counter()
+            tokens, clock = await asyncio.to_thread(self._generate, prompt.tokens, generate.max_tokens)
+        first, last = clock.times[0], clock.times[-1]
+        self.decode_s += last - first
+        self.decoded += len(clock.times) - 1
+        listener.first((first - arrived) * 1e3, ())
+        finish = "length" if len(tokens) == generate.max_tokens else "stop"
+        return Completion(
+            tokens,
+            self.tokenizer.decode(tokens),
+            finish,
+            (begun - arrived) * 1e3,
+            (first - arrived) * 1e3,
+            (last - first) * 1e3,
+            (),
+            self.preset,
+        )
+
+    def _generate(self, prompt: Sequence[int], limit: int) -> tuple[tuple[int, ...], _Clock]:
+        clock, model = _Clock(), self.loaded.model
+        stops = sorted(self.loaded.stop_token_ids)
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": stops or None, "pad_token_id": 0}
+        ids = torch.tensor([list(prompt)], device=model.device)
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            logits_processor=LogitsProcessorList([clock]),
+            **options,
+        )
+        tokens = tuple(token for token in found[0, len(prompt) :].tolist() if token not in self.loaded.stop_token_ids)
+        return tokens, clock
+
+    async def ingest(self, contents: Sequence[Content]) -> int:  # noqa: ARG002  # the interface of a backend
+        """Nothing is kept."""
+        return 0
+
+    async def begin(self, reader: Reader) -> None:
+        """Nothing is kept for a run."""
+
+    async def release(self, run: str) -> None:
+        """Nothing is kept for a run."""
+
+    def close(self) -> None:
+        """Whoever loaded the model frees it."""

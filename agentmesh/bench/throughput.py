@@ -1,0 +1,160 @@
+"""Whole runs of a mesh under load: presets and concurrencies against one call at a time (issue 4).
+
+Every measurement is the same questions through the same mesh. Its warm-up questions come first and are not timed;
+without them nothing could be shared. The baseline answers the same calls with transformers' ``generate``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from agentmesh.bench.baseline import GenerateBackend
+from agentmesh.bench.data import Question
+from agentmesh.bench.fidelity import settings, specs
+from agentmesh.bench.figures import Baseline, Load, Percentiles, Throughput
+from agentmesh.blueprint import draft
+from agentmesh.config.load import LoadedMesh
+from agentmesh.engine.embedded import Progress
+from agentmesh.engine.loading import load
+from agentmesh.engine.loop import BATCH, Engine, Spent
+from agentmesh.engine.probe import probe
+from agentmesh.local import LocalBackend
+from agentmesh.mesh import Mesh
+from agentmesh.results import RunResult
+
+BASELINE = "transformers generate, one at a time"
+WARMUP_OF_BASELINE = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Args:
+        presets: by name.
+        widths: how many runs overlap.
+        warmup: questions before the clock starts.
+        limit: questions that are timed.
+        baseline: how many of them the baseline answers.
+    """
+
+    presets: Sequence[str]
+    widths: Sequence[int]
+    warmup: int
+    limit: int
+    baseline: int
+
+    @property
+    def ticks(self) -> int:
+        """How many questions are answered in all."""
+        loads = len(self.presets) * len(self.widths)
+        return loads * (self.warmup + self.limit) + (self.baseline + WARMUP_OF_BASELINE if self.baseline else 0)
+
+
+def measure(
+    mesh_of: Callable[[int], LoadedMesh],
+    questions: Sequence[Question],
+    plan: Plan,
+    *,
+    progress: Progress | None,
+    tick: Callable[[], None],
+) -> Throughput:
+    """Measure a mesh under load.
+
+    Args:
+        mesh_of: concurrency → the mesh.
+        questions: the warm-up's first.
+        plan: what is measured.
+        progress: told how far fetching the model is.
+        tick: called after each question.
+    """
+    blueprint = draft(mesh_of(1))
+    warm, timed = questions[: plan.warmup], questions[plan.warmup :][: plan.limit]
+    baseline = None
+    if plan.baseline:
+        plain = GenerateBackend(load(blueprint.model, progress))
+        baseline = _baseline(mesh_of(1), plain, timed[: plan.baseline], tick)
+    loaded = load(blueprint.model, progress)
+    chosen = specs(blueprint.communicator, plan.presets)
+    runs = []
+    with Engine(loaded, probe(loaded.model), batch=1 if blueprint.run.deterministic else BATCH) as engine:
+        for width in plan.widths:
+            for name, spec in chosen.items():
+                runs.append(_load(mesh_of(width), LocalBackend(engine, spec), warm, timed, name, width, tick))
+    return Throughput(
+        model=loaded.name,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        settings={"warmup": plan.warmup, "limit": plan.limit, "baseline": plan.baseline, "presets": settings(chosen)},
+        baseline=baseline,
+        runs=tuple(runs),
+    )
+
+
+def _baseline(
+    loaded: LoadedMesh, backend: GenerateBackend, questions: Sequence[Question], tick: Callable[[], None]
+) -> Baseline:
+    mesh = Mesh.from_loaded(loaded, model=backend)
+    _answer(mesh, questions[:WARMUP_OF_BASELINE], tick)
+    backend.decode_s, backend.decoded = 0.0, 0
+    results, wall = _answer(mesh, questions, tick)
+    return Baseline(
+        name=BASELINE,
+        questions=len(questions),
+        tokens_per_s=_output(results) / wall,
+        decode_tokens_per_s=backend.decoded / max(backend.decode_s, 1e-9),
+        samples_per_min=60 * len(questions) / wall,
+    )
+
+
+def _load(
+    loaded: LoadedMesh,
+    backend: LocalBackend,
+    warm: Sequence[Question],
+    timed: Sequence[Question],
+    name: str,
+    width: int,
+    tick: Callable[[], None],
+) -> Load:
+    mesh = Mesh.from_loaded(loaded, model=backend)
+    _answer(mesh, warm, tick)
+    backend.engine.spent, backend.peak_bytes = Spent(), 0
+    results, wall = _answer(mesh, timed, tick)
+    spent, calls = backend.engine.spent, [call for result in results for call in result.calls]
+    placed, slots = sum(call.placed_slots for call in calls), sum(call.slot_tokens for call in calls)
+    return Load(
+        preset=name,
+        concurrency=width,
+        tokens_per_s=_output(results) / wall,
+        decode_tokens_per_s=spent.decoded / max(spent.decode_s, 1e-9),
+        samples_per_min=60 * len(timed) / wall,
+        prefill_share=spent.prefill_s / wall,
+        decode_share=spent.decode_s / wall,
+        keep_share=spent.keep_s / wall,
+        placed_share=placed / slots if slots else 0.0,
+        peak_bytes=backend.peak_bytes,
+        ttft_ms=Percentiles.of([call.ttft_ms for call in calls]),
+        wall_s=wall,
+    )
+
+
+def _answer(mesh: Mesh, questions: Sequence[Question], tick: Callable[[], None]) -> tuple[list[RunResult], float]:
+    """Answer questions, as many at once as the mesh allows: the results and the seconds that took."""
+    name = mesh.blueprint.main_input
+
+    async def one(question: Question) -> RunResult:
+        result = await mesh.arun({name: question.text})
+        tick()
+        return result
+
+    async def together() -> list[RunResult]:
+        return await asyncio.gather(*(one(question) for question in questions))
+
+    begun = time.perf_counter()
+    return asyncio.run(together()), time.perf_counter() - begun
+
+
+def _output(results: Sequence[RunResult]) -> int:
+    return sum(call.output_tokens for result in results for call in result.calls)

@@ -1,0 +1,58 @@
+"""The order of a mesh's runs, and how many of them overlap."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import final
+
+from agentmesh.prompt import Reader
+
+LAG = 8
+"""A deterministic run uses what was learned up to so many runs before it: as many may overlap."""
+
+
+@final
+class Turns:
+    """Numbers runs in the order they are asked for, and lets as many run at once as the mesh is wide.
+
+    Args:
+        width: how many runs may overlap; asked when the first one begins.
+        deterministic: whether what a run sees of earlier ones depends on its number alone.
+    """
+
+    def __init__(self, width: Callable[[], int], *, deterministic: bool) -> None:
+        self._width = width
+        self._deterministic = deterministic
+        self._numbers = itertools.count()
+        self._ends: dict[int, asyncio.Event] = {}
+        self._room: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Reader]:
+        """Wait for room, and give the run its number and what it sees."""
+        number = next(self._numbers)
+        sees = number - LAG if self._deterministic else None
+        self._ends[number] = asyncio.Event()
+        try:
+            async with self._semaphore():
+                if sees is not None:
+                    await self._wait_for(sees)
+                yield Reader(run=f"run {number}", order=number, sees=sees)
+        finally:
+            self._ends.pop(number).set()
+
+    async def _wait_for(self, last: int) -> None:
+        """Wait until every run up to a number has ended."""
+        while pending := [event for number, event in self._ends.items() if number <= last]:
+            await pending[0].wait()
+
+    def _semaphore(self) -> asyncio.Semaphore:
+        """The room for runs; one an event loop."""
+        loop = asyncio.get_running_loop()
+        if self._room is None or self._room[0] is not loop:
+            width = min(self._width(), LAG) if self._deterministic else self._width()
+            self._room = loop, asyncio.Semaphore(width)
+        return self._room[1]

@@ -66,6 +66,7 @@ class Reason(Choice):
     """Shorter than ``min_tokens``."""
 
     BLOCK_HEAD = "block-head"
+    LINE_BREAK = "line-break"
     """The first tokens of a placed block, computed to anchor it in its new context."""
 
     PICKED = "picked"

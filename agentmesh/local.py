@@ -50,7 +50,7 @@ class LocalBackend:
 
     def __init__(self, engine: Engine, communicator: CommunicatorSpec) -> None:
         self.engine = engine
-        self.communicator: Preset = make(communicator, engine.support, engine.loaded.fingerprint)
+        self.communicator: Preset = make(communicator, engine.support, engine.loaded)
         self.peak_bytes = 0
         self._preset = communicator.preset
 

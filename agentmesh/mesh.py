@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -262,6 +262,31 @@ class Mesh:
                 stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
         records = tuple(said[message.node, message.round].message for message in messages)
         return RunResult(answer=answer, messages=records, calls=tuple(event.call for event in calls), wall_s=wall)
+
+    async def arun_all(
+        self, samples: Iterable[Mapping[str, str]], tick: Callable[[], None] = lambda: None
+    ) -> list[RunResult]:
+        """Run once for each of many inputs, as many at once as the mesh is wide; the first failure cancels the others.
+
+        Args:
+            samples: inputs by name, for each run.
+            tick: called when a run has ended.
+
+        Returns:
+            Results in the order of the samples.
+        """
+
+        async def one(given: Mapping[str, str]) -> RunResult:
+            result = await self.arun(given)
+            tick()
+            return result
+
+        runs = [asyncio.ensure_future(one(given)) for given in samples]
+        try:
+            return await asyncio.gather(*runs)
+        finally:
+            for run in runs:
+                run.cancel()
 
     async def stream(self, inputs: Mapping[str, str] | None = None, **named: Any) -> AsyncIterator[Event]:
         """Run once and yield its events as they happen; arguments as ``arun``. Leaving the loop cancels the run."""

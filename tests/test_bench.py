@@ -159,3 +159,37 @@ def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(monkeypatch: pytes
         assert all(len(call.message) == 40 for call in calls)
         assert [len(call.prompt.segments) for call in calls] == [4, 6, 8]
     assert ttft.COMMON_PREFIX < 50
+
+
+def test_throughput_compares_presets_and_concurrencies_with_one_call_at_a_time(folder: Path) -> None:
+    options = ["--warmup", "5", "--limit", "4", "--concurrency", "1,4", "--presets", "dense,linear", "--baseline", "1"]
+    found = figures("bench", "throughput", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
+
+    assert set(found) == {"model", "dtype", "settings", "baseline", "runs"}
+    assert found["baseline"]["name"] == "transformers generate, one at a time"
+    assert [(run["preset"], run["concurrency"]) for run in found["runs"]] == [
+        ("dense", 1),
+        ("linear", 1),
+        ("dense", 4),
+        ("linear", 4),
+    ]
+    for run in found["runs"]:
+        assert run["tokens_per_s"] > 0
+        assert 0 < run["prefill_share"] + run["decode_share"] + run["keep_share"] <= 1
+        assert run["ttft_ms"]["p50"] <= run["ttft_ms"]["p90"]
+        assert (run["placed_share"] > 0) == (run["preset"] == "linear")
+    wrong = command("bench", "throughput", "mesh.yaml", "--data", "data.jsonl", "--concurrency", "two", cwd=folder)
+    assert wrong.returncode == 2
+    assert "expected numbers from 1 on" in wrong.stderr
+
+
+@pytest.mark.parametrize("corpus", [False, True])
+def test_ttft_of_passages_as_a_block_and_from_the_corpus(tmp_path: Path, corpus: bool) -> None:
+    sizes = ["--agents", "2", "--question", "20", "--prefix", "20", "--output", "40", "--warmup", "5", "--repeat", "1"]
+    options = [*sizes, "--presets", "dense,epic", "--model", "random:tiny-llama", "--passages", "2x50"]
+    found = figures("bench", "ttft", *options, *(["--corpus"] if corpus else []), cwd=tmp_path)
+
+    epic = found["presets"]["epic"]
+    assert (epic["placed"][0] > 60) == corpus  # two passages of 50, less the 16 first tokens of each
+    assert epic["placed"][1] > 60
+    assert (epic["ingest_ms"] > 0) == corpus

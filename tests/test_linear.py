@@ -169,3 +169,33 @@ def test_the_least_used_of_the_oldest_anchors_makes_room() -> None:
         pool.anchors[index].base.keys.data_ptr() for index in (0, 2, 3)
     ]
     assert len(grown.anchors) == 4
+
+
+def test_runs_that_all_began_with_nothing_teach_as_much_as_one_after_the_other() -> None:
+    nothing = Linear.empty(SHAPE)
+    findings = [nothing.study(random_kv(seed), shifted(random_kv(seed))) for seed in range(8)]
+
+    together = nothing
+    for finding in findings:
+        together = together.learn(finding)
+
+    one_by_one = learned(8)
+    torch.testing.assert_close(together.map.weights, one_by_one.map.weights)
+    assert float(together.trial.shrinkage[:, SHAPE.heads :].max()) > 0.9
+
+
+def test_a_trial_from_sums_is_the_trial_of_every_token() -> None:
+    known, base = learned(5, noise=0.3), random_kv(60)
+    truth = shifted(base, 0.3, 60)
+    finding = known.study(base, truth)
+    y = torch.cat([truth.keys - base.keys, truth.values - base.values], dim=3).flatten(0, 1)
+    weight = robust_weights(y)[..., None]
+
+    trial = finding.trial(known._solutions())
+
+    for number, solution in enumerate(known._solutions()):
+        guess = features(base, 0) @ solution
+        cross = (guess * y * weight).sum(1).view(len(y), 2, -1).sum(2)
+        square = (guess * guess * weight).sum(1).view(len(y), 2, -1).sum(2)
+        torch.testing.assert_close(trial.cross[number], cross, atol=1e-2, rtol=1e-3)
+        torch.testing.assert_close(trial.square[number], square, atol=1e-2, rtol=1e-3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,3 +262,63 @@ def test_findings_are_committed_in_the_order_of_the_runs() -> None:
     state = learner.ledger.states["b read input"]
     assert isinstance(state, LinkState)
     assert state.exact.observations == 2
+
+
+def test_many_runs_at_once_learn_and_later_ones_share() -> None:
+    with mesh({"preset": "linear", "max_kl": 1e6}, concurrency=8) as one:
+        first = asyncio.run(one.arun_all({"question": question(number)} for number in range(8)))
+        second = asyncio.run(one.arun_all({"question": question(number)} for number in range(8, 12)))
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        assert isinstance(backend.communicator, Slots)
+        states = backend.communicator.learner.ledger.states
+
+    assert not any(call.placed_slots for result in first for call in result.calls)
+    assert all(call.placed_slots for result in second for call in result.calls[1:])
+    assert all(state.exact.observations == 8 for state in states.values())
+    assert all(float(state.exact.trial.energy.sum()) > 0 for state in states.values())
+
+
+def test_findings_of_runs_that_overlap_stay_inside_the_budget() -> None:
+    budget = 3_000_000
+    with mesh({"preset": "linear", "budget": budget}, concurrency=8) as one:
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        communicator = backend.communicator
+        assert isinstance(communicator, Slots)
+        seen: list[int] = []
+        observe = communicator.learner.observe
+
+        def watched(*arguments: Any) -> None:
+            observe(*arguments)
+            seen.append(communicator.nbytes)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(communicator.learner, "observe", watched)
+            asyncio.run(one.arun_all({"question": question(number)} for number in range(16)))
+
+    assert len(seen) > 16
+    assert max(seen) <= budget
+
+
+def test_a_corpus_that_was_ingested_is_shared_by_its_first_reader(tmp_path: Path) -> None:
+    lines = [json.dumps({"title": f"Pier {n}", "text": f"Pier {n} holds boats. " * 6}) for n in range(4)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    agents = {
+        "finder": {"kind": "retriever", "documents": str(tmp_path / "docs.jsonl"), "top_k": 2},
+        "reader": member("Reader"),
+    }
+    nodes = {"nodes": {"finder": {}, "reader": {}}, "edges": [{"from": "finder", "to": "reader"}], "output": "reader"}
+    found = []
+    for ingested in (False, True):
+        with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="epic") as one:
+            if ingested:
+                assert one.ingest() == 4
+                assert one.ingest() == 0
+            found.append(one.run(question="Which pier?").calls[0])
+
+    cold, warm = found
+    assert cold.placed_realigned == 0
+    assert warm.placed_realigned > 0
+    assert Reason.FROM_CORPUS in reasons(warm)
+    assert warm.prompt_tokens == cold.prompt_tokens

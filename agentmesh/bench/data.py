@@ -149,10 +149,6 @@ def dense_runs(
             for agent in given.values():
                 agent.passages[question.text] = contents
     for low in range(0, len(questions), mesh.width):
-        asyncio.run(_together(mesh, questions[low : low + mesh.width]))
+        group = questions[low : low + mesh.width]
+        asyncio.run(mesh.arun_all({mesh.blueprint.main_input: question.text} for question in group))
         yield from recording.take()
-
-
-async def _together(mesh: Mesh, questions: Sequence[Question]) -> None:
-    name = mesh.blueprint.main_input
-    await asyncio.gather(*(mesh.arun({name: question.text}) for question in questions))

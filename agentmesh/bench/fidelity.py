@@ -158,7 +158,7 @@ def measure(
     assert isinstance(support.runner, ArenaRunner), "checked by the caller"
 
     def new(spec: CommunicatorSpec) -> Preset:
-        return make(spec, support, loaded.fingerprint)
+        return make(spec, support, loaded)
 
     rig, count = Rig(support.runner), 0
     header = neutral_header(backend.tokenizer) if corpus else None

@@ -22,8 +22,12 @@ SENTENCES = (
 )
 
 
+PARAGRAPH = 2
+"""Sentences in a paragraph; models write lines of about this length when they reason step by step."""
+
+
 def english(seed: str, sentences: int) -> str:
-    """So many sentences about the harbour."""
+    """So many sentences about the harbour, in paragraphs."""
     rng = random.Random(seed)  # noqa: S311  # text, no secrets
     found = []
     for _ in range(sentences):
@@ -40,4 +44,5 @@ def english(seed: str, sentences: int) -> str:
                 nm=n * m,
             )
         )
-    return " ".join(sentence[0].upper() + sentence[1:] for sentence in found)
+    whole = [sentence[0].upper() + sentence[1:] for sentence in found]
+    return "\n".join(" ".join(whole[low : low + PARAGRAPH]) for low in range(0, len(whole), PARAGRAPH))

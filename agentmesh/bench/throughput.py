@@ -142,18 +142,9 @@ def _load(
 
 def _answer(mesh: Mesh, questions: Sequence[Question], tick: Callable[[], None]) -> tuple[list[RunResult], float]:
     """Answer questions, as many at once as the mesh allows: the results and the seconds that took."""
-    name = mesh.blueprint.main_input
-
-    async def one(question: Question) -> RunResult:
-        result = await mesh.arun({name: question.text})
-        tick()
-        return result
-
-    async def together() -> list[RunResult]:
-        return await asyncio.gather(*(one(question) for question in questions))
-
+    samples = [{mesh.blueprint.main_input: question.text} for question in questions]
     begun = time.perf_counter()
-    return asyncio.run(together()), time.perf_counter() - begun
+    return asyncio.run(mesh.arun_all(samples, tick)), time.perf_counter() - begun
 
 
 def _output(results: Sequence[RunResult]) -> int:

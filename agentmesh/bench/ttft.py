@@ -97,8 +97,7 @@ def measure(
     rig = Rig(support.runner)
     chosen = specs(base, [name.partition("@")[0] for name in names])
     subjects = [
-        _Subject(name, make(chosen[name.partition("@")[0]], support, loaded.fingerprint), _layout(name, setting))
-        for name in names
+        _Subject(name, make(chosen[name.partition("@")[0]], support, loaded), _layout(name, setting)) for name in names
     ]
     for number in range(warmup + repeat):
         turn = number % len(subjects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -49,9 +50,8 @@ def calibrate(
         backend.observe_only(on=True)
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task("observing", total=limit)
-            for question in questions[:limit]:
-                mesh.run({mesh.blueprint.main_input: question.text})
-                bars.advance(task)
+            samples = [{mesh.blueprint.main_input: question.text} for question in questions[:limit]]
+            asyncio.run(mesh.arun_all(samples, lambda: bars.advance(task)))
         for line in backend.save_realigners(output, mesh.blueprint.digests):
             typer.echo(line)
     typer.echo(f"saved: {output}; use it with communicator: {{preset: linear, realigners: {output}}}")

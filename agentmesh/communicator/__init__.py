@@ -13,6 +13,7 @@ from agentmesh.communicator.prefix import Prefix
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.presets import PRESETS, CommunicatorSpec, RealignerKind, Share, choices
 from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.probe import Level, Support
 from agentmesh.engine.scout import Scout
 from agentmesh.errors import NotFoundError, did_you_mean, listing
@@ -32,13 +33,13 @@ REALIGNERS: dict[RealignerKind, Callable[[KVShape], Realigner[Any]]] = {
 """Kind → a realigner that has learned nothing. ``anchors`` is a preset of its own: it places fixed text, too."""
 
 
-def make(spec: CommunicatorSpec, support: Support, fingerprint: str, tenant: str = "local") -> Preset:
+def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel, tenant: str = "local") -> Preset:
     """The preset a mesh asks for, or the most that its model supports.
 
     Args:
         spec: the mesh's communicator.
         support: what the model supports.
-        fingerprint: of model, tokenizer, dtype and versions.
+        loaded: the model; its fingerprint is part of every key.
         tenant: whose KV it is; tenants never share.
 
     Raises:
@@ -54,7 +55,7 @@ def make(spec: CommunicatorSpec, support: Support, fingerprint: str, tenant: str
         return Dense()
     if support.level is Level.DENSE or not isinstance(runner, ArenaRunner):
         return Dense(Reason.MODEL_UNSUPPORTED)
-    root = hashlib.sha256(f"{fingerprint}\n{tenant}".encode()).digest()
+    root = hashlib.sha256(f"{loaded.fingerprint}\n{tenant}".encode()).digest()
     if choice.share is Share.PREFIX:
         return Prefix(PrefixStore(Budget(spec.budget)), root, spec.min_tokens)
     if support.level is Level.PREFIX:
@@ -63,4 +64,4 @@ def make(spec: CommunicatorSpec, support: Support, fingerprint: str, tenant: str
         assert runner.rope is not None, "the probe found it"
         return KVComm(spec, root, runner.rope)
     empty = REALIGNERS[choice.realigner]
-    return Slots(spec, choice, Scout(runner), root, lambda: empty(runner.shape))
+    return Slots(spec, choice, Scout(runner), root, lambda: empty(runner.shape), loaded.line_breaks)

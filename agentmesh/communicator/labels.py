@@ -17,6 +17,7 @@ SHAREABLE = FALLBACKS | {
     Reason.FROM_CORPUS,
     Reason.IDENTICAL_PREFIX,
     Reason.BLOCK_HEAD,
+    Reason.LINE_BREAK,
     Reason.PICKED,
     Reason.NO_KV,
     Reason.TOO_SHORT,
@@ -132,7 +133,7 @@ class Labels:
 
 
 def _is_lost(label: Label) -> bool:
-    parts = (Reason.BLOCK_HEAD, Reason.PICKED, Reason.NO_KV)
+    parts = (Reason.BLOCK_HEAD, Reason.LINE_BREAK, Reason.PICKED, Reason.NO_KV)
     return label.kind is Treatment.COMPUTED and label.reason not in parts
 
 

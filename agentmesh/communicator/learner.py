@@ -112,8 +112,9 @@ class Learner:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all statistics that are committed."""
-        return sum(_bytes(state) for state in self.ledger.states.values())
+        """Bytes of all statistics, and of findings that wait for their run to end."""
+        waiting = sum(isinstance(finding, Observed) for finding in self.ledger.pending())
+        return sum(_bytes(state) for state in self.ledger.states.values()) + waiting * self.fresh.exact.nbytes
 
     def evict(self, wanted: int, worth: Worth) -> int:  # noqa: ARG002  # the interface of a store
         """Statistics are small and dear: none is given up."""
@@ -135,7 +136,13 @@ class Learner:
         return Verdict(realigner)
 
     def observe(self, reader: Reader, match: Match, base: KV, truth: KV, begin: int) -> None:
-        """Learn from a block whose truth is exact, from its token number ``begin`` on."""
+        """Learn from a block whose truth is exact, from its token number ``begin`` on.
+
+        Where many runs overlap their findings fill the budget; more are not taken then, except in deterministic runs,
+        where what is learned may not depend on what else is in memory.
+        """
+        if reader.sees is None and not self._budget.room(self.fresh.exact.nbytes, most=Worth.LATER):
+            return
         name = link(reader, match)
         state = self._view(reader).get(name, self.fresh)
         deep = match.depth > 0

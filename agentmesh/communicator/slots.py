@@ -65,6 +65,7 @@ class Slots(Preset):
         scout: looks at caches and checks calls.
         root: what KV depends on besides tokens (model fingerprint, tenant).
         empty: makes a realigner that has learned nothing.
+        line_breaks: token ids whose text holds a line break.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Slots(Preset):
         scout: Scout,
         root: bytes,
         empty: Callable[[], Realigner[Any]],
+        line_breaks: frozenset[int] = frozenset(),
     ) -> None:
         self._spec = spec
         self._choice = choice
         self._scout = scout
+        self._line_breaks = line_breaks
         assert scout.runner.rope is not None, "slots are shared in models with a known rotation"
         self.keeper = Keeper(spec, root, scout.runner.rope)
         self.learner = Learner(spec, empty, self.keeper.budget)
@@ -196,6 +199,14 @@ class Slots(Preset):
         if shares(match.relation):
             head = min(match.start + self._choice.recompute.first, match.stop)
             labels.paint(match.start, head, computed(Reason.BLOCK_HEAD, number))
+            self._paint_breaks(labels, head, match.stop, number)
+
+    def _paint_breaks(self, labels: Labels, start: int, stop: int, number: int) -> None:
+        """Compute a block's last tokens with a line break."""
+        tokens, most = labels.prompt.tokens, self._choice.recompute.breaks
+        found = [position for position in range(start, stop) if tokens[position] in self._line_breaks]
+        for position in found[len(found) - min(most, len(found)) :]:
+            labels.paint(position, position + 1, computed(Reason.LINE_BREAK, number))
 
     def _pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> None:
         """Let a look at the cache pick tokens of placed blocks to be computed."""
@@ -224,11 +235,14 @@ class Slots(Preset):
 
     def _composition(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Composition:
         """What the engine runs, read off the labels."""
-        placed = list(lead)
+        reach: dict[int, tuple[int, int]] = {}
         for low, high, label in labels.runs():
             if label.kind is not Treatment.COMPUTED and label.match >= 0:
-                placed.append(Placement(low, _source(decisions[label.match], low, high)))
-        return Composition(labels.prompt.tokens, tuple(placed), labels.prompt.points)
+                reach[label.match] = (reach.get(label.match, (low, high))[0], high)
+        placed = [Placement(low, _source(decisions[number], low, high)) for number, (low, high) in reach.items()]
+        spans = [span for low, high in reach.values() for span in labels.runs(low, high)]
+        recomputed = (p for low, high, label in spans if label.kind is Treatment.COMPUTED for p in range(low, high))
+        return Composition(labels.prompt.tokens, (*lead, *placed), labels.prompt.points, frozenset(recomputed))
 
     def _plan(
         self, labels: Labels, lead: Sequence[Placement], decisions: tuple[Decision, ...], parts: Parts

@@ -51,12 +51,14 @@ class Picking(Choice):
 class Recompute(Frozen):
     """Which tokens of a placed block are computed all the same.
 
-    ``first`` tokens of each block, and ``ratio`` of the others, picked ``by`` a look at the cache. ``documents`` is the
-    ratio for passages that are known from the corpus alone. ``fixed`` says whether fixed text between blocks is
+    ``first`` tokens of each block; its last ``breaks`` tokens with a line break, whose offsets are the largest and the
+    least predictable (docs/method.md); and ``ratio`` of the others, picked ``by`` a look at the cache. ``documents`` is
+    the ratio for passages that are known from the corpus alone. ``fixed`` says whether fixed text between blocks is
     computed; only the ``anchors`` realigner can place it.
     """
 
     first: Annotated[Integer, Field(ge=0)] = 0
+    breaks: Annotated[Integer, Field(ge=0)] = 0
     ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
     by: Picking = Picking.DEVIATION
     documents: Annotated[Number, Field(ge=0, le=1)] = 0.0
@@ -125,7 +127,7 @@ PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
             share=Share.SLOTS, realigner=RealignerKind.ANCHORS, recompute=Recompute(fixed=False), blocks=False
         ),
         "linear": PresetSpec(
-            share=Share.SLOTS, realigner=RealignerKind.LINEAR, recompute=Recompute(first=16, documents=0.3)
+            share=Share.SLOTS, realigner=RealignerKind.LINEAR, recompute=Recompute(first=16, breaks=8, documents=0.3)
         ),
         "blend": PresetSpec(share=Share.SLOTS, recompute=Recompute(ratio=0.15)),
     }

@@ -55,6 +55,8 @@ class Composition:
     Args:
         tokens: the whole prompt's token ids.
         placed: placements in ascending order, without overlap; the last token is never placed.
+        recomputed: positions inside placements that are computed all the same; their rows are overwritten before
+            anybody reads them, which is cheaper than cutting placements into pieces.
         cuts: positions between which computed tokens go through the model in separate forwards, ascending. Reuse
             is bit-exact only when a prompt is cut at the same points with and without a hit, because the shape of a
             matrix product decides the order of its sums. No cut: one forward.
@@ -63,6 +65,7 @@ class Composition:
     tokens: tuple[int, ...]
     placed: tuple[Placement, ...] = ()
     cuts: tuple[int, ...] = ()
+    recomputed: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         assert self.tokens, "a prompt has at least one token"
@@ -75,11 +78,12 @@ class Composition:
     @property
     def placed_tokens(self) -> int:
         """How many tokens are placed."""
-        return sum(piece.kv.tokens for piece in self.placed)
+        return sum(piece.kv.tokens for piece in self.placed) - len(self.recomputed)
 
     def chunks(self) -> list[list[int]]:
         """Computed positions of each forward, ascending; the last one ends with the prompt's last position."""
         edges = (0, *self.cuts, len(self.tokens))
         covered = {position for piece in self.placed for position in range(piece.start, piece.stop)}
+        covered -= self.recomputed
         computed = [[p for p in range(low, high) if p not in covered] for low, high in pairwise(edges)]
         return [chunk for chunk in computed if chunk]

@@ -26,6 +26,12 @@ UNSET_LENGTH = 10**9  # tokenizers without a stated length say some 10^30
 NOT_IDENTITY = frozenset({"_name_or_path", "dtype", "transformers_version"})
 WEIGHTS = ("*.safetensors", "*.bin")
 
+BYTE_LEVEL_BREAK = "\u010a"
+"""How byte-level vocabularies write a line break."""
+
+BYTE_FALLBACK_BREAK = "<0x0A>"
+"""How vocabularies with a byte fallback write it."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -37,6 +43,7 @@ class LoadedModel:
         tokenizer: its fast tokenizer.
         stop_token_ids: ids that end a message.
         special_token_ids: control ids, which generation never picks unless they stop it.
+        line_breaks: ids whose text holds a line break.
         max_context: tokens of prompt and message together.
         fingerprint: sha256 over weights, configuration, tokenizer, chat template, dtype and versions; KV made under
             one fingerprint is never used under another.
@@ -49,6 +56,7 @@ class LoadedModel:
     tokenizer: Any
     stop_token_ids: frozenset[int]
     special_token_ids: frozenset[int]
+    line_breaks: frozenset[int]
     max_context: int
     fingerprint: str
     source: str
@@ -201,6 +209,13 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def _line_breaks(tokenizer: Any) -> frozenset[int]:
+    """Ids whose text holds a line break: few of the vocabulary's entries can, and only those are decoded."""
+    marks = ("\n", BYTE_LEVEL_BREAK, BYTE_FALLBACK_BREAK)
+    likely = [number for entry, number in tokenizer.get_vocab().items() if any(mark in entry for mark in marks)]
+    return frozenset(number for number in likely if "\n" in tokenizer.decode([number]))
+
+
 def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
     model, tokenizer = parts.model.eval().requires_grad_(requires_grad=False), parts.tokenizer
     if not tokenizer.is_fast:
@@ -214,6 +229,7 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
         tokenizer=tokenizer,
         stop_token_ids=_stops(spec.name, model, tokenizer),
         special_token_ids=frozenset(control.union(tokenizer.all_special_ids)),
+        line_breaks=_line_breaks(tokenizer),
         max_context=_context(spec.name, config, tokenizer),
         fingerprint=_fingerprint(spec, config, parts),
         source=parts.source,

@@ -56,13 +56,13 @@ class Budget:
         """Count a store from now on."""
         self._stores.append(store)
 
-    def room(self, need: int) -> bool:
-        """Make room for ``need`` bytes; False where that cannot be."""
+    def room(self, need: int, most: Worth = Worth.AWAITED) -> bool:
+        """Make room for ``need`` bytes, giving up nothing that is worth more than ``most``; False where that fails."""
         if need > self.limit:
             return False
         if self.used + need <= self.limit:
             return True
-        for worth in Worth:
+        for worth in (worth for worth in Worth if worth <= most):
             for store in self._stores:
                 over = self.used + need - min(self._low, self.limit)
                 if over > 0:

@@ -6,7 +6,7 @@ which runs were committed when it began; a run that says which (``sees``) gets t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -58,6 +58,12 @@ class Ledger(Generic[State, Finding]):
     def note(self, run: str, name: str, finding: Finding) -> None:
         """Keep a finding until its run is committed."""
         self._active[run].findings.append((name, finding))
+
+    def pending(self) -> Iterator[Finding]:
+        """Findings that are not committed."""
+        for active in (*self._active.values(), *self._ended.values()):
+            for _, finding in active.findings:
+                yield finding
 
     def end(self, run: str) -> None:
         """Commit a run as soon as every run before it has ended."""

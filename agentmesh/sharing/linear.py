@@ -13,7 +13,7 @@ would have done best so far are taken. A realigner that does not help shrinks to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
@@ -146,11 +146,28 @@ class Realigned:
 
 @dataclass(frozen=True)
 class LinearFinding:
-    """What one observation adds: ``x xᵀ``, ``x yᵀ``, and how its predictions did (``None`` for the first)."""
+    """What one observation adds, and all that is needed to judge a prediction of it.
+
+    Args:
+        gram: Σ x xᵀ, fp32 ``[L·H, F, F]``.
+        cross: Σ x yᵀ, fp32 ``[L·H, F, 2D]``.
+        energy: Σ y·y, ``[L·H, 2]``.
+        scale: Σ of the true keys' and values' squares, ``[L·H, 2]``.
+    """
 
     gram: torch.Tensor
     cross: torch.Tensor
-    trial: Trial | None
+    energy: torch.Tensor
+    scale: torch.Tensor
+
+    def trial(self, solutions: Sequence[torch.Tensor]) -> Trial:
+        """How solutions ``[L·H, F, 2D]`` would have predicted it: ŷ = xᵀW, so Σ ŷ·y and Σ ŷ·ŷ follow from the sums."""
+        return Trial(
+            torch.stack([_by_part(solution * self.cross) for solution in solutions]),
+            torch.stack([_by_part(solution * (self.gram @ solution)) for solution in solutions]),
+            self.energy,
+            self.scale,
+        )
 
 
 @final
@@ -198,26 +215,22 @@ class Linear(Realigner[LinearFinding]):
 
     @torch.inference_mode()
     def study(self, base: KV, truth: KV, begin: int = 0) -> LinearFinding:
-        """Sums of one observation, and how it would have been predicted; see ``Realigner.study``."""
+        """Sums of one observation; see ``Realigner.study``."""
         x = features(base, begin)
         true = torch.cat([truth.keys.flatten(0, 1), truth.values.flatten(0, 1)], dim=2).float()
         y = true - torch.cat([base.keys.flatten(0, 1), base.values.flatten(0, 1)], dim=2).float()
         root = robust_weights(y).sqrt()[..., None]
         x, y, true = x * root, y * root, true * root
-        trial = None
-        if self.observations:
-            guesses = [x @ solution for solution in self._solutions()]
-            trial = Trial(
-                torch.stack([_by_part(guess * y) for guess in guesses]),
-                torch.stack([_by_part(guess * guess) for guess in guesses]),
-                _by_part(y * y),
-                _by_part(true * true),
-            )
-        return LinearFinding(x.mT @ x, x.mT @ y, trial)
+        return LinearFinding(x.mT @ x, x.mT @ y, _by_part(y * y), _by_part(true * true))
 
+    @torch.inference_mode()
     def learn(self, finding: LinearFinding) -> Linear:
-        """These statistics and one more observation."""
-        trial = self.trial if finding.trial is None else self.trial.fading(finding.trial)
+        """These statistics and one more observation, which is predicted first.
+
+        Predicting here and not in ``study`` makes every observation but the very first a trial, also where many runs
+        overlap that all began with nothing.
+        """
+        trial = self.trial.fading(finding.trial(self._solutions())) if self.observations else self.trial
         gram, cross = self.gram + finding.gram, self.cross + finding.cross
         return replace(self, gram=gram, cross=cross, trial=trial, observations=self.observations + 1)
 
@@ -285,5 +298,5 @@ class Linear(Realigner[LinearFinding]):
 
 
 def _by_part(product: torch.Tensor) -> torch.Tensor:
-    """Sums over tokens and dims for keys and values apart: ``[L·H, T, 2D] → [L·H, 2]``."""
+    """Sums over dim 1, and over keys' and values' dims apart: ``[L·H, N, 2D] → [L·H, 2]``."""
     return product.sum(dim=1).view(len(product), 2, -1).sum(dim=2)

@@ -41,7 +41,7 @@ class Realigner(ABC, Generic[Finding]):
 
     @abstractmethod
     def study(self, base: KV, truth: KV, begin: int = 0) -> Finding:
-        """What an observation teaches, given what is known so far.
+        """What an observation teaches, whatever is known so far.
 
         Args:
             base: position-free KV of a block as an earlier agent's context made it.

@@ -181,7 +181,8 @@ class LocalBackend:
             UsageError: the preset has nothing to load, or the file was made for another model or other texts.
         """
         learner = self._learner("loaded")
-        learner.ledger.states.update(load_states(path, learner.fresh, self.engine.loaded.fingerprint, consumers))
+        states = load_states(path, learner.fresh, self.engine.loaded.fingerprint, consumers)
+        learner.begin_with(states, str(path))
 
     def _learner(self, what: str) -> Learner:
         if not isinstance(self.communicator, Slots):

@@ -29,7 +29,7 @@ def fidelity_table(figures: Fidelity) -> Group:
             f"{placed:.0%}",
             f"{one.calls_shared}/{one.calls_shareable}",
         )
-    controls = [f"{name} {kl:.4f}" for name, kl in figures.controls.items()]
+    controls = [f"{name} {'shares nothing' if kl is None else f'{kl:.4f}'}" for name, kl in figures.controls.items()]
     return Group(table, Text("controls: " + ", ".join(controls) if controls else ""))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from agentmesh.bench import fidelity, ttft
+from agentmesh.bench import session, ttft
+from agentmesh.bench.data import Question
 from agentmesh.bench.ttft import Layout, Setting, round_of_calls
-from agentmesh.config.mesh import ModelSpec
-from agentmesh.config.presets import CommunicatorSpec
-from agentmesh.local import LocalBackend
+from agentmesh.config.load import load_mesh
 
 MESH = """
 version: 1
@@ -107,6 +107,10 @@ def test_a_calibrated_mesh_shares_in_its_first_run(folder: Path) -> None:
     assert cold.returncode == 1
     assert "agentmesh calibrate" in cold.stderr
 
+    small = command("run", "mesh.yaml", *common, *use, "--set", "communicator.budget=10KiB", cwd=folder)
+    assert small.returncode == 2
+    assert "raise it to at least twice that" in small.stderr
+
     (folder / "mesh.yaml").write_text(MESH.replace("Go on.", "Continue."))
     changed = command("run", "mesh.yaml", *common, *use, cwd=folder)
     assert changed.returncode == 2
@@ -125,28 +129,65 @@ def test_bad_data_is_refused_before_a_model_is_loaded(folder: Path) -> None:
     assert {bad.returncode, few.returncode, cut.returncode} == {2}
 
 
-@pytest.mark.model
-def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not() -> None:
-    backend = LocalBackend.open(ModelSpec(), CommunicatorSpec(preset="dense"))
-    sizes = Setting(3, 96, 64, 64, Layout.ROLE_FIRST)
-    base = CommunicatorSpec(preset="linear", budget=2**31, audit=0.0)
-    try:
-        calls = (round_of_calls(backend.tokenizer, sizes, Layout.ROLE_FIRST, number) for number in range(11))
-        found = fidelity.measure(
-            backend, calls, fidelity.specs(base, ["rotate", "linear"]), 8, corpus=False, tick=lambda: None
-        )
-    finally:
-        backend.close()
+TEAM = """
+version: 1
+model: smollm2-135m
+topology: {use: fully-connected, agents: 3}
+agents:
+  agent:
+    role: [Math Solver, Mathematical Analyst, Inspector]
+    system: You are the {{ role }} of a team. You solve word problems the way a {{ role }} does, one step at a time.
+    prompt: |
+      Question:
+      {{ question }}
 
-    linear, rotate = found.presets["linear"], found.presets["rotate"]
-    assert linear.calls_shared == linear.calls_shareable == 6
-    assert linear.placed_tokens >= 0.75 * linear.slot_tokens
-    assert linear.kl_mean <= 0.03  # text that the model would not write itself weighs every error more
-    assert linear.kl_chained <= 0.035
-    assert linear.kl_mean < 0.8 * rotate.kl_mean
-    assert found.controls["unrotated"] >= 2 * linear.kl_mean
-    assert found.controls["wrong_consumer"] >= 1.1 * linear.kl_mean
-    assert found.controls["nothing_computed"] >= 1.1 * linear.kl_mean
+      {% for message in inbox %}
+      The {{ message.role }} wrote:
+      {{ message }}
+
+      {% endfor %}
+      Reply step by step.
+    generate: {max_tokens: 56}
+communicator: {preset: linear, audit: 0.0, budget: 2GiB}
+"""
+
+
+def word_problem(number: int) -> Question:
+    rng = random.Random(number)
+    name, thing = rng.choice(["Mara", "Tom", "Ines", "Otto"]), rng.choice(["nets", "lamps", "crates", "ropes"])
+    a, b, c = rng.randint(2, 9), rng.randint(3, 12), rng.randint(1, 6)
+    return Question(
+        f"{name} keeps {a} boxes in a shed at the harbour, and each box holds {b} {thing}. On Monday {name} sells {c} "
+        f"of the {thing} and a boat brings {2 * c} more. How many {thing} are in the shed on Monday evening?"
+    )
+
+
+@pytest.mark.model
+def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not(tmp_path: Path) -> None:
+    (tmp_path / "team.yaml").write_text(TEAM)
+    questions = [word_problem(number) for number in range(12)]
+    names = ["rotate", "epic", "linear"]
+
+    found = session.fidelity(
+        load_mesh(tmp_path / "team.yaml"),
+        questions,
+        names,
+        (8, 4),
+        None,
+        corpus=False,
+        progress=None,
+        tick=lambda: None,
+    )
+
+    linear, rotate, epic = (found.presets[name] for name in ("linear", "rotate", "epic"))
+    assert linear.calls_shared == linear.calls_shareable == 8
+    assert linear.placed_tokens >= 0.7 * linear.slot_tokens
+    assert linear.kl_mean <= 0.01
+    assert linear.kl_chained <= 0.012
+    assert linear.kl_mean < epic.kl_mean < rotate.kl_mean
+    assert found.controls["unrotated"] >= 3 * linear.kl_mean
+    assert found.controls["wrong_consumer"] >= 1.2 * linear.kl_mean
+    assert found.controls["nothing_computed"] >= 1.5 * linear.kl_mean
 
 
 def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:

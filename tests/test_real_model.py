@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from agentmesh import Mesh
 from agentmesh.communicator.dense import Dense
 from agentmesh.communicator.prefix import Prefix
-from agentmesh.config.mesh import CommunicatorSpec
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel
@@ -96,7 +96,8 @@ def test_every_preset_runs_on_identical_token_ids_and_system_prompts_are_compute
     assert reasons == {"identical-prefix", "behind-prefix"}
 
 
-def test_two_hundred_runs_keep_memory_flat_and_the_budget() -> None:
+@pytest.mark.parametrize(("preset", "budget"), [("prefix", 400_000), ("linear", 6_000_000)])
+def test_three_hundred_runs_keep_memory_flat_and_the_budget(preset: str, budget: int) -> None:
     agents = {
         "agent": {
             "system": "You are number {{ node }}. " * 12,
@@ -105,20 +106,19 @@ def test_two_hundred_runs_keep_memory_flat_and_the_budget() -> None:
         }
     }
     process, sizes = psutil.Process(), []
-    budget = 400_000
     with Mesh(
         agents=agents,
         topology="fully-connected",
         model="random:tiny-llama",
-        communicator={"preset": "prefix", "budget": budget},
+        communicator={"preset": preset, "budget": budget, "min_tokens": 4, "max_kl": 1e6},
     ) as mesh:
         backend = mesh.load()
-        for number in range(200):
-            mesh.run(question=f"Question {number}: {'word ' * (number % 40)}?")
+        for number in range(0, 300, 20):
+            texts = (f"Question {number + one}: {'word ' * ((number + one) % 40)}?" for one in range(20))
+            results = asyncio.run(mesh.arun_all({"question": text} for text in texts))
             assert backend.communicator.nbytes <= budget
-            if number % 20 == 19:
-                gc.collect()
-                sizes.append(process.memory_info().rss)
+            gc.collect()
+            sizes.append(process.memory_info().rss)
 
     assert max(sizes[4:]) - sizes[3] < 24 * 2**20, [size // 2**20 for size in sizes]
-    assert CommunicatorSpec().budget == 2**30
+    assert any(call.placed_slots for result in results for call in result.calls) == (preset == "linear")

@@ -16,7 +16,7 @@ from agentmesh.communicator.learner import Learner, LinkState
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.errors import NodeError
-from agentmesh.events import CallRecord, Reason
+from agentmesh.events import CallRecord, Reason, Treatment
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import ContentKind, Reader
 from agentmesh.results import RunResult
@@ -322,3 +322,15 @@ def test_a_corpus_that_was_ingested_is_shared_by_its_first_reader(tmp_path: Path
     assert warm.placed_realigned > 0
     assert Reason.FROM_CORPUS in reasons(warm)
     assert warm.prompt_tokens == cold.prompt_tokens
+
+
+def test_the_last_line_breaks_of_a_block_are_computed() -> None:
+    text = "\n".join(f"line {number} of the log" for number in range(5))
+    with mesh({"preset": "epic", "recompute": {"first": 4, "breaks": 2}}, agents=2) as one:
+        call = one.run(question=text).calls[1]
+
+    rows = [(row.reason, row.tokens) for row in call.plan if row.segment == "question"]
+    assert [tokens for reason, tokens in rows if reason is Reason.LINE_BREAK] == [1, 1]
+    assert rows[-1][0] is Reason.READ_BEFORE
+    assert rows[-1][1] == len("line 4 of the log")
+    assert call.placed_slots == sum(row.tokens for row in call.plan if row.kind is Treatment.PLACED_REALIGNED)

@@ -92,3 +92,24 @@ def test_a_later_placed_row_is_invisible_to_an_earlier_computed_token() -> None:
 
     torch.testing.assert_close(sparse.arena.keys[:, :, :20], full.arena.keys[:, :, :20], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(sparse.arena.keys[1, :, 25:], full.arena.keys[1, :, 25:], atol=1e-2)
+
+
+@pytest.mark.parametrize("cuts", [(), (20, 35)])
+def test_tokens_computed_inside_a_placement_replace_what_was_placed(cuts: tuple[int, ...]) -> None:
+    runner = probe(tiny.llama()).runner
+    assert isinstance(runner, ArenaRunner)
+    tokens = tuple(torch.randint(320, (50,), generator=torch.Generator().manual_seed(2)).tolist())
+    full = runner.open(50)
+    runner.prefill(full, Composition(tokens))
+    spoilt = full.arena.read(5, 45).owned()
+    again = (9, 10, 27, 44)
+    for position in again:
+        spoilt.keys[:, :, position - 5], spoilt.values[:, :, position - 5] = 1e3, -1e3
+    composition = Composition(tokens, (Placement(5, spoilt),), cuts, frozenset(again))
+
+    sparse = runner.open(50)
+    runner.prefill(sparse, composition)
+
+    assert composition.placed_tokens == 36
+    torch.testing.assert_close(sparse.arena.keys[:, :, :50], full.arena.keys[:, :, :50], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(sparse.arena.values[:, :, :50], full.arena.values[:, :, :50], atol=2e-3, rtol=1e-3)

@@ -7,6 +7,7 @@ messages, twice: with the dense run's KV as bases (``kl_mean``), and with what i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +24,7 @@ from agentmesh.communicator.measures import divergence
 from agentmesh.config.presets import CommunicatorSpec, PresetSpec, Recompute, choices
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner
-from agentmesh.events import Treatment
+from agentmesh.events import PlanRow, Treatment
 from agentmesh.kv.values import ALL, KV, Frame, KVSource
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, ContentKind, Prompt, neutral_header
@@ -33,19 +34,33 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Measured:
-    """One call under one preset: KL by token ``[T]``, agreement of the likeliest token, and its plan."""
+    """One call under one preset: KL by token ``[T]``, agreement of the likeliest token, and what its plan counted.
+
+    The plan itself would hold the KV that it placed.
+    """
 
     question: int
     node: str
     place: int
     kl: torch.Tensor
     top1: float
-    plan: Plan
+    rows: tuple[PlanRow, ...]
+    slot_tokens: int
+    placed_slots: int
 
     @property
     def shares(self) -> bool:
         """Whether any slot was placed."""
-        return self.plan.placed_slots > 0
+        return self.placed_slots > 0
+
+    @property
+    def computed(self) -> dict[str, int]:
+        """Computed tokens by their reason."""
+        found: dict[str, int] = {}
+        for row in self.rows:
+            if row.kind is Treatment.COMPUTED and row.tokens:
+                found[str(row.reason)] = found.get(str(row.reason), 0) + row.tokens
+        return found
 
 
 @dataclass
@@ -178,7 +193,7 @@ def measure(
         n=count,
         settings=settings(chosen),
         presets={subject.name: _summary(subject, common) for subject in subjects},
-        controls={control.name: _mean([m for m in control.results if m.shares]) for control in spoilt},
+        controls={control.name: _mean_of_sharing(control.results) for control in spoilt},
     )
 
 
@@ -252,7 +267,8 @@ def _forgetting(plan: Plan) -> Plan:
 
 def _measured(question: int, place: int, call: Call, plan: Plan, dense: Said, said: Said) -> Measured:
     same = (dense.logits.argmax(dim=-1) == said.logits.argmax(dim=-1)).double().mean()
-    return Measured(question, call.node, place, divergence(dense.logits, said.logits), float(same), plan)
+    kl = divergence(dense.logits, said.logits)
+    return Measured(question, call.node, place, kl, float(same), plan.rows, plan.slot_tokens, plan.placed_slots)
 
 
 def _common(subjects: Sequence[Subject]) -> set[tuple[int, int]]:
@@ -267,11 +283,9 @@ def _summary(subject: Subject, common: set[tuple[int, int]]) -> PresetFidelity:
     own = [m for m in subject.own if m.shares]
     tokens = torch.cat([m.kl for m in shared]) if shared else torch.zeros(1)
     agents = list(dict.fromkeys(m.node for m in subject.results))
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     for measured in subject.results:
-        for row in measured.plan.rows:
-            if row.kind is Treatment.COMPUTED and row.tokens:
-                reasons[str(row.reason)] = reasons.get(str(row.reason), 0) + row.tokens
+        reasons.update(measured.computed)
     return PresetFidelity(
         kl_mean=_mean(shared),
         kl_chained=_mean(own),
@@ -280,14 +294,14 @@ def _summary(subject: Subject, common: set[tuple[int, int]]) -> PresetFidelity:
         kl_p99=float(tokens.quantile(0.99)),
         ci95=_interval(shared),
         top1=_top1(shared),
-        slot_tokens=sum(m.plan.slot_tokens for m in subject.results),
-        placed_tokens=sum(m.plan.placed_slots for m in subject.results),
-        computed_tokens=sum(m.plan.count(Treatment.COMPUTED) for m in shared),
+        slot_tokens=sum(m.slot_tokens for m in subject.results),
+        placed_tokens=sum(m.placed_slots for m in subject.results),
+        computed_tokens=sum(sum(m.computed.values()) for m in shared),
         calls=len(subject.results),
-        calls_shareable=sum(m.plan.slot_tokens > 0 for m in subject.results),
+        calls_shareable=sum(m.slot_tokens > 0 for m in subject.results),
         calls_shared=len(shared),
         anchors_held=subject.exact.pools.held if isinstance(subject.exact, KVComm) else 0,
-        reasons=reasons,
+        reasons=dict(reasons),
         by_agent={node: _agent([m for m in subject.results if m.node == node]) for node in agents},
         chained_by_agent={node: _mean([m for m in own if m.node == node]) for node in agents},
     )
@@ -298,14 +312,20 @@ def _agent(results: Sequence[Measured]) -> AgentFidelity:
     return AgentFidelity(
         kl_mean=_mean(shared),
         top1=_top1(shared),
-        placed_tokens=sum(m.plan.placed_slots for m in results),
-        slot_tokens=sum(m.plan.slot_tokens for m in results),
+        placed_tokens=sum(m.placed_slots for m in results),
+        slot_tokens=sum(m.slot_tokens for m in results),
     )
 
 
 def _mean(results: Sequence[Measured]) -> float:
     """Mean KL over all tokens; 0 where nothing shares."""
     return float(torch.cat([m.kl for m in results]).mean()) if results else 0.0
+
+
+def _mean_of_sharing(results: Sequence[Measured]) -> float | None:
+    """Mean KL over the calls that share; ``None`` where none does."""
+    shared = [m for m in results if m.shares]
+    return _mean(shared) if shared else None
 
 
 def _top1(results: Sequence[Measured]) -> float:

@@ -45,14 +45,14 @@ class PresetFidelity(Frozen):
 
 
 class Fidelity(Frozen):
-    """All presets' figures, and negative controls: what must be worse than ``linear``."""
+    """All presets' figures, and negative controls: what must be worse than ``linear``; ``None`` where none shared."""
 
     model: str
     dtype: str
     n: int
     settings: dict[str, Any]
     presets: dict[str, PresetFidelity]
-    controls: dict[str, float]
+    controls: dict[str, float | None]
 
 
 class PresetTimes(Frozen):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.errors import InputError
 from agentmesh.events import Audit, Reason
 from agentmesh.kv.values import KV
 from agentmesh.prompt.segments import Reader
@@ -119,6 +120,20 @@ class Learner:
     def evict(self, wanted: int, worth: Worth) -> int:  # noqa: ARG002  # the interface of a store
         """Statistics are small and dear: none is given up."""
         return 0
+
+    def begin_with(self, states: Mapping[str, LinkState], origin: str) -> None:
+        """Begin with links that were learned before.
+
+        Raises:
+            InputError: they do not fit the budget.
+        """
+        need = sum(_bytes(state) for state in states.values())
+        if not self._budget.room(need):
+            raise InputError(
+                f"{origin} holds {need / 2**20:.1f} MiB of realigners, but communicator.budget is "
+                f"{self._budget.limit / 2**20:.1f} MiB; raise it to at least twice that, so that KV has room, too"
+            )
+        self.ledger.states.update(states)
 
     def verdict(self, reader: Reader, match: Match) -> Verdict:
         """Whether a match may be placed now."""

@@ -216,7 +216,7 @@ class Slots(Preset):
                 looks.setdefault(self._look(decision.match.relation), []).append(number)
         for (ratio, by), numbers in looks.items():
             if ratio:
-                scores = self._scores(labels, self._composition(labels, lead, decisions), by)
+                scores = self._scores(labels, lead, decisions, by)
                 _paint_best(labels, numbers, ratio, scores)
 
     def _look(self, relation: Relation) -> tuple[float, Picking]:
@@ -226,9 +226,18 @@ class Slots(Preset):
             return recompute.documents, Picking.ATTENTION
         return recompute.ratio, recompute.by
 
-    def _scores(self, labels: Labels, composition: Composition, by: Picking) -> torch.Tensor:
+    def _scores(
+        self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision], by: Picking
+    ) -> torch.Tensor:
+        """What a look says of every position; an attention is watched over whole blocks, their heads included."""
         if by is Picking.DEVIATION:
-            return self._scout.deviation(composition)
+            return self._scout.deviation(self._composition(labels, lead, decisions))
+        whole = [
+            Placement(decision.match.start, _source(decision, decision.match.start, decision.match.stop))
+            for decision in decisions
+            if decision.placed
+        ]
+        composition = Composition(labels.prompt.tokens, (*lead, *whole))
         last = max(low for low, _, label in labels.runs() if label.match >= 0)
         asking = [p for low, high, label in labels.runs(last) for p in range(low, high) if label.match < 0]
         return self._scout.attention(composition, asking)

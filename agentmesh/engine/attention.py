@@ -20,19 +20,24 @@ class AttentionWatch:
     """Sums the attention that one forward's queries pay to each key, over layers and heads.
 
     Passed to a model as the option ``agentmesh_watch``.
+
+    Args:
+        skip: how many of the first queries do not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, skip: int = 0) -> None:
         self.total = torch.zeros(0)
+        self._skip = skip
 
     def see(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> None:
         """Add one layer's attention; shapes as in ``attention``."""
+        query = query[:, :, self._skip :]
         groups = query.shape[1] // key.shape[1]
         grouped = query.view(query.shape[0], key.shape[1], groups, *query.shape[2:]).float()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         scores = grouped @ key.unsqueeze(2).float().mT * scale
         if mask is not None:
-            scores = scores + mask.unsqueeze(2).float()
+            scores = scores + mask[:, :, self._skip :].unsqueeze(2).float()
         paid = scores.softmax(dim=-1).sum(dim=(0, 1, 2, 3))
         self.total = paid if not len(self.total) else self.total + paid
 

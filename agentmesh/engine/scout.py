@@ -20,6 +20,7 @@ from agentmesh.engine.forward import ArenaRunner
 from agentmesh.kv.arena import Arena
 
 LOOK_LAYERS = 2
+SINKS = 4
 
 
 class _LookedEnough(Exception):  # noqa: N818  # it stops a forward early and is no error
@@ -76,18 +77,23 @@ class Scout:
     def attention(self, composition: Composition, queries: Sequence[int]) -> torch.Tensor:
         """Attention that the tokens at ``queries`` pay to every position, summed over layers and heads: fp32 ``[T]``.
 
-        Only placed tokens are there to be seen, besides the queries themselves (METHOD 5, documents).
+        Only placed tokens are there to be seen, besides the queries themselves (METHOD 5, documents), and the prompt's
+        first tokens, which models attend to whenever nothing else fits: without them everything else gets too much.
         """
+        covered = {position for piece in composition.placed[:1] for position in range(piece.start, piece.stop)}
+        sinks = [position for position in range(min(SINKS, queries[0])) if position not in covered]
+        positions = [*sinks, *queries]
         cache = self.runner.open(len(composition.tokens))
         cache.arena.keys.zero_()
         cache.arena.values.zero_()
         for piece in composition.placed:
             cache.arena.place(piece.start, piece.kv.fetch(), self.runner.rope)
-        watch = AttentionWatch()
-        tokens = [composition.tokens[position] for position in queries]
-        self.runner.run(cache, tokens, queries, keep=1, agentmesh_watch=watch)
+        watch = AttentionWatch(skip=len(sinks))
+        tokens = [composition.tokens[position] for position in positions]
+        self.runner.run(cache, tokens, positions, keep=1, agentmesh_watch=watch)
         found = torch.zeros(len(composition.tokens), device=self.runner.shape.device)
         found[: len(watch.total)] = watch.total
+        self.runner.close(cache)
         return found
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -257,3 +259,15 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 test_any_order_of_operations = AnyOrder.TestCase
+
+
+def test_a_message_that_repeats_another_one_is_still_its_writers() -> None:
+    kept, q, n = store(), content("q", 40), content("n", 30)
+    m = replace(n, label="m", content=Content("m", ContentKind.MESSAGE, "m", n.tokens))
+    kept.add(
+        reading(kept, prompt(fixed(1), q, fixed(5), n, fixed(9), consumer="a"), m, cut=1), {"q": 1, "n": 1, "m": 1}
+    )
+
+    found = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), q, fixed(5), n, fixed(6), m, fixed(7)), 0)
+
+    assert [(match.relation, match.tokens) for match in found.matches] == [(Relation.READ, 71), (Relation.WROTE, 29)]

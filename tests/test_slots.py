@@ -220,7 +220,9 @@ def test_agents_with_one_beginning_share_what_they_all_read_as_an_exact_prefix(p
 
 
 def a_match(depth: int = 0) -> Match:
-    return Match(0, 40, 0, 0, 0, Reading("r", "a", (), (), (), b""), 0, Relation.READ, depth, ContentKind.INPUT)
+    return Match(
+        0, 40, 0, 0, 0, Reading("r", "a", (), (), (), b""), 0, Relation.READ, depth, ContentKind.INPUT, own=True
+    )
 
 
 def test_a_breaker_opens_on_bad_audits_and_closes_after_new_observations() -> None:

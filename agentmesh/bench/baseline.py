@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from agentmesh.backend import Completion, Listener
 from agentmesh.config.mesh import GenerateSpec
@@ -18,15 +17,21 @@ from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.prompt import Content, Prompt, Reader
 
 
-class _Clock(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
-    """Notes when each token's logits are there."""
+class _Clock:
+    """A streamer that notes when each token is there; the prompt comes first and is not noted."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self._prompt = True
 
-    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        return scores
+    def put(self, _tokens: torch.Tensor) -> None:
+        """One more token, or the prompt."""
+        if not self._prompt:
+            self.times.append(time.perf_counter())
+        self._prompt = False
+
+    def end(self) -> None:
+        """The text has ended."""
 
 
 @final
@@ -94,7 +99,7 @@ class GenerateBackend:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=limit,
-            logits_processor=LogitsProcessorList([clock]),
+            streamer=clock,
             **options,
         )
         tokens = tuple(token for token in found[0, len(prompt) :].tolist() if token not in self.loaded.stop_token_ids)

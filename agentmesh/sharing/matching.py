@@ -1,7 +1,8 @@
 """Finding what a prompt can be placed from: blocks that one earlier agent has read as they stand, then single pieces.
 
 A match begins at a slot and goes on for as long as the reading it was found in continues with the prompt's own tokens,
-fixed text included (METHOD 5). Of several readings the one that carries furthest is taken.
+fixed text included (METHOD 5). Of several readings the one that carries furthest is taken; among equals, one that holds
+this very content before one that holds the same text from elsewhere (a small model that repeats its colleague).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Match:
         relation: what the reading's agent had to do with it.
         depth: of its KV.
         kind: what its first content is.
+        own: whether it was found in that very content, and not in another one with the same text.
     """
 
     start: int
@@ -59,6 +61,7 @@ class Match:
     relation: Relation
     depth: int
     kind: ContentKind
+    own: bool
 
     @property
     def tokens(self) -> int:
@@ -134,7 +137,7 @@ class Matcher:
         usable = [match for match in candidates if match is not None]
         if not usable:
             return None, Reason.TOO_DEEP
-        best = max(usable, key=lambda m: (m.relation is Relation.HISTORY, m.last, -m.depth, m.stop, m.number))
+        best = max(usable, key=lambda m: (m.relation is Relation.HISTORY, m.last, m.own, -m.depth, m.stop, m.number))
         return best, Reason.FIRST_READER
 
     def _follow(self, prompt: Prompt, index: int, number: int, reading: Reading, span: Span) -> Match | None:
@@ -163,7 +166,8 @@ class Matcher:
         found = Relation.HISTORY if same else relation
         content = prompt.segments[index].content
         assert content is not None, "a match begins at a slot"
-        return Match(start, stop, index, last, number, reading, at, found, depth, content.kind)
+        own = span.origin == content.origin
+        return Match(start, stop, index, last, number, reading, at, found, depth, content.kind, own)
 
 
 def _continues(reading: Reading, segment: Segment, at: int) -> bool:

@@ -60,7 +60,8 @@ class LocalBackend:
         model: ModelSpec,
         communicator: CommunicatorSpec,
         progress: Progress | None = None,
-        batch: int = BATCH,
+        *,
+        deterministic: bool = False,
     ) -> LocalBackend:
         """Load a model and begin to run it.
 
@@ -68,14 +69,14 @@ class LocalBackend:
             model: which one.
             communicator: how its KV is reused.
             progress: told how far fetching and converting are.
-            batch: how many sequences may decode in one forward; see ``Engine``.
+            deterministic: whether sequences decode one by one, so that none depends on its neighbours; see ``Engine``.
 
         Raises:
             NotFoundError: no such model or preset.
             ModelError: the weights cannot be fetched or read.
         """
         loaded = load(model, progress)
-        return cls(Engine(loaded, probe(loaded.model), batch), communicator)
+        return cls(Engine(loaded, probe(loaded.model), 1 if deterministic else BATCH), communicator)
 
     def note_bytes(self) -> None:
         """Note how much KV there is now, in live sequences and in stores; called on the engine's thread."""

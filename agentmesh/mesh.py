@@ -150,8 +150,8 @@ class Mesh:
         if self._backend is None:
             from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
 
-            batch = {"batch": 1} if self.blueprint.run.deterministic else {}
-            backend = LocalBackend.open(self.blueprint.model, self.blueprint.communicator, progress, **batch)
+            spec, exact = self.blueprint.communicator, self.blueprint.run.deterministic
+            backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
             try:
                 if self.blueprint.communicator.realigners is not None:
                     path = self.blueprint.folder / Path(self.blueprint.communicator.realigners).expanduser()

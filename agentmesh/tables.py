@@ -50,9 +50,10 @@ def ttft_table(figures: Times) -> Group:
     return Group(table, parts)
 
 
-def _table(title: str, columns: tuple[str, ...]) -> Table:
+def _table(title: str, columns: tuple[str, ...], leading: tuple[str, ...] = ("preset",)) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
-    table.add_column("preset", no_wrap=True)
+    for name in leading:
+        table.add_column(name, no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -60,17 +61,11 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
 
 def throughput_table(figures: Throughput) -> Table:
     """Presets and concurrencies by their speed."""
-    table = Table(
-        title=f"throughput: {figures.model}, {figures.dtype}",
-        box=SIMPLE_HEAD,
-        padding=0,
-        collapse_padding=True,
-        pad_edge=False,
+    table = _table(
+        f"throughput: {figures.model}, {figures.dtype}",
+        ("tokens/s", "decoding", "samples/min", "prefill", "decode", "keep", "placed", "peak MiB", "TTFT p50"),
+        leading=("preset", "at once"),
     )
-    for name in ("preset", "at once"):
-        table.add_column(name, no_wrap=True)
-    for name in ("tokens/s", "decoding", "samples/min", "prefill", "decode", "keep", "placed", "peak MiB", "TTFT p50"):
-        table.add_column(name, justify="right", no_wrap=True)
     base = figures.baseline
     if base is not None:
         rates = (f"{base.tokens_per_s:.1f}", f"{base.decode_tokens_per_s:.1f}", f"{base.samples_per_min:.2f}")

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, final
 
@@ -57,14 +58,14 @@ class Passages:
         Raises:
             InputError: there are fewer.
         """
-        found = [question for question in questions if self.cut(question, tokenizer)]
+        found = list(islice((question for question in questions if self.cut(question, tokenizer)), limit))
         if len(found) < limit:
             raise InputError(
                 f"--passages {self.count}x{self.tokens} needs {self.count * self.tokens} tokens of context, which "
                 f"{len(found)} of {len(questions)} questions have, but {limit} are asked for; ask for fewer or shorter "
                 "passages, or lower --limit/--warmup"
             )
-        return found[:limit]
+        return found
 
     def cut(self, question: Question, tokenizer: ChatTokenizer) -> tuple[Content, ...]:
         """A question's passages, of exactly the asked length; none where its context is too short."""

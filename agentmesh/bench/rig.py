@@ -18,12 +18,16 @@ from agentmesh.communicator import Preset
 from agentmesh.communicator.base import Plan
 from agentmesh.communicator.keeper import KeptPlan
 from agentmesh.config.mesh import GenerateSpec
+from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.kv.arena import Arena
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, Prompt, Reader
+
+DENSE = CommunicatorSpec(preset="dense")
+"""What benches open a model with; presets under measurement come later."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from agentmesh.bench import fidelity as fidelity_bench
 from agentmesh.bench import ttft as ttft_bench
 from agentmesh.bench.data import Passages, Question, dense_runs, stand_ins
 from agentmesh.bench.figures import Fidelity, Times
-from agentmesh.bench.rig import Recording
+from agentmesh.bench.rig import DENSE, Recording
 from agentmesh.blueprint import draft
 from agentmesh.config.load import LoadedMesh
 from agentmesh.config.mesh import ModelSpec
@@ -20,8 +20,6 @@ from agentmesh.engine.probe import Level
 from agentmesh.errors import InputError, UnsupportedModelError
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
-
-DENSE = CommunicatorSpec(preset="dense")
 
 
 def fidelity(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from agentmesh.backend import Completion
+from agentmesh.bench.rig import DENSE
 from agentmesh.config.base import Frozen
 from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec
@@ -152,7 +153,7 @@ def decode(
 @contextmanager
 def _backends(model: ModelSpec, progress: Progress | None) -> Iterator[tuple[LocalBackend, LocalBackend]]:
     """The same model under ``dense`` and ``prefix``."""
-    dense = LocalBackend.open(model, CommunicatorSpec(preset="dense"), progress)
+    dense = LocalBackend.open(model, DENSE, progress)
     shared = LocalBackend(dense.engine, CommunicatorSpec(preset="prefix"))
     try:
         yield dense, shared

@@ -15,12 +15,11 @@ from agentmesh.bench.baseline import GenerateBackend
 from agentmesh.bench.data import Question
 from agentmesh.bench.fidelity import settings, specs
 from agentmesh.bench.figures import Baseline, Load, Percentiles, Throughput
+from agentmesh.bench.rig import DENSE
 from agentmesh.blueprint import draft
 from agentmesh.config.load import LoadedMesh
 from agentmesh.engine.embedded import Progress
-from agentmesh.engine.loading import load
-from agentmesh.engine.loop import BATCH, Engine, Spent
-from agentmesh.engine.probe import probe
+from agentmesh.engine.loop import Spent
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
 from agentmesh.results import RunResult
@@ -73,14 +72,13 @@ def measure(
     """
     blueprint = draft(mesh_of(1))
     warm, timed = questions[: plan.warmup], questions[plan.warmup :][: plan.limit]
-    baseline = None
-    if plan.baseline:
-        plain = GenerateBackend(load(blueprint.model, progress))
-        baseline = _baseline(mesh_of(1), plain, timed[: plan.baseline], tick)
-    loaded = load(blueprint.model, progress)
     chosen = specs(blueprint.communicator, plan.presets)
-    runs = []
-    with Engine(loaded, probe(loaded.model), batch=1 if blueprint.run.deterministic else BATCH) as engine:
+    opened = LocalBackend.open(blueprint.model, DENSE, progress, deterministic=blueprint.run.deterministic)
+    loaded = opened.engine.loaded
+    baseline, runs = None, []
+    with opened.engine as engine:
+        if plan.baseline:
+            baseline = _baseline(mesh_of(1), GenerateBackend(loaded), timed[: plan.baseline], tick)
         for width in plan.widths:
             for name, spec in chosen.items():
                 runs.append(_load(mesh_of(width), LocalBackend(engine, spec), warm, timed, name, width, tick))

@@ -194,10 +194,15 @@ def _widths(text: str) -> list[int]:
     Raises:
         InputError: something else.
     """
-    found = [part.strip() for part in text.split(",") if part.strip()]
+    found = _parts(text)
     if not found or not all(part.isdecimal() and int(part) for part in found):
         raise InputError(f"--concurrency {text!r}: expected numbers from 1 on, separated by commas, such as 1,4,16")
     return list(dict.fromkeys(int(part) for part in found))
+
+
+def _parts(text: str) -> list[str]:
+    """The parts of an option between its commas, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def _names(text: str) -> list[str]:
@@ -206,14 +211,14 @@ def _names(text: str) -> list[str]:
     Raises:
         InputError: a name that is no preset, or none at all.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = _parts(text)
     for name in names:
         if name.partition("@")[0] not in PRESETS:
             hint = did_you_mean(name, PRESETS)
             raise InputError(f"--presets: no preset named {name!r}; there are {listing(PRESETS)}.{hint}")
     if not names:
         raise InputError(f"--presets is empty; name some of {listing(PRESETS)}")
-    return list(dict.fromkeys(names))
+    return names
 
 
 def _spec(model: str, dtype: Dtype) -> ModelSpec:

@@ -73,11 +73,9 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the rows ``[B, H, 1, D]`` of the layer that runs now."""
         self._layer = layer
-        new_keys, new_values = self._new
-        for target, row in zip(new_keys[layer], keys.unbind(0), strict=True):
-            target[0].copy_(row)
-        for target, row in zip(new_values[layer], values.unbind(0), strict=True):
-            target[0].copy_(row)
+        for views, rows in zip(self._new, (keys, values), strict=True):
+            for target, row in zip(views[layer], rows.unbind(0), strict=True):
+                target[0].copy_(row)
 
     def attend(self, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
         """Attention of ``query [B, Hq, 1, D]``, each row over its own last ``window`` keys; ``[B, 1, Hq, D]``.

@@ -6,7 +6,7 @@ probe accepts; ``PlainRunner`` serves the others whole, over the cache that tran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,8 +96,7 @@ class ArenaRunner:
             Logits ``[B, V]``.
         """
         if not self.batches:
-            rows = zip(caches, tokens, positions, strict=True)
-            return torch.stack([self.forward(cache, (token,), (position,)) for cache, token, position in rows])
+            return _one_by_one(self.forward, caches, tokens, positions)
         for cache, position in zip(caches, positions, strict=True):
             cache.arena.aim(slice(position, position + 1), position + 1)
         batch = BatchCache([cache.arena for cache in caches])
@@ -174,14 +173,24 @@ class PlainRunner:
 
     def decode(self, caches: Sequence[Cache], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Append one token to each cache, one after the other; logits ``[B, V]``."""
-        rows = zip(caches, tokens, positions, strict=True)
-        return torch.stack([self.forward(cache, (token,), (position,)) for cache, token, position in rows])
+        return _one_by_one(self.forward, caches, tokens, positions)
 
     def prefill(self, cache: Cache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:
         """Compute a whole prompt; logits ``[V]`` at its last position."""
         assert not composition.placed, "nothing can be placed in this model's cache"
         with (Parts() if parts is None else parts).timed("forward"):
             return self.forward(cache, composition.tokens, range(len(composition.tokens)))
+
+
+def _one_by_one(
+    forward: Callable[[Any, Sequence[int], Sequence[int]], torch.Tensor],
+    caches: Sequence[Cache],
+    tokens: Sequence[int],
+    positions: Sequence[int],
+) -> torch.Tensor:
+    """One more token of each sequence, one forward after the other; logits ``[B, V]``."""
+    rows = zip(caches, tokens, positions, strict=True)
+    return torch.stack([forward(cache, (token,), (position,)) for cache, token, position in rows])
 
 
 Runner = ArenaRunner | PlainRunner

@@ -39,7 +39,7 @@ class MaskPlan:
             seen = causal if window is None else causal & (keys > positions[:, None] - window)
             mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
             masks[kind] = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[None, None]
-        return masks if self.by_type else next(iter(masks.values()))
+        return self._as_taken(masks)
 
     def stand_ins(self, device: torch.device) -> Masks:
         """Masks that hold nothing: ``[1, 1, 1, W]`` without memory, as wide as each layer type's window.
@@ -47,5 +47,10 @@ class MaskPlan:
         transformers takes them as they are instead of making masks of its own; a batch reads their width.
         """
         nothing = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=device)
-        masks = {kind: nothing.expand(1, 1, 1, window or UNLIMITED) for kind, window in self.windows.items()}
+        return self._as_taken(
+            {kind: nothing.expand(1, 1, 1, window or UNLIMITED) for kind, window in self.windows.items()}
+        )
+
+    def _as_taken(self, masks: dict[str, torch.Tensor]) -> Masks:
+        """Masks by layer type in the form that the model takes."""
         return masks if self.by_type else next(iter(masks.values()))

@@ -126,6 +126,22 @@ FALLBACKS = frozenset(
 )
 """Reasons for computing what an earlier agent has read or written; ``strict`` turns them into errors."""
 
+SHAREABLE = FALLBACKS | {
+    Reason.SAME_HISTORY,
+    Reason.READ_BEFORE,
+    Reason.WRITTEN_BEFORE,
+    Reason.FROM_CORPUS,
+    Reason.IDENTICAL_PREFIX,
+    Reason.BLOCK_HEAD,
+    Reason.LINE_BREAK,
+    Reason.PICKED,
+    Reason.NO_KV,
+    Reason.TOO_SHORT,
+    Reason.READS_EXACTLY,
+    Reason.DELIVERED_AS_TEXT,
+}
+"""Reasons of slot tokens that somebody has read or written before."""
+
 
 class PlanRow(Frozen):
     """One run of a prompt's tokens with one treatment.

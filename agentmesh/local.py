@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import final
@@ -32,6 +32,7 @@ from agentmesh.errors import UsageError
 from agentmesh.events import Audit
 from agentmesh.kv.arena import Arena
 from agentmesh.prompt import Content, Prompt, Reader, neutral_header
+from agentmesh.sharing.budget import Worth
 
 RUNS_AT_ONCE = 16
 
@@ -51,6 +52,7 @@ class LocalBackend:
     def __init__(self, engine: Engine, communicator: CommunicatorSpec) -> None:
         self.engine = engine
         self.communicator: Preset = make(communicator, engine.support, engine.loaded)
+        self.communicator.budget.join(_LiveKV(engine))
         self.peak_bytes = 0
         self._preset = communicator.preset
 
@@ -80,7 +82,7 @@ class LocalBackend:
 
     def note_bytes(self) -> None:
         """Note how much KV there is now, in live sequences and in stores; called on the engine's thread."""
-        self.peak_bytes = max(self.peak_bytes, self.engine.live_bytes + self.communicator.nbytes)
+        self.peak_bytes = max(self.peak_bytes, self.communicator.budget.used)
 
     @property
     def name(self) -> str:
@@ -123,7 +125,7 @@ class LocalBackend:
         """Plan, prefill and decode one prompt on the engine's thread.
 
         Raises:
-            RequestTooLongError: the prompt does not fit the model's context.
+            RequestTooLongError: the prompt does not fit the model's context, or can never fit the budget.
         """
         source = _Planned(self, prompt)
         sampling = Sampling(
@@ -154,6 +156,11 @@ class LocalBackend:
     def observe_only(self, *, on: bool) -> None:
         """While on, every call is computed and observed; see ``Preset.observe_only``."""
         self.communicator.observe_only(on=on)
+
+    @property
+    def knows_links(self) -> bool:
+        """Whether anything was learned that ``save_realigners`` can write."""
+        return isinstance(self.communicator, Slots) and bool(self.communicator.learner.ledger.states)
 
     def save_realigners(self, path: Path, consumers: Mapping[str, str]) -> list[str]:
         """Write what was learned; one line about each link.
@@ -213,6 +220,22 @@ class LocalBackend:
         self.engine.close()
 
 
+@dataclass(frozen=True)
+class _LiveKV:
+    """Live sequences as a store of the budget: they are never evicted, arenas that wait to be used again are."""
+
+    engine: Engine
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas."""
+        return self.engine.live_bytes
+
+    def evict(self, wanted: int, worth: Worth) -> int:  # noqa: ARG002  # all that wait, or none
+        """Free the arenas that wait; see ``budget.Store``."""
+        return self.engine.drop_spare() if worth is Worth.IDLE else 0
+
+
 class _Planned:
     """A prompt whose plan is made when the engine begins it."""
 
@@ -228,6 +251,10 @@ class _Planned:
         """The plan; made by now."""
         assert self._plan is not None, "the engine composes a prompt before it reports on it"
         return self._plan
+
+    def room(self, need: int, *, alone: bool) -> bool:
+        """Make room in the budget; what running agents wait for is given up only where nothing else is live."""
+        return self._preset.budget.room(need, Worth.AWAITED if alone else Worth.LATER)
 
     def compose(self) -> tuple[Composition, Parts]:
         """Plan the prompt now."""

@@ -28,6 +28,9 @@ class Whole:
         self.tokens = tuple(tokens)
         self.seen: list[int] = []
 
+    def room(self, need: int, *, alone: bool) -> bool:
+        return True
+
     def compose(self) -> tuple[Composition, Parts]:
         return Composition(self.tokens), Parts()
 
@@ -230,3 +233,60 @@ def test_an_engine_that_is_closed_cancels_what_it_decodes() -> None:
 
 async def quiet(engine: Engine, prompt: list[int], sampling: Sampling) -> Generation:
     return await engine.generate(Whole(prompt), len(prompt), sampling, lambda _report: None, lambda _piece: None)
+
+
+class Rationed(Whole):
+    """A source that may begin only while fewer than so many are live."""
+
+    def __init__(self, tokens: list[int], live: list[Rationed], most: int) -> None:
+        super().__init__(tokens)
+        self.live = live
+        self.most = most
+        self.peak = 0
+
+    def room(self, need: int, *, alone: bool) -> bool:
+        assert alone is not self.live
+        if len(self.live) >= self.most:
+            return False
+        self.live.append(self)
+        return True
+
+    def prefilled(self, arena: Arena) -> None:
+        self.peak = len(self.live)
+
+    def closed(self) -> None:
+        if self in self.live:
+            self.live.remove(self)
+
+
+def test_requests_wait_for_memory_in_the_order_of_their_arrival(tiny_engine: Engine) -> None:
+    live: list[Rationed] = []
+    sources = [Rationed([5, 6, 7 + number], live, most=2) for number in range(7)]
+    order: list[int] = []
+
+    async def one(number: int) -> None:
+        sampling = Sampling(max_tokens=4 + 3 * (number % 3))
+        await tiny_engine.generate(sources[number], 3, sampling, lambda _r: order.append(number), lambda _t: None)
+
+    async def all_of_them() -> None:
+        runs = [asyncio.ensure_future(one(number)) for number in range(7)]
+        await asyncio.sleep(0.02)
+        runs[4].cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+        await tiny_engine.do(lambda: None)  # what was submitted before, such as closing, is done then
+
+    asyncio.run(all_of_them())
+
+    assert max(source.peak for source in sources) == 2
+    assert [number for number in order if number != 4] == [0, 1, 2, 3, 5, 6]
+    assert not live
+    assert not tiny_engine._waiting  # nobody was forgotten
+
+
+def test_a_request_that_can_never_fit_is_refused_with_its_size(tiny_engine: Engine) -> None:
+    with pytest.raises(RequestTooLongError, match=r"may take 203 tokens, 0\.\d MiB of KV.*communicator\.budget"):
+        asyncio.run(
+            tiny_engine.generate(
+                Rationed([5, 6, 7], [], most=0), 3, Sampling(max_tokens=200), lambda _r: None, lambda _t: None
+            )
+        )

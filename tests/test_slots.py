@@ -17,6 +17,8 @@ from agentmesh.communicator.slots import Slots
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.errors import NodeError
 from agentmesh.events import CallRecord, Reason, Treatment
+from agentmesh.kv.arena import Arena
+from agentmesh.kv.values import KV
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import ContentKind, Reader
 from agentmesh.results import RunResult
@@ -303,6 +305,23 @@ def test_findings_of_runs_that_overlap_stay_inside_the_budget() -> None:
     assert max(seen) <= budget
 
 
+@pytest.mark.parametrize("preset", ["dense", "prefix", "linear", "kvcomm"])
+def test_live_sequences_and_stores_share_one_budget(preset: str) -> None:
+    budget = 1_500_000
+    with mesh({"preset": preset, "budget": budget}, concurrency=8) as one:
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        results = asyncio.run(one.arun_all({"question": question(number)} for number in range(12)))
+
+        assert len(results) == 12
+        assert 0 < backend.peak_bytes <= budget
+        assert backend.engine.live_bytes == backend.engine.drop_spare()
+
+    small = {"preset": preset, "budget": 50_000}
+    with mesh(small) as one, pytest.raises(NodeError, match="more than the budget holds"):
+        one.run(question=question(0))
+
+
 def test_a_corpus_that_was_ingested_is_shared_by_its_first_reader(tmp_path: Path) -> None:
     lines = [json.dumps({"title": f"Pier {n}", "text": f"Pier {n} holds boats. " * 6}) for n in range(4)]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
@@ -324,6 +343,31 @@ def test_a_corpus_that_was_ingested_is_shared_by_its_first_reader(tmp_path: Path
     assert warm.placed_realigned > 0
     assert Reason.FROM_CORPUS in reasons(warm)
     assert warm.prompt_tokens == cold.prompt_tokens
+
+
+def test_what_a_look_has_placed_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    place = Arena.place
+
+    def counted(self: Arena, start: int, kv: KV, *rest: Any) -> None:
+        made.append(kv.tokens)
+        place(self, start, kv, *rest)
+
+    choice = {"preset": "epic", "recompute": {"first": 4, "ratio": 0.2, "by": "attention"}}
+    answers = []
+    for again in (False, True):
+        with monkeypatch.context() as patch:
+            if again:
+                patch.setattr(Slots, "_pick", lambda self, *given, pick=Slots._pick: pick(self, *given) and None)
+            patch.setattr(Arena, "place", counted)
+            with mesh(choice, agents=2) as one:
+                answers.append(one.run(question="a long question about piers and boats and the sea " * 3))
+        made.append(-1)
+
+    one, two = made.index(-1), len(made) - 2 - made.index(-1)
+    assert 0 < one < two
+    assert [m.text for m in answers[0].messages] == [m.text for m in answers[1].messages]
+    assert Reason.PICKED in reasons(answers[0].calls[1])
 
 
 def test_the_last_line_breaks_of_a_block_are_computed() -> None:

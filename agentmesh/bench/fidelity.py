@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from agentmesh.communicator.base import Plan
 from agentmesh.communicator.keeper import KeptPlan
 from agentmesh.communicator.kvcomm import KVComm
 from agentmesh.communicator.measures import divergence
-from agentmesh.config.presets import CommunicatorSpec, PresetSpec, Recompute, choices
+from agentmesh.config.presets import CommunicatorSpec, Recompute, settings
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.events import PlanRow, Treatment
@@ -115,7 +114,7 @@ class Control(Subject):
         composition = plan.composition
         if self.name == "unrotated":
             pieces = [Placement(piece.start, _Unrotated(piece.kv)) for piece in composition.placed]
-            composition = replace(composition, placed=tuple(pieces))
+            composition = replace(composition, placed=tuple(pieces), ready=None)
         said = rig.composed(call, composition)
         self.results.append(_measured(question, len(self.results), call, plan, dense, said))
         keep(self.exact, call, _forgetting(plan), dense)
@@ -132,21 +131,6 @@ def controls(chosen: Mapping[str, CommunicatorSpec], new: Callable[[Communicator
     for name, one in kinds:
         preset = new(one)
         found.append(Control(name, preset, preset))
-    return found
-
-
-def specs(base: CommunicatorSpec, names: Sequence[str]) -> dict[str, CommunicatorSpec]:
-    """The settings that each preset is measured with: a mesh's own for its own preset, each other's defaults."""
-    plain = {"share": None, "realigner": None, "recompute": None, "blocks": None}
-    return {name: base if name == base.preset else base.model_copy(update={**plain, "preset": name}) for name in names}
-
-
-def settings(chosen: Mapping[str, CommunicatorSpec]) -> dict[str, Any]:
-    """What a bench says of its presets: limits, and the choices they resolve to."""
-    found = {}
-    for name, spec in chosen.items():
-        resolved: PresetSpec = choices(spec)
-        found[name] = {**spec.model_dump(mode="json", exclude_none=True), **resolved.model_dump(mode="json")}
     return found
 
 

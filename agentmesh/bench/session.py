@@ -14,7 +14,7 @@ from agentmesh.bench.rig import DENSE, Recording
 from agentmesh.blueprint import draft
 from agentmesh.config.load import LoadedMesh
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.config.presets import CommunicatorSpec, specs
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.probe import Level
 from agentmesh.errors import InputError, UnsupportedModelError
@@ -55,7 +55,7 @@ def fidelity(
     recording = Recording(backend)
     with Mesh.from_loaded(loaded, model=recording, agents=given) as mesh:
         fitting = passages.fitting(questions, sum(sizes), backend.tokenizer) if passages else questions[: sum(sizes)]
-        chosen = fidelity_bench.specs(blueprint.communicator, names)
+        chosen = specs(blueprint.communicator, names)
         runs = dense_runs(mesh, recording, fitting, given, passages)
         return fidelity_bench.measure(backend, runs, chosen, sizes[0], corpus=corpus, tick=tick)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from agentmesh.bench.baseline import GenerateBackend
 from agentmesh.bench.data import Question
-from agentmesh.bench.fidelity import settings, specs
 from agentmesh.bench.figures import Baseline, Load, Percentiles, Throughput
 from agentmesh.bench.rig import DENSE
 from agentmesh.blueprint import draft
 from agentmesh.config.load import LoadedMesh
+from agentmesh.config.presets import settings, specs
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.loop import Spent
 from agentmesh.local import LocalBackend

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from agentmesh.bench.data import Passages
-from agentmesh.bench.fidelity import documents, settings, specs
+from agentmesh.bench.fidelity import documents
 from agentmesh.bench.figures import PresetTimes, Speedup, Times
 from agentmesh.bench.rig import Call, Rig, Timed
 from agentmesh.bench.text import english
 from agentmesh.communicator import Preset, make
 from agentmesh.config.base import Choice
-from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.config.presets import CommunicatorSpec, settings, specs
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.events import Treatment
 from agentmesh.local import LocalBackend

@@ -52,9 +52,9 @@ def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel, tenant: 
     choice = choices(spec)
     runner = support.runner
     if choice.share is Share.NOTHING:
-        return Dense()
+        return Dense(Budget(spec.budget))
     if support.level is Level.DENSE or not isinstance(runner, ArenaRunner):
-        return Dense(Reason.MODEL_UNSUPPORTED)
+        return Dense(Budget(spec.budget), Reason.MODEL_UNSUPPORTED)
     root = hashlib.sha256(f"{loaded.fingerprint}\n{tenant}".encode()).digest()
     if choice.share is Share.PREFIX:
         return Prefix(PrefixStore(Budget(spec.budget)), root, spec.min_tokens)

@@ -12,6 +12,7 @@ from agentmesh.engine.composition import Composition, Parts
 from agentmesh.events import Audit, PlanRow, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.prompt.segments import Content, Prompt, Reader
+from agentmesh.sharing.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,13 @@ class Plan:
 class Preset(ABC):
     """One strategy of reuse. Called on the engine's thread only, which makes it the owner of what it keeps.
 
+    Everything that it keeps counts in ``budget``, and so do live sequences.
+
     ``begin`` is called when a run begins and ``release`` when it ends. For each call ``plan``, ``prefilled`` and
     ``finished`` are called in this order, and ``closed`` at last, whatever happened.
     """
+
+    budget: Budget
 
     def begin(self, reader: Reader) -> None:  # noqa: B027  # most presets keep nothing for a run
         """A run begins: fix what it sees of what was learned."""
@@ -85,8 +90,16 @@ class Preset(ABC):
     def observe_only(self, *, on: bool) -> None:  # noqa: B027  # most presets have nothing to learn
         """While on, every call is computed and observed, however much is known already (``agentmesh calibrate``)."""
 
+    def freeze(self) -> None:  # noqa: B027  # most presets have nothing to learn
+        """Learn nothing from now on: what a run gives depends on no run before it (``agentmesh eval``)."""
+
     def adopt(self, other: Preset) -> None:  # noqa: B027  # most presets have nothing to learn
         """Begin with what another preset of the same kind has learned."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether it must see calls before it shares what it can share."""
+        return False
 
     @property
     @abstractmethod

@@ -9,6 +9,7 @@ from agentmesh.engine.composition import Composition
 from agentmesh.events import Reason
 from agentmesh.kv.arena import Arena
 from agentmesh.prompt.segments import Prompt
+from agentmesh.sharing.budget import Budget
 
 
 @final
@@ -16,10 +17,12 @@ class Dense(Preset):
     """Computes everything.
 
     Args:
+        budget: where live sequences count.
         reason: why; another than the preset itself where a model supports no reuse.
     """
 
-    def __init__(self, reason: Reason = Reason.PRESET_DENSE) -> None:
+    def __init__(self, budget: Budget, reason: Reason = Reason.PRESET_DENSE) -> None:
+        self.budget = budget
         self._reason = reason
 
     def plan(self, prompt: Prompt) -> Plan:

@@ -67,6 +67,11 @@ class Keeper:
         self.segments = SegmentStore(self.budget, root)
         self.prefixes = PrefixStore(self.budget)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of prefixes and segments."""
+        return self.segments.nbytes + self.prefixes.nbytes
+
     def lead(self, prompt: Prompt) -> list[Placement]:
         """The longest exact prefix of a prompt, piece by piece."""
         placed: list[Placement] = []

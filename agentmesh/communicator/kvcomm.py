@@ -136,15 +136,22 @@ class KVComm(Preset):
     def __init__(self, spec: CommunicatorSpec, root: bytes, rope: Rope) -> None:
         self._spec = spec
         self.keeper = Keeper(spec, root, rope)
-        self.pools = Pools(spec.anchors, self.keeper.budget)
+        self.budget = self.keeper.budget
+        self.pools = Pools(spec.anchors, self.budget)
         self._matcher = Matcher(self.keeper.segments, blocks=False, max_depth=DEEPEST)
         self._bases: dict[str, dict[tuple[int, ...], KV]] = {}
         self._observing = False
+        self._frozen = False
+
+    @property
+    def learns(self) -> bool:
+        """It needs anchors."""
+        return True
 
     @property
     def nbytes(self) -> int:
         """Bytes of prefixes, segments and anchors."""
-        return self.keeper.budget.used
+        return self.keeper.nbytes + self.pools.nbytes
 
     def begin(self, reader: Reader) -> None:
         """Fix which anchors the run sees."""
@@ -192,7 +199,7 @@ class KVComm(Preset):
         assert isinstance(plan, AnchoredPlan), "a preset gets its own plans back"
         self.keeper.keep_message(prompt, plan, arena, message)
         reader = prompt.reader
-        if reader.exact or not reader.run or not plan.teaches:
+        if reader.exact or not reader.run or not plan.teaches or self._frozen:
             return None
         for slot in plan.slots:
             if plan.dense and isinstance(slot.weighing, Reason):
@@ -215,6 +222,10 @@ class KVComm(Preset):
     def observe_only(self, *, on: bool) -> None:
         """Make every content an anchor while on, whatever the criterion says of it."""
         self._observing = on
+
+    def freeze(self) -> None:
+        """Keep the anchors as they are."""
+        self._frozen = True
 
     def adopt(self, other: Preset) -> None:
         """Begin with the other's anchors; they are shared, not copied."""

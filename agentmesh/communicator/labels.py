@@ -7,24 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from agentmesh.errors import SharingError
-from agentmesh.events import FALLBACKS, PlanRow, Reason, Treatment
+from agentmesh.events import FALLBACKS, SHAREABLE, PlanRow, Reason, Treatment
 from agentmesh.prompt.segments import Prompt
-
-SHAREABLE = FALLBACKS | {
-    Reason.SAME_HISTORY,
-    Reason.READ_BEFORE,
-    Reason.WRITTEN_BEFORE,
-    Reason.FROM_CORPUS,
-    Reason.IDENTICAL_PREFIX,
-    Reason.BLOCK_HEAD,
-    Reason.LINE_BREAK,
-    Reason.PICKED,
-    Reason.NO_KV,
-    Reason.TOO_SHORT,
-    Reason.READS_EXACTLY,
-    Reason.DELIVERED_AS_TEXT,
-}
-"""Reasons of slot tokens that somebody has read or written before."""
 
 
 @dataclass(frozen=True)

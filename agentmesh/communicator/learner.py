@@ -99,7 +99,7 @@ class Learner:
         empty: makes a realigner that has learned nothing.
         budget: where its statistics count.
 
-    While ``observing`` is set, no slot counts as warm.
+    While ``observing`` is set, no slot counts as warm. Once ``frozen``, nothing is learned any more.
     """
 
     def __init__(self, spec: CommunicatorSpec, empty: Callable[[], Realigner[Any]], budget: Budget) -> None:
@@ -108,6 +108,7 @@ class Learner:
         self._budget = budget
         self.fresh = LinkState(empty(), empty())
         self.observing = False
+        self.frozen = False
         self.ledger: Ledger[LinkState, Finding] = Ledger(self._learn)
         budget.join(self)
 
@@ -156,6 +157,8 @@ class Learner:
         Where many runs overlap their findings fill the budget; more are not taken then, except in deterministic runs,
         where what is learned may not depend on what else is in memory.
         """
+        if self.frozen:
+            return
         if reader.sees is None and not self._budget.room(self.fresh.exact.nbytes, most=Worth.LATER):
             return
         name = link(reader, match)
@@ -171,7 +174,8 @@ class Learner:
             state = self._view(reader).get(name, self.fresh)
             residual = max(state.exact.residual, state.deep.residual)
             found = Audited(kl, flip, residual)
-            self.ledger.note(reader.run, name, found)
+            if not self.frozen:
+                self.ledger.note(reader.run, name, found)
             if not state.wait and self._too_far((*state.audits, found)):
                 opened.append(name)
         return Audit(kl=kl, flip=flip, opened=tuple(opened))
@@ -180,9 +184,17 @@ class Learner:
         """Fix what a run sees."""
         self._view(reader)
 
+    def freeze(self) -> None:
+        """Learn nothing from now on."""
+        self.frozen = True
+        self._prepare()
+
     def end(self, run: str) -> None:
         """Commit what a run taught; what a later plan needs of it is worked out now, outside anybody's TTFT."""
         self.ledger.end(run)
+        self._prepare()
+
+    def _prepare(self) -> None:
         for state in self.ledger.states.values():
             for realigner in (state.exact, state.deep):
                 if realigner.observations >= self._spec.warmup:

@@ -30,6 +30,7 @@ class Prefix(Preset):
         self, store: PrefixStore, root: bytes, min_tokens: int = 1, limit: Reason = Reason.BEHIND_PREFIX
     ) -> None:
         self.store = store
+        self.budget = store.budget
         self._root = root
         self._min_tokens = min_tokens
         self._limit = limit

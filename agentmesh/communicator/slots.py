@@ -8,7 +8,7 @@ all the same. A slot that must be observed first makes its call dense, so that w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -20,7 +20,7 @@ from agentmesh.communicator.learner import Learner, Verdict, shares
 from agentmesh.communicator.measures import Costs, divergence, draw
 from agentmesh.config.presets import CommunicatorSpec, Picking, PresetSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
-from agentmesh.engine.scout import Scout
+from agentmesh.engine.scout import Look, Scout
 from agentmesh.events import Audit, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
@@ -83,15 +83,21 @@ class Slots(Preset):
         self._line_breaks = line_breaks
         assert scout.runner.rope is not None, "slots are shared in models with a known rotation"
         self.keeper = Keeper(spec, root, scout.runner.rope)
-        self.learner = Learner(spec, empty, self.keeper.budget)
+        self.budget = self.keeper.budget
+        self.learner = Learner(spec, empty, self.budget)
         self._matcher = Matcher(self.keeper.segments, choice.blocks, spec.max_depth)
         self._costs = Costs()
         self._still = NoOffset()
 
     @property
+    def learns(self) -> bool:
+        """Whether its realigner needs observations."""
+        return self.learner.fresh.exact.needs_warmup
+
+    @property
     def nbytes(self) -> int:
         """Bytes of prefixes, segments and statistics."""
-        return self.keeper.budget.used
+        return self.keeper.nbytes + self.learner.nbytes
 
     def begin(self, reader: Reader) -> None:
         """Fix which realigners the run sees."""
@@ -110,10 +116,11 @@ class Slots(Preset):
             for number, decision in enumerate(decisions):
                 self._paint(labels, number, decision)
         with parts.timed("match"):
-            self._pick(labels, lead, decisions)
+            ready = self._pick(labels, lead, decisions)
         with parts.timed("plan"):
             labels.check(strict=self._spec.strict)
-            return self._plan(labels, lead, decisions, parts)
+            composition = replace(self._composition(labels, lead, decisions), ready=ready)
+            return self._plan(labels, composition, decisions, parts)
 
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
@@ -135,9 +142,11 @@ class Slots(Preset):
         return self._audit(prompt, plan, logits) if plan.audited else None
 
     def closed(self, plan: Plan) -> None:
-        """Unpin what the call read and wrote."""
+        """Unpin what the call read and wrote, give the arena of its look back."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
         self.keeper.let_go(plan)
+        if plan.composition.ready is not None:
+            self._scout.runner.spare.give(plan.composition.ready)
 
     def release(self, run: str) -> None:
         """Free a run's segments, commit what it taught."""
@@ -158,6 +167,10 @@ class Slots(Preset):
         """Count no slot as warm while on."""
         self.learner.observing = on
 
+    def freeze(self) -> None:
+        """Learn nothing from now on; slots that are cold stay so, and keep no other slot from being placed."""
+        self.learner.freeze()
+
     def adopt(self, other: Preset) -> None:
         """Begin with the other's links."""
         assert isinstance(other, Slots), "presets adopt from their own kind"
@@ -166,7 +179,7 @@ class Slots(Preset):
     def _decide(self, prompt: Prompt, matches: Sequence[Match]) -> tuple[Decision, ...]:
         """Gate every match; where one has to be observed first, none is placed."""
         decisions = [Decision(match, self._gate(prompt, match)) for match in matches]
-        if any(decision.verdict.cold for decision in decisions):
+        if any(decision.verdict.cold for decision in decisions) and not self.learner.frozen:
             calm = Verdict(None, Reason.OBSERVING)
             decisions = [d if not d.placed else Decision(d.match, calm) for d in decisions]
         return tuple(decisions)
@@ -208,16 +221,19 @@ class Slots(Preset):
         for position in found[len(found) - min(most, len(found)) :]:
             labels.paint(position, position + 1, computed(Reason.LINE_BREAK, number))
 
-    def _pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> None:
-        """Let a look at the cache pick tokens of placed blocks to be computed."""
+    def _pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Arena | None:
+        """Let a look at the cache pick tokens of placed blocks to be computed; the arena that it looked at."""
+        ready = None
         looks: dict[tuple[float, Picking], list[int]] = {}
         for number, decision in enumerate(decisions):
             if decision.placed and shares(decision.match.relation):
                 looks.setdefault(self._look(decision.match.relation), []).append(number)
         for (ratio, by), numbers in looks.items():
             if ratio:
-                scores = self._scores(labels, lead, decisions, by)
-                _paint_best(labels, numbers, ratio, scores)
+                look = self._scores(labels, lead, decisions, by)
+                ready = look.arena if ready is None else ready
+                _paint_best(labels, numbers, ratio, look.scores)
+        return ready
 
     def _look(self, relation: Relation) -> tuple[float, Picking]:
         """Which share of a block is picked to be computed, and how."""
@@ -226,9 +242,7 @@ class Slots(Preset):
             return recompute.documents, Picking.ATTENTION
         return recompute.ratio, recompute.by
 
-    def _scores(
-        self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision], by: Picking
-    ) -> torch.Tensor:
+    def _scores(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision], by: Picking) -> Look:
         """What a look says of every position; an attention is watched over whole blocks, their heads included."""
         if by is Picking.DEVIATION:
             return self._scout.deviation(self._composition(labels, lead, decisions))
@@ -254,7 +268,7 @@ class Slots(Preset):
         return Composition(labels.prompt.tokens, (*lead, *placed), labels.prompt.points, frozenset(recomputed))
 
     def _plan(
-        self, labels: Labels, lead: Sequence[Placement], decisions: tuple[Decision, ...], parts: Parts
+        self, labels: Labels, composition: Composition, decisions: tuple[Decision, ...], parts: Parts
     ) -> SlotPlan:
         def of_match(number: int, low: int, high: int) -> bytes:
             return decisions[number].match.depths(low, high)
@@ -264,7 +278,7 @@ class Slots(Preset):
         moved = [decision.match.start for decision in decisions if decision.placed]
         shareable, placed = labels.slot_tokens()
         plan = SlotPlan(
-            self._composition(labels, lead, decisions),
+            composition,
             labels.rows(),
             shareable,
             placed,

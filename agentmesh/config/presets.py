@@ -11,9 +11,9 @@ A preset is three choices, and a mesh file may change any of them:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -153,4 +153,18 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
         raise ValueError("`realigner: anchors` keeps offsets of single segments; expected `blocks: false`")
     if not anchors and not found.recompute.fixed:
         raise ValueError(f"`fixed: false` places fixed text, which `realigner: {found.realigner}` cannot; use anchors")
+    return found
+
+
+def specs(base: CommunicatorSpec, names: Sequence[str]) -> dict[str, CommunicatorSpec]:
+    """The settings that presets are compared with: a mesh's own for its own preset, each other's defaults."""
+    plain = {"share": None, "realigner": None, "recompute": None, "blocks": None}
+    return {name: base if name == base.preset else base.model_copy(update={**plain, "preset": name}) for name in names}
+
+
+def settings(chosen: Mapping[str, CommunicatorSpec]) -> dict[str, Any]:
+    """What a comparison says of its presets: limits, and the choices they resolve to."""
+    found = {}
+    for name, spec in chosen.items():
+        found[name] = {**spec.model_dump(mode="json", exclude_none=True), **choices(spec).model_dump(mode="json")}
     return found

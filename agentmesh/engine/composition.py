@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
+from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
 
 
@@ -60,12 +61,14 @@ class Composition:
         cuts: positions between which computed tokens go through the model in separate forwards, ascending. Reuse
             is bit-exact only when a prompt is cut at the same points with and without a hit, because the shape of a
             matrix product decides the order of its sums. No cut: one forward.
+        ready: an arena of a look at the cache that holds everything that is placed; it is copied instead of made again.
     """
 
     tokens: tuple[int, ...]
     placed: tuple[Placement, ...] = ()
     cuts: tuple[int, ...] = ()
     recomputed: frozenset[int] = frozenset()
+    ready: Arena | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert self.tokens, "a prompt has at least one token"

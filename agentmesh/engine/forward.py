@@ -48,6 +48,10 @@ class ArenaRunner:
         """An arena for one sequence of up to ``capacity`` tokens: one that was given back, or a fresh one."""
         return ArenaCache(self.spare.take(capacity) or Arena(self.shape, capacity))
 
+    def need(self, capacity: int) -> int:
+        """Bytes that ``open`` would allocate: none where an arena that was given back fits."""
+        return 0 if self.spare.fitting(capacity) else capacity * self.shape.bytes_per_token
+
     def close(self, cache: ArenaCache) -> None:
         """Give an arena back; nobody may hold a view of it any more."""
         self.spare.give(cache.arena)
@@ -130,7 +134,11 @@ class ArenaRunner:
             Logits ``[V]`` at the last position of the prompt.
         """
         parts = Parts() if parts is None else parts
-        for piece in composition.placed:
+        ready = composition.ready if composition.placed else None
+        if ready is not None:
+            with parts.timed("compose"):
+                cache.arena.copy(ready, composition.placed[-1].stop)
+        for piece in composition.placed if ready is None else ():
             for layers in self._layer_groups(piece.kv.tokens):
                 with parts.timed("realign"):
                     kv = piece.kv.fetch(layers)
@@ -153,6 +161,10 @@ class PlainRunner:
     def open(self, _capacity: int) -> Cache:
         """A fresh cache of the model's own kind."""
         return DynamicCache(config=self.model.config)
+
+    def need(self, _capacity: int) -> int:
+        """What transformers' cache takes is not known ahead and not counted."""
+        return 0
 
     def close(self, cache: Cache) -> None:
         """Nothing is reused."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, final
 
 import torch
@@ -21,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
+from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.probe import Support
 from agentmesh.engine.sampling import Sampler, Sampling
@@ -36,6 +38,14 @@ BATCH = 32
 
 class Source(Protocol):
     """Where one request's prompt comes from. All methods are called on the engine's thread, in this order."""
+
+    def room(self, need: int, *, alone: bool) -> bool:
+        """Make room for ``need`` bytes of KV beside what is live; False where that must wait, or can never be.
+
+        Args:
+            need: bytes.
+            alone: whether nothing else is live, so that waiting would not help.
+        """
 
     def compose(self) -> tuple[Composition, Parts]:
         """Decide what to place, right before the prefill, and say how long that took."""
@@ -110,6 +120,8 @@ class Engine:
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=loaded.model.device)
         self._batch = batch
         self._live: list[Sequence] = []
+        self._held: list[Cache] = []
+        self._waiting: deque[_Request] = deque()
         self._stepping = False
         self._closing = False
         self.spent = Spent()
@@ -149,6 +161,8 @@ class Engine:
     ) -> Generation:
         """Prefill a prompt and decode until it stops. Cancelling frees the sequence at once.
 
+        Where memory is short it waits for others to end, in the order of arrival.
+
         Args:
             source: composes the prompt.
             prompt_tokens: its length.
@@ -157,7 +171,7 @@ class Engine:
             on_text: called with every piece of text.
 
         Raises:
-            RequestTooLongError: the prompt does not fit the model's context.
+            RequestTooLongError: the prompt does not fit the model's context, or can never fit the budget.
         """
         self.check(prompt_tokens)
         arrived = time.perf_counter()
@@ -167,9 +181,13 @@ class Engine:
         def tell(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        request = _Request(source, prompt_tokens, sampling, tell)
+        capacity = min(prompt_tokens + sampling.max_tokens, self.loaded.max_context)
+        request = _Request(source, prompt_tokens, capacity, sampling, tell, loop.call_soon_threadsafe)
         try:
-            begun, first = await self._on_thread(lambda: self._start(request))
+            while (started := await self._on_thread(lambda: self._start(request))) is None:
+                await request.turn.wait()
+                request.turn.clear()
+            begun, first = started
             sequence = request.begun
             report = FirstTokenReport(queue_ms=(begun - arrived) * 1e3, ttft_ms=(first - arrived) * 1e3)
             on_first(report)
@@ -185,8 +203,15 @@ class Engine:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of KV of all sequences that are live."""
-        return sum(arena.nbytes for sequence in self._live if (arena := _arena(sequence.cache)) is not None)
+        """Bytes of KV of all sequences that are not closed yet, and of arenas that wait to be used again."""
+        runner = self.support.runner
+        held = sum(arena.nbytes for cache in self._held if (arena := _arena(cache)) is not None)
+        return held + (runner.spare.nbytes if isinstance(runner, ArenaRunner) else 0)
+
+    def drop_spare(self) -> int:
+        """Free the arenas that wait to be used again; their bytes."""
+        runner = self.support.runner
+        return runner.spare.clear() if isinstance(runner, ArenaRunner) else 0
 
     async def do(self, work: Callable[[], Result]) -> Result:
         """Run something on the engine's thread, between its forwards."""
@@ -195,17 +220,48 @@ class Engine:
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _start(self, request: _Request) -> tuple[float, float]:
-        """Plan, prefill, pick the first token: when the request began, and when the token was out.
+    def _admit(self, request: _Request) -> bool:
+        """Whether a request may begin now, or has to wait for its turn.
+
+        Raises:
+            RequestTooLongError: it would not fit even if it were alone.
+        """
+        runner, alone = self.support.runner, not self._held
+        need = runner.need(request.capacity)
+        first = not self._waiting or self._waiting[0] is request
+        if first and request.source.room(need, alone=alone):
+            if self._waiting:
+                self._waiting.popleft()
+                self._wake()
+            return True
+        if first and alone:
+            raise RequestTooLongError(
+                f"the prompt and its message may take {request.capacity:,} tokens, {need / 2**20:.1f} MiB of KV, which "
+                "is more than the budget holds at all. Raise communicator.budget, or shorten the prompt or "
+                "generate.max_tokens"
+            )
+        if request not in self._waiting:
+            self._waiting.append(request)
+        return False
+
+    def _wake(self) -> None:
+        """Let the request that waits longest try again."""
+        if self._waiting:
+            self._waiting[0].wake()
+
+    def _start(self, request: _Request) -> tuple[float, float] | None:
+        """Plan, prefill, pick the first token: when the request began, and when the token was out; or wait.
 
         The prompt's KV is kept before any other request can begin: siblings that read the same new text wait for
         one prefill of it, not for its message.
         """
+        if not self._admit(request):
+            return None
         begun = time.perf_counter()
         composition, parts = request.source.compose()
         runner, sampling = self.support.runner, request.sampling
-        room = min(request.tokens + sampling.max_tokens, self.loaded.max_context)
-        cache = runner.open(room)
+        cache = request.cache = runner.open(request.capacity)
+        self._held.append(cache)
         logits = runner.prefill(cache, composition, parts)
         sampler = Sampler(sampling, self._suppressed)
         text = self.tokenizer.stream()
@@ -259,11 +315,15 @@ class Engine:
         self._go_on()
 
     def _close(self, request: _Request) -> None:
-        """Let the source go, and give the arena back."""
+        """Let the source go, give the arena back, and let the next one begin that waits for it."""
         request.source.closed()
-        if request.sequence is not None:
-            self._live = [sequence for sequence in self._live if sequence is not request.sequence]
-            self.support.runner.close(request.sequence.cache)
+        self._live = [sequence for sequence in self._live if sequence is not request.sequence]
+        if request in self._waiting:
+            self._waiting.remove(request)
+        if request.cache is not None:
+            self._held = [cache for cache in self._held if cache is not request.cache]
+            self.support.runner.close(request.cache)
+        self._wake()
 
     def _finish(self, source: Source, sequence: Sequence) -> float:
         """Let the source look at the whole sequence; the milliseconds that takes."""
@@ -276,15 +336,24 @@ class Engine:
         return took * 1e3
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
-    """One call of ``generate``, and its sequence once it has begun."""
+    """One call of ``generate``, and its cache and sequence once it has begun."""
 
     source: Source
     tokens: int
+    capacity: int
     sampling: Sampling
     tell: Callable[[str | None], None]
+    call_soon: Callable[[Callable[[], object]], object]
+    cache: Cache | None = None
     sequence: Sequence | None = None
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def wake(self) -> None:
+        """Tell the event loop that it is this one's turn."""
+        with suppress(RuntimeError):  # the loop is closed
+            self.call_soon(self.turn.set)
 
     @property
     def begun(self) -> Sequence:

@@ -28,6 +28,14 @@ class _LookedEnough(Exception):  # noqa: N818  # it stops a forward early and is
 
 
 @dataclass(frozen=True)
+class Look:
+    """What a look saw: a score of every position, fp32 ``[T]``, and the arena in which everything was placed for it."""
+
+    scores: torch.Tensor
+    arena: Arena | None = None
+
+
+@dataclass(frozen=True)
 class Scout:
     """Looks and checks with one model.
 
@@ -53,8 +61,8 @@ class Scout:
             self.runner.close(cache)
 
     @torch.inference_mode()
-    def deviation(self, composition: Composition) -> torch.Tensor:
-        """How far placed keys are from computed ones in the second layer: squared distance, fp32 ``[T]``.
+    def deviation(self, composition: Composition) -> Look:
+        """How far placed keys are from computed ones in the second layer: their squared distance.
 
         Every token behind the first placement goes through the first two layers (CacheBlend, arXiv 2405.16444); tokens
         that are not placed get 0.
@@ -71,11 +79,11 @@ class Scout:
         seen = torch.zeros(len(composition.tokens), dtype=torch.bool, device=distance.device)
         for piece in composition.placed:
             seen[max(piece.start, begin) : piece.stop] = True
-        return torch.where(seen, distance, 0.0)
+        return Look(torch.where(seen, distance, 0.0))
 
     @torch.inference_mode()
-    def attention(self, composition: Composition, queries: Sequence[int]) -> torch.Tensor:
-        """Attention that the tokens at ``queries`` pay to every position, summed over layers and heads: fp32 ``[T]``.
+    def attention(self, composition: Composition, queries: Sequence[int]) -> Look:
+        """Attention that the tokens at ``queries`` pay to every position, summed over layers and heads.
 
         Only placed tokens are there to be seen, besides the queries themselves (METHOD 5, documents), and the prompt's
         first tokens, which models attend to whenever nothing else fits: without them everything else gets too much.
@@ -93,8 +101,7 @@ class Scout:
         self.runner.run(cache, tokens, positions, keep=1, agentmesh_watch=watch)
         found = torch.zeros(len(composition.tokens), device=self.runner.shape.device)
         found[: len(watch.total)] = watch.total
-        self.runner.close(cache)
-        return found
+        return Look(found, cache.arena)
 
     @staticmethod
     def _exact_lead(composition: Composition) -> bool:

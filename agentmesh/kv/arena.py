@@ -96,6 +96,12 @@ class Arena:
         self.keys[layers, :, start:stop] = keys
         self.values[layers, :, start:stop] = kv.values
 
+    def copy(self, other: Arena, rows: int) -> None:
+        """Copy the first rows of another arena."""
+        assert rows <= min(self.capacity, other.capacity), f"{rows} rows do not fit"
+        self.keys[:, :, :rows] = other.keys[:, :, :rows]
+        self.values[:, :, :rows] = other.values[:, :, :rows]
+
     def read(self, start: int, stop: int) -> KV:
         """Rows ``start`` to ``stop`` as they are cached, as a view: copy it (``owned``) to keep it."""
         assert 0 <= start <= stop <= self.length, f"rows {start}:{stop} of {self.length} visible tokens"
@@ -119,9 +125,23 @@ class ArenaPool:
         self._limit = limit
         self._free: list[Arena] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas that wait."""
+        return sum(arena.nbytes for arena in self._free)
+
+    def clear(self) -> int:
+        """Free all that wait; their bytes."""
+        freed, self._free = self.nbytes, []
+        return freed
+
+    def fitting(self, capacity: int) -> list[Arena]:
+        """Arenas of at least ``capacity`` tokens and at most twice as many."""
+        return [arena for arena in self._free if capacity <= arena.capacity <= 2 * capacity]
+
     def take(self, capacity: int) -> Arena | None:
-        """An empty arena of at least ``capacity`` tokens and at most twice as many, or ``None``."""
-        fitting = [arena for arena in self._free if capacity <= arena.capacity <= 2 * capacity]
+        """An empty arena that fits, or ``None``."""
+        fitting = self.fitting(capacity)
         if not fitting:
             return None
         found = min(fitting, key=lambda arena: arena.capacity)

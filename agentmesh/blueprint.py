@@ -9,7 +9,16 @@ from pathlib import Path
 
 from agentmesh.agents.base import Agent
 from agentmesh.config.load import LoadedMesh
-from agentmesh.config.mesh import AgentBase, CustomAgentSpec, LlmAgentSpec, ModelSpec, Reads, RunSpec
+from agentmesh.config.mesh import (
+    AgentBase,
+    CustomAgentSpec,
+    LlmAgentSpec,
+    ModelSpec,
+    PythonAgentSpec,
+    Reads,
+    RetrieverAgentSpec,
+    RunSpec,
+)
 from agentmesh.config.presets import PRESETS, CommunicatorSpec, Share, choices
 from agentmesh.config.topology import Deliver
 from agentmesh.errors import ConfigError, InputError, TemplateError, TopologyError, did_you_mean, listing
@@ -128,6 +137,7 @@ def draft(loaded: LoadedMesh, graph: Topology | None = None) -> Blueprint:
         raise ConfigError(f"{loaded.position(('inputs',))}: {listing(reserved)} has a meaning of its own in templates")
     members = _members(loaded, topology)
     _check_templates(loaded, spec.inputs)
+    _check_input_names(loaded)
     folder = Path() if loaded.document is None else Path(loaded.document.name).parent
     name = spec.name or (loaded.topology_name if loaded.document is None else Path(loaded.document.name).stem)
     return Blueprint(name, topology, members, spec.inputs, spec.model, spec.communicator, spec.run, folder)
@@ -188,6 +198,23 @@ def _check_templates(loaded: LoadedMesh, inputs: Sequence[str]) -> None:
             if isinstance(spec, LlmAgentSpec) and not spec.prompt.strip():
                 raise ConfigError(
                     f"{loaded.position(('agents', key, 'prompt'))}: the prompt is empty; write a template"
+                )
+
+
+def _check_input_names(loaded: LoadedMesh) -> None:
+    """Inputs that agents take by name must be the mesh's."""
+    inputs = loaded.spec.inputs
+    for key, spec in loaded.spec.agents.items():
+        named: dict[str, str | None] = {}
+        if isinstance(spec, RetrieverAgentSpec):
+            named = {"passages": spec.passages, "query": spec.query}
+        elif isinstance(spec, PythonAgentSpec):
+            named = {"tests": spec.tests}
+        for entry, name in named.items():
+            if name is not None and name not in inputs:
+                raise ConfigError(
+                    f"{loaded.position(('agents', key, entry))}: no input {name!r}; this mesh reads {listing(inputs)}."
+                    f"{did_you_mean(name, inputs)} Add it under `inputs:`"
                 )
 
 

@@ -53,10 +53,10 @@ class Recorder:
         digest = hashlib.sha256(f"{now.isoformat()}{os.getpid()}{mesh_yaml}".encode()).hexdigest()[:8]
         self.path = root / f"{now:%Y%m%dT%H%M%S}-{name or 'mesh'}-{digest}"
         manifest = {"created": now.isoformat(), **facts, **environment(), "mesh_sha256": _digest(mesh_yaml)}
-        with _disk(self.path):
+        with disk(self.path):
             self.path.mkdir(parents=True)
-            _whole(self.path / "mesh.yaml", mesh_yaml)
-            _whole(self.path / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+            write_whole(self.path / "mesh.yaml", mesh_yaml)
+            write_whole(self.path / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
             self._events = (self.path / "events.jsonl").open("a", encoding="utf-8")
 
     def write(self, event: Event) -> None:
@@ -67,7 +67,7 @@ class Recorder:
         """
         if isinstance(event, TokenText):
             return
-        with _disk(self.path):
+        with disk(self.path):
             self._events.write(event.model_dump_json() + "\n")
             self._events.flush()
             if isinstance(event, RunFinished | RunFailed | RunCancelled):
@@ -80,13 +80,13 @@ class Recorder:
             RecordError: the disk is full or the folder is gone.
         """
         data = result.model_dump(mode="json")
-        with _disk(self.path):
+        with disk(self.path):
             with (self.path / "samples.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"id": sample, **data}, ensure_ascii=False) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
-            _whole(self.path / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-            _whole(self.path / "summary.md", summary(result))
+            write_whole(self.path / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+            write_whole(self.path / "summary.md", summary(result))
 
     def close(self) -> None:
         """Close the files.
@@ -94,7 +94,7 @@ class Recorder:
         Raises:
             RecordError: what was still to be written does not fit the disk.
         """
-        with _disk(self.path):
+        with disk(self.path):
             self._events.close()
 
 
@@ -174,7 +174,9 @@ def _event(line: str) -> Event | None:
 
 
 def outcome(path: Path) -> str:
-    """How a run ended: ``finished``, ``failed``, ``cancelled``, or ``cut off`` for a killed process."""
+    """How a run or evaluation ended: ``finished``, ``failed``, ``cancelled``, or ``cut off`` for a killed process."""
+    if not (path / "events.jsonl").exists() and (path / "results.json").is_file():
+        return "finished"
     last = next(reversed(list(read_events(path))), None)
     if isinstance(last, RunFinished):
         return "finished"
@@ -184,7 +186,8 @@ def outcome(path: Path) -> str:
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def disk(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing a record into a ``RecordError``."""
     try:
         yield
     except OSError as error:
@@ -194,7 +197,7 @@ def _disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     temporary = path.with_name(f"{path.name}.part")
     with temporary.open("w", encoding="utf-8") as stream:

@@ -34,7 +34,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "testing",
         }
     ),
-    frozenset({"bench", "display", "tables", "plots"}),
+    frozenset({"bench", "display", "evaluate", "suites", "tables", "plots"}),
     frozenset({"cli", "__main__"}),
 )
 HALVES = ({"kv"}, {"topology", "prompt"})

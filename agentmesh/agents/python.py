@@ -10,6 +10,8 @@ from agentmesh.errors import RunError
 from agentmesh.prompt import Content, ContentKind, said
 from agentmesh.sandbox import CodeResult, Limits, last_code_block, run_code
 
+NOTHING = "(no output)"
+
 
 @final
 class PythonAgent(Agent):
@@ -17,9 +19,10 @@ class PythonAgent(Agent):
 
     def __init__(self, spec: PythonAgentSpec) -> None:
         self._limits = Limits(time_s=spec.time_limit, memory_bytes=spec.memory_limit)
+        self._tests = spec.tests
 
     async def act(self, turn: Turn) -> Answer:
-        """Run the newest code block of the inbox.
+        """Run the newest code block of the inbox, and the tests behind it.
 
         Raises:
             RunError: no message holds a code block.
@@ -30,10 +33,12 @@ class PythonAgent(Agent):
             raise RunError(
                 f"none of {len(turn.inbox)} messages holds a code block between ``` fences; ask the writer for one"
             )
-        result = await run_code(blocks[-1], self._limits)
-        return Content(
-            report(result, self._limits), ContentKind.RESULT, said(ContentKind.RESULT, turn.node, turn.round)
-        )
+        code = blocks[-1] if self._tests is None else f"{blocks[-1]}\n\n{turn.inputs[self._tests].text}\n"
+        result = await run_code(code, self._limits)
+        text = report(result, self._limits)
+        if self._tests is not None and result.completed:
+            text = "All tests passed." if text == NOTHING else f"{text}\nAll tests passed."
+        return Content(text, ContentKind.RESULT, said(ContentKind.RESULT, turn.node, turn.round))
 
 
 def report(result: CodeResult, limits: Limits) -> str:
@@ -45,4 +50,4 @@ def report(result: CodeResult, limits: Limits) -> str:
         parts.append("(stopped: too much output)")
     elif not result.completed:
         parts.append(result.stderr.strip() or f"(ended early with exit code {result.exit_code})")
-    return "\n".join(part for part in parts if part) or "(no output)"
+    return "\n".join(part for part in parts if part) or NOTHING

@@ -36,13 +36,21 @@ def read_documents(path: Path) -> list[Document]:
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
         found = [Document(file.stem, _text(file)) for file in files]
     elif path.is_file():
-        lines = _text(path).splitlines()
-        found = [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        found = parse_documents(_text(path), str(path))
     else:
         raise InputError(f"documents: {path} does not exist; expected a folder of .txt or .md files, or a JSONL file")
     if not found:
         raise InputError(f"documents: {path} holds no documents; expected .txt or .md files, or lines of JSON")
     return found
+
+
+def parse_documents(text: str, place: str) -> list[Document]:
+    """Documents from JSON Lines.
+
+    Raises:
+        InputError: a line that is no document.
+    """
+    return [_parsed(line, f"{place}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
 def _text(path: Path) -> str:
@@ -60,6 +68,26 @@ def _parsed(line: str, place: str) -> Document:
         raise InputError(f'documents: {place}: expected {{"text": …, "title": …}}, found {line[:60]!r}') from error
 
 
+class Collection:
+    """Documents that can be searched; immutable.
+
+    Args:
+        documents: at least one.
+    """
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.contents = [_content(index, document) for index, document in enumerate(documents)]
+        self._index = bm25s.BM25()
+        corpus = [f"{document.title} {document.text}" for document in documents]
+        self._index.index(bm25s.tokenize(corpus, show_progress=False), show_progress=False)
+
+    def search(self, query: str, count: int) -> list[Content]:
+        """The documents that fit a query best, best first."""
+        words = bm25s.tokenize([query], show_progress=False)
+        ranks, _ = self._index.retrieve(words, k=min(count, len(self.contents)), show_progress=False)
+        return [self.contents[int(index)] for index in ranks[0]]
+
+
 @final
 class RetrieverAgent(Agent):
     """Ranks documents by BM25; its message has one content a passage, so that each can be shared by itself.
@@ -74,29 +102,27 @@ class RetrieverAgent(Agent):
 
     def __init__(self, spec: RetrieverAgentSpec, folder: Path) -> None:
         self._spec = spec
-        self._documents = read_documents(folder / Path(spec.documents).expanduser())
-        self._index = bm25s.BM25()
-        corpus = [f"{document.title} {document.text}" for document in self._documents]
-        self._index.index(bm25s.tokenize(corpus, show_progress=False), show_progress=False)
+        path = None if spec.documents is None else folder / Path(spec.documents).expanduser()
+        self._own = None if path is None else Collection(read_documents(path))
 
     async def act(self, turn: Turn) -> Answer:
         """The best passages, best first.
 
         Raises:
-            InputError: the query input is not given.
+            InputError: the run's own passages cannot be read.
         """
-        if self._spec.query not in turn.inputs:
-            raise InputError(f"the retriever searches for the input {self._spec.query!r}, which this run has not got")
-        query = bm25s.tokenize([turn.inputs[self._spec.query].text], show_progress=False)
-        count = min(self._spec.top_k, len(self._documents))
-        ranks, _ = self._index.retrieve(query, k=count, show_progress=False)
-        return [self._content(int(index)) for index in ranks[0]]
+        collection = self._own
+        if collection is None:
+            assert self._spec.passages is not None, "the mesh file gives documents or passages"
+            found = parse_documents(turn.inputs[self._spec.passages].text, f"input {self._spec.passages}")
+            collection = Collection(found)
+        return collection.search(turn.inputs[self._spec.query].text, self._spec.top_k)
 
     def corpus(self) -> Sequence[Content]:
-        """All its documents."""
-        return [self._content(index) for index in range(len(self._documents))]
+        """All documents that are there before a run."""
+        return self._own.contents if self._own is not None else ()
 
-    def _content(self, index: int) -> Content:
-        document = self._documents[index]
-        text = f"{document.title}\n{document.text}" if document.title else document.text
-        return Content(text, ContentKind.DOCUMENT, f"document {document.title or index}")
+
+def _content(index: int, document: Document) -> Content:
+    text = f"{document.title}\n{document.text}" if document.title else document.text
+    return Content(text, ContentKind.DOCUMENT, f"document {document.title or index}")

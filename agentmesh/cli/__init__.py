@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from agentmesh.cli import bench, calibrate, doctor, look, models, plan, run, runs
+from agentmesh.cli import bench, calibrate, doctor, evaluate, look, models, plan, run, runs
 from agentmesh.errors import AgentmeshError
 
 INTERRUPTED = 130
@@ -30,6 +30,8 @@ app.command("schema")(look.schema)
 app.command("ls")(look.ls)
 app.command("cp")(look.cp)
 app.command("calibrate")(calibrate.calibrate)
+app.command("eval")(evaluate.evaluate)
+app.command("score")(evaluate.score)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
-from agentmesh.cli.options import Config, Format, FormatOption, Libraries, Sets
+from agentmesh.cli.options import Config, Format, FormatOption, Libraries, Sets, parts
 from agentmesh.config.base import Frozen
 from agentmesh.config.load import LoadedMesh, load_mesh
 from agentmesh.config.mesh import Dtype, ModelSpec
@@ -194,15 +194,10 @@ def _widths(text: str) -> list[int]:
     Raises:
         InputError: something else.
     """
-    found = _parts(text)
+    found = parts(text)
     if not found or not all(part.isdecimal() and int(part) for part in found):
         raise InputError(f"--concurrency {text!r}: expected numbers from 1 on, separated by commas, such as 1,4,16")
     return list(dict.fromkeys(int(part) for part in found))
-
-
-def _parts(text: str) -> list[str]:
-    """The parts of an option between its commas, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def _names(text: str) -> list[str]:
@@ -211,7 +206,7 @@ def _names(text: str) -> list[str]:
     Raises:
         InputError: a name that is no preset, or none at all.
     """
-    names = _parts(text)
+    names = parts(text)
     for name in names:
         if name.partition("@")[0] not in PRESETS:
             hint = did_you_mean(name, PRESETS)

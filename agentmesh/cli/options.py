@@ -29,3 +29,8 @@ Sets = Annotated[
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for programs.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all run records.")]
 DEFAULT_RUNS = Path("runs")
+
+
+def parts(text: str) -> list[str]:
+    """The parts of an option between its commas, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

@@ -30,6 +30,27 @@ def ls(runs_dir: RunsDir = DEFAULT_RUNS, format: FormatOption = Format.TEXT) -> 
         typer.echo(f"no runs in {runs_dir}; `agentmesh run demo -i question=…` makes one")
 
 
+@app.command("compare")
+def compare(
+    first: Annotated[str, typer.Argument(help="An evaluation's folder, its name or the end of it, or `last`.")],
+    second: Annotated[str, typer.Argument(help="The evaluation that it is compared with.")],
+    runs_dir: RunsDir = DEFAULT_RUNS,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Compare two evaluations preset by preset, on the samples that both answered.
+
+    Example: agentmesh runs compare last 3f9c1a2b
+    """
+    from agentmesh.evaluate.comparison import compare as work  # noqa: PLC0415  # keeps `agentmesh --help` light
+    from agentmesh.evaluate.tables import comparison_table  # noqa: PLC0415
+
+    found = work(find_run(runs_dir, first), find_run(runs_dir, second))
+    if format is Format.JSON:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        Console().print(comparison_table(found))
+
+
 @app.command("show")
 def show(
     name: Annotated[str, typer.Argument(help="A run's folder, its name or the end of it, or `last`.")] = "last",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from agentmesh.config.base import PYTHON_REF, VARIABLE, Bytes, Choice, Frozen, Integer, Number, Seconds, Shorthand
 from agentmesh.config.presets import MIB, CommunicatorSpec
@@ -86,9 +86,13 @@ class LlmAgentSpec(AgentBase):
 
 
 class PythonAgentSpec(AgentBase):
-    """Runs the last code block it receives in the sandbox; its message is what the code printed."""
+    """Runs the last code block it receives in the sandbox; its message is what the code printed.
+
+    ``tests`` names an input whose code runs after the block.
+    """
 
     kind: Literal["python"]
+    tests: Annotated[str, Field(pattern=VARIABLE)] | None = None
     time_limit: Seconds = 10.0
     memory_limit: Bytes = 1024 * MIB
 
@@ -114,12 +118,23 @@ class VoteAgentSpec(AgentBase):
 
 
 class RetrieverAgentSpec(AgentBase):
-    """Finds the passages that fit the query best (BM25) in a folder or a JSONL file of documents."""
+    """Finds the passages that fit the query best (BM25).
+
+    They come from ``documents``, a folder or a JSONL file, or from the input that ``passages`` names, whose text is
+    JSONL as well: then every run brings its own. ``query`` names the input to search for.
+    """
 
     kind: Literal["retriever"]
-    documents: str
+    documents: str | None = None
+    passages: Annotated[str, Field(pattern=VARIABLE)] | None = None
     top_k: Annotated[Integer, Field(ge=1)] = 4
-    query: str = "question"
+    query: Annotated[str, Field(pattern=VARIABLE)] = "question"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RetrieverAgentSpec:
+        if (self.documents is None) is (self.passages is None):
+            raise ValueError("expected `documents` (a folder or JSONL file) or `passages` (the name of an input)")
+        return self
 
 
 class CustomAgentSpec(AgentBase):

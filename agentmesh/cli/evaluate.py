@@ -1,0 +1,108 @@
+"""``agentmesh eval`` and ``agentmesh score``: a suite's samples through a mesh, under several presets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from agentmesh.cli.options import DEFAULT_RUNS, Config, Format, FormatOption, Libraries, RunsDir, Sets, parts
+from agentmesh.display import fetching
+from agentmesh.record import find_run
+
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code-execution", help="Run code that the model writes, in the sandbox (see `doctor`)."),
+]
+Run = Annotated[str, typer.Argument(help="An evaluation's folder, its name or the end of it, or `last`.")]
+
+
+def evaluate(
+    config: Config,
+    task: Annotated[str, typer.Option(help="A task's name (see `agentmesh ls tasks`), or its folder.")],
+    data: Annotated[Path | None, typer.Option(help="A JSONL file instead of the task's own samples.")] = None,
+    presets: Annotated[str, typer.Option(help="Separated by commas; `single`: one agent alone.")] = "dense,linear",
+    warmup: Annotated[int, typer.Option(min=0, help="Samples to learn from, the first ones; not measured.")] = 8,
+    limit: Annotated[str | None, typer.Option(help="How many of the others, or a range such as 10-20.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the runs.")] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="How often each sample runs, under seeds from --seed on.")] = 1,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Runs at once, instead of the file's.")] = None,
+    allow_code_execution: AllowCode = False,
+    fail_on_error: Annotated[
+        bool, typer.Option("--fail-on-error", help="End when a sample fails, instead of going on without it.")
+    ] = False,
+    resume: Annotated[str | None, typer.Option(help="Go on with an evaluation that was cut off.")] = None,
+    set: Sets = None,
+    library: Libraries = None,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Run a suite's samples through a mesh under several presets, and compare them in pairs.
+
+    Example: agentmesh eval math-fully-connected --task math-mini --presets dense,linear --limit 20
+    """
+    from agentmesh.evaluate.report import Request  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.evaluate.report import evaluate as work  # noqa: PLC0415
+
+    overrides = [*(set or ()), *([f"run.concurrency={concurrency}"] if concurrency else ())]
+    request = Request(
+        config=config,
+        task=task,
+        data=data,
+        presets=parts(presets),
+        warmup=warmup,
+        limit=limit,
+        seed=seed,
+        epochs=epochs,
+        allow_code=allow_code_execution,
+        fail_on_error=fail_on_error,
+        resume=None if resume is None else find_run(runs_dir, resume),
+        runs_dir=runs_dir,
+        overrides=overrides,
+        libraries=library or (),
+    )
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars, fetching(console, quiet=True) as progress:
+
+        def started(path: Path, runs: int) -> Callable[[], None]:
+            console.print(f"{path}; if it is cut off: --resume {path.name}", soft_wrap=True, highlight=False)
+            bar = bars.add_task("samples", total=runs)
+            return lambda: bars.advance(bar)
+
+        report = work(request, progress, started)
+    _show(report, format)
+
+
+def score(
+    run: Run = "last",
+    data: Annotated[Path | None, typer.Option(help="Where the samples are now, if they were moved.")] = None,
+    allow_code_execution: AllowCode = False,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Score an evaluation's answers again, without generating anything.
+
+    Example: agentmesh score last
+    """
+    from agentmesh.evaluate.report import rescore  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+
+    path = find_run(runs_dir, run)
+    _show(asyncio.run(rescore(path, allow_code=allow_code_execution, data=data)), format)
+
+
+def _show(report: object, format: Format) -> None:
+    from agentmesh.evaluate.report import Report  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.evaluate.tables import results_table  # noqa: PLC0415
+
+    assert isinstance(report, Report), "both commands give one"
+    if format is Format.JSON:
+        typer.echo(report.results.model_dump_json(indent=2))
+    else:
+        Console().print(results_table(report.results))
+        typer.echo(f"folder: {report.path}")

@@ -1,0 +1,63 @@
+"""Evaluations: a suite's samples through a mesh under several presets, compared in pairs.
+
+    journal     what was done so far, one synced line a sample
+    session     runs what is not done yet
+    statistics  intervals and paired tests
+    results     from rows to figures
+    folder      the record of an evaluation
+    tables      figures for people
+    report      the way in: evaluate, score again, read a report
+
+From Python, for notebooks and a user's own tests:
+
+    report = evaluate("mesh.yaml", task="gsm8k", data="gsm8k.jsonl", limit=100, presets=["dense", "linear"])
+    report.assert_score_at_least(0.3, preset="linear")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agentmesh.evaluate.report import Report
+
+
+def evaluate(
+    mesh: str | Path,
+    task: str | Path,
+    *,
+    data: str | Path | None = None,
+    presets: Sequence[str] = ("dense", "linear"),
+    limit: int | str | None = None,
+    **more: Any,
+) -> Report:
+    """Evaluate a mesh on a task.
+
+    Args:
+        mesh: a mesh file, or the name of a shipped one.
+        task: a task's name, or the path of its folder.
+        data: a JSONL file instead of the task's own samples.
+        presets: their names; ``single`` stands for one agent alone with the token budget of the whole mesh.
+        limit: how many samples behind the warm-up, or a range such as ``"10-20"``; all if ``None``.
+        more: ``warmup``, ``seed``, ``epochs``, ``allow_code``, ``fail_on_error``, ``resume``, ``runs_dir``,
+            ``overrides``, ``libraries``; see ``report.Request``.
+
+    Raises:
+        UsageError: mesh, task, samples or presets do not fit each other; nothing ran.
+        RunError: the weights cannot be read, the folder cannot be written, or a sample failed under ``fail_on_error``.
+    """
+    from agentmesh.evaluate.report import Request  # noqa: PLC0415  # torch takes seconds to import
+    from agentmesh.evaluate.report import evaluate as work  # noqa: PLC0415
+
+    return work(
+        Request(
+            config=str(mesh),
+            task=str(task),
+            data=None if data is None else Path(data),
+            presets=tuple(presets),
+            limit=None if limit is None else str(limit),
+            **more,
+        )
+    )

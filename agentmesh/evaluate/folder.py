@@ -1,0 +1,110 @@
+"""The folder of an evaluation: what was asked for, so that it can be resumed and scored again.
+
+manifest.json           versions, model, settings, digests of mesh and samples
+mesh.yaml               the mesh as it was resolved
+samples.jsonl           one line for each sample under each preset (the journal)
+learned-PRESET.safetensors   what the warm-up taught
+results.json            the figures
+summary.md              the same for people
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from agentmesh.config.base import Frozen
+from agentmesh.errors import InputError, RecordError
+from agentmesh.evaluate.results import Results
+from agentmesh.evaluate.tables import results_markdown
+from agentmesh.record import disk, environment, write_whole
+from agentmesh.suites.samples import Sample
+
+
+class Settings(Frozen):
+    """What an evaluation was asked for; two with the same settings give the same samples the same treatment."""
+
+    task: str
+    data: str | None
+    samples_sha256: str
+    mesh: str
+    mesh_sha256: str
+    model: str
+    presets: tuple[str, ...]
+    warmup: int
+    limit: str | None
+    seed: int
+    epochs: int
+    judges: dict[str, tuple[str, ...]]
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """Of all samples that an evaluation uses."""
+    found = hashlib.sha256()
+    for sample in samples:
+        found.update(sample.model_dump_json().encode())
+    return found.hexdigest()
+
+
+def create(root: Path, name: str, settings: Settings, mesh_yaml: str, facts: dict[str, Any]) -> Path:
+    """A new folder under ``root``, named after a task.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    now = datetime.now(timezone.utc)
+    unique = hashlib.sha256(f"{now.isoformat()}{os.getpid()}".encode()).hexdigest()[:8]
+    path = root / f"{now:%Y%m%dT%H%M%S}-eval-{name}-{unique}"
+    manifest = {"created": now.isoformat(), "eval": settings.model_dump(mode="json"), **facts, **environment()}
+    with disk(path):
+        path.mkdir(parents=True)
+        write_whole(path / "mesh.yaml", mesh_yaml)
+        write_whole(path / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def read_settings(path: Path) -> Settings:
+    """What the evaluation in a folder was asked for.
+
+    Raises:
+        RecordError: it is no folder of an evaluation.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return Settings.model_validate(manifest["eval"])
+    except (OSError, ValueError, KeyError, ValidationError) as error:
+        raise RecordError(f"{path} is no folder of an `agentmesh eval`: {error}") from error
+
+
+def check_resumed(path: Path, wanted: Settings) -> None:
+    """Compare what is asked for now with what a folder was made for.
+
+    Raises:
+        InputError: something differs; says what.
+    """
+    made = read_settings(path).model_dump()
+    differing = [name for name, value in wanted.model_dump().items() if made[name] != value]
+    if differing:
+        raise InputError(
+            f"--resume {path.name}: this evaluation differs in {', '.join(differing)}; "
+            + "; ".join(f"{name} was {made[name]!r}, now {getattr(wanted, name)!r}" for name in differing[:3])
+            + ". Ask for the same, or start a new one without --resume"
+        )
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write figures and summary into the folder.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    with disk(path):
+        write_whole(path / "results.json", results.model_dump_json(indent=2) + "\n")
+        write_whole(path / "summary.md", results_markdown(results))

@@ -1,0 +1,251 @@
+"""From an evaluation's rows to its figures: metrics with intervals, reuse, time, and presets compared in pairs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from statistics import mean, median
+
+from agentmesh.config.base import Frozen
+from agentmesh.evaluate.journal import Row
+from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval, standard_error
+from agentmesh.events import SHAREABLE, CallRecord, Treatment
+
+WORD = re.compile(r"\w+|\S")
+
+
+class Metric(Frozen):
+    """The mean of a metric over samples, its standard error and 95 % interval."""
+
+    value: float
+    stderr: float
+    ci95: tuple[float, float]
+
+
+class Spread(Frozen):
+    """Median and 90th percentile."""
+
+    p50: float
+    p90: float
+
+
+class PresetResult(Frozen):
+    """One preset over all samples.
+
+    ``calls_shared`` of ``calls_shareable`` calls shared a slot; ``placed_slots`` of ``slot_tokens`` shareable tokens
+    were placed, ``tokens_placed`` and ``tokens_computed`` count whole prompts. ``reasons``: shareable tokens that were
+    computed, by reason. ``wall_s`` counts time in which at least one sample ran.
+    """
+
+    n: int
+    errors: int
+    metrics: dict[str, Metric]
+    calls: int
+    calls_shareable: int
+    calls_shared: int
+    slot_tokens: int
+    placed_slots: int
+    tokens_placed: int
+    tokens_computed: int
+    output_tokens: int
+    reasons: dict[str, int]
+    audits: int
+    audit_kl: float | None
+    ttft_ms: Spread
+    tokens_per_s: float
+    wall_s: float
+
+
+class Paired(Frozen):
+    """Two presets on the samples that both answered: the first minus the second, in the primary metric.
+
+    ``p_mcnemar`` is exact, and ``None`` where values are not 0 or 1. ``same_answer``: share of samples with the same
+    extracted answer; ``same_text`` with the same text; ``first_divergence``: median number of the first word that
+    differs, over answers that differ, and ``None`` where none does.
+    """
+
+    n: int
+    delta: float
+    ci95: tuple[float, float]
+    p_mcnemar: float | None
+    same_answer: float
+    same_text: float
+    first_divergence: float | None
+
+
+class Comparison(Frozen):
+    """The first evaluation minus the second, under each preset that both ran; see ``Paired``."""
+
+    task: str
+    first: str
+    second: str
+    presets: dict[str, Paired]
+
+
+class Judged(Frozen):
+    """A judge's choices under two presets: the share of samples in which it chose the same candidates."""
+
+    n: int
+    same_choice: float
+
+
+class Results(Frozen):
+    """An evaluation. Metric values are between 0 and 1, the primary metric comes first."""
+
+    task: str
+    mesh: str
+    model: str
+    n: int
+    presets: dict[str, PresetResult]
+    paired: dict[str, Paired]
+    judge: dict[str, Judged] | None = None
+
+
+def summarise(
+    rows: Iterable[Row], task: str, mesh: str, model: str, judges: Mapping[str, Sequence[str]] | None = None
+) -> Results:
+    """The figures of all rows.
+
+    Args:
+        rows: one for each sample, preset and epoch.
+        task: its name.
+        mesh: its name.
+        model: its name.
+        judges: judge → the nodes whose messages it chooses from.
+    """
+    by_preset: dict[str, list[Row]] = {}
+    for row in rows:
+        by_preset.setdefault(row.preset, []).append(row)
+    pairs = [(a, b) for b, a in combinations(by_preset, 2)]
+    return Results(
+        task=task,
+        mesh=mesh,
+        model=model,
+        n=len({row.sample for found in by_preset.values() for row in found}),
+        presets={name: _preset(found) for name, found in by_preset.items()},
+        paired={f"{a} vs {b}": paired(by_preset[a], by_preset[b]) for a, b in pairs},
+        judge={f"{a} vs {b}": _judged(by_preset[a], by_preset[b], judges) for a, b in pairs} if judges else None,
+    )
+
+
+def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> Paired:
+    """Compare two sets of rows on the samples and epochs that both have without an error."""
+    left = {(row.sample, row.epoch): row for row in ours if not row.error}
+    right = {(row.sample, row.epoch): row for row in theirs if not row.error}
+    both = [(left[key], right[key]) for key in left if key in right]
+    if not both:
+        return Paired(n=0, delta=0, ci95=(0, 0), p_mcnemar=None, same_answer=0, same_text=0, first_divergence=None)
+    metric = next(iter(both[0][0].scores), "")
+    a = list(_by_sample([row for row, _ in both], metric).values())
+    b = list(_by_sample([row for _, row in both], metric).values())
+    differing = [_divergence(one.answer, other.answer) for one, other in both if one.answer != other.answer]
+    return Paired(
+        n=len(a),
+        delta=mean(a) - mean(b),
+        ci95=paired_interval(a, b),
+        p_mcnemar=mcnemar(a, b),
+        same_answer=mean(_found(one) == _found(other) for one, other in both),
+        same_text=1 - len(differing) / len(both),
+        first_divergence=median(differing) if differing else None,
+    )
+
+
+def _preset(rows: Sequence[Row]) -> PresetResult:
+    good = [row for row in rows if not row.error]
+    calls = [call for row in good for call in row.calls]
+    wall, output = _covered(good), sum(call.output_tokens for call in calls)
+    names = list(dict.fromkeys(name for row in good for name in row.scores))
+    reasons: Counter[str] = Counter()
+    for call in calls:
+        reasons.update(_refused(call))
+    kls = [call.audit.kl for call in calls if call.audit is not None]
+    return PresetResult(
+        n=len({row.sample for row in good}),
+        errors=len(rows) - len(good),
+        metrics={name: _metric(list(_by_sample(good, name).values())) for name in names},
+        calls=len(calls),
+        calls_shareable=sum(call.slot_tokens > 0 for call in calls),
+        calls_shared=sum(call.placed_slots > 0 for call in calls),
+        slot_tokens=sum(call.slot_tokens for call in calls),
+        placed_slots=sum(call.placed_slots for call in calls),
+        tokens_placed=sum(call.placed_exact + call.placed_realigned for call in calls),
+        tokens_computed=sum(call.computed for call in calls),
+        output_tokens=output,
+        reasons=dict(reasons.most_common()),
+        audits=len(kls),
+        audit_kl=mean(kls) if kls else None,
+        ttft_ms=_spread([call.ttft_ms for call in calls]),
+        tokens_per_s=output / wall if wall else 0.0,
+        wall_s=wall,
+    )
+
+
+def _refused(call: CallRecord) -> dict[str, int]:
+    """A call's shareable tokens that were computed, by reason."""
+    found: dict[str, int] = {}
+    for row in call.plan:
+        if row.kind is Treatment.COMPUTED and row.tokens and row.reason in SHAREABLE:
+            found[str(row.reason)] = found.get(str(row.reason), 0) + row.tokens
+    return found
+
+
+def _metric(values: Sequence[float]) -> Metric:
+    return Metric(value=mean(values), stderr=standard_error(values), ci95=interval(values))
+
+
+def _by_sample(rows: Sequence[Row], metric: str) -> dict[str, float]:
+    """Sample → mean of a metric over epochs."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if metric in row.scores:
+            found.setdefault(row.sample, []).append(row.scores[metric])
+    return {sample: mean(values) for sample, values in found.items()}
+
+
+def _covered(rows: Sequence[Row]) -> float:
+    """Seconds in which at least one row ran; an evaluation that was interrupted has gaps."""
+    total, until = 0.0, 0.0
+    for begun, ended in sorted((row.begun, row.ended) for row in rows):
+        total += max(0.0, ended - max(begun, until))
+        until = max(until, ended)
+    return total
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    ordered = sorted(values) or [0.0]
+    return Spread(p50=median(ordered), p90=ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))])
+
+
+def _found(row: Row) -> str:
+    """What the first scorer took for the answer, or the whole text where it found none."""
+    return next(iter(row.extracted.values()), "") or row.answer
+
+
+def _divergence(one: str, other: str) -> int:
+    """Number of the first word in which two texts differ."""
+    left, right = WORD.findall(one), WORD.findall(other)
+    return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _judged(ours: Sequence[Row], theirs: Sequence[Row], judges: Mapping[str, Sequence[str]]) -> Judged:
+    right = {(row.sample, row.epoch): row for row in theirs if not row.error}
+    both = [(row, right[row.sample, row.epoch]) for row in ours if (row.sample, row.epoch) in right and not row.error]
+    same = [_chosen(one, judges) == _chosen(other, judges) for one, other in both]
+    return Judged(n=len(same), same_choice=mean(same) if same else 0.0)
+
+
+def _chosen(row: Row, judges: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """For each judge, the candidates whose last number is the judge's; none where it agrees with nobody."""
+    last = {message.node: message.text for message in row.messages}
+    return tuple(
+        tuple(node for node in candidates if _conclusion(last.get(node, "")) == _conclusion(last.get(judge, "")))
+        for judge, candidates in judges.items()
+    )
+
+
+def _conclusion(text: str) -> str:
+    """What a text ends up with: its last number, else its last words."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1].replace(",", "") if numbers else " ".join(WORD.findall(text.lower())[-3:])

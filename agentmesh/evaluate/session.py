@@ -1,0 +1,231 @@
+"""One evaluation: the same samples through a mesh under several presets, one preset after the other.
+
+Warm-up samples run first, computed and observed; then nothing more is learned, so what a sample gives depends on no
+sample before it, and an evaluation that was killed goes on to the same figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from agentmesh.blueprint import Blueprint, draft
+from agentmesh.config.load import LoadedMesh
+from agentmesh.config.mesh import LlmAgentSpec
+from agentmesh.config.presets import CommunicatorSpec, specs
+from agentmesh.errors import InputError, RunError, UsageError, listing
+from agentmesh.evaluate.journal import Journal, Row
+from agentmesh.local import LocalBackend
+from agentmesh.mesh import Mesh
+from agentmesh.results import RunResult
+from agentmesh.suites.prompt import SamplePrompt
+from agentmesh.suites.samples import Sample
+from agentmesh.suites.scorers.base import Output, Scorer
+from agentmesh.suites.task import Kind, Task
+
+SINGLE = "single"
+"""The name that stands for one agent alone, in the place of a preset."""
+
+NO_TESTS = "# no visible tests"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated.
+
+    Args:
+        task: the task.
+        warm: samples to learn from.
+        samples: samples to measure.
+        presets: their names; ``single`` stands for one agent alone.
+        seed: of the runs; epoch ``n`` of a sample runs under ``seed + n``.
+        epochs: how often each sample runs.
+        fail_on_error: whether a failed sample ends everything.
+    """
+
+    task: Task
+    warm: Sequence[Sample]
+    samples: Sequence[Sample]
+    presets: Sequence[str]
+    seed: int = 0
+    epochs: int = 1
+    fail_on_error: bool = False
+
+    @property
+    def runs(self) -> int:
+        """How many runs that takes at most, the warm-up included."""
+        return len(self.presets) * (len(self.warm) + len(self.samples) * self.epochs)
+
+
+@final
+class Evaluation:
+    """Runs a plan and keeps its journal.
+
+    Args:
+        meshes: preset → the mesh that runs under it.
+        plan: what is evaluated.
+        scorers: by name, the primary one first.
+        journal: what is done already, and what is done from now on.
+        folder: where learned realigners are kept for the case that it is cut off.
+        tick: called after each run.
+
+    Raises:
+        InputError: the mesh reads inputs that the task does not give, or none of its passages.
+    """
+
+    def __init__(
+        self,
+        meshes: Mapping[str, LoadedMesh],
+        plan: Plan,
+        scorers: Mapping[str, Scorer],
+        journal: Journal,
+        folder: Path,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._meshes = meshes
+        self._plan = plan
+        self._scorers = scorers
+        self._journal = journal
+        self._folder = folder
+        self._tick = tick
+        self._prompt = SamplePrompt(plan.task)
+        for loaded in meshes.values():
+            check_mesh(draft(loaded), plan.task)
+
+    def run(self, backend: LocalBackend) -> None:
+        """Evaluate everything that is not done yet.
+
+        Args:
+            backend: the loaded model; each preset runs it with a communicator of its own.
+
+        Raises:
+            RunError, UsageError: a sample failed, and the plan says to fail then.
+            RecordError: the journal cannot be written.
+        """
+        for preset in self._plan.presets:
+            loaded = self._meshes[preset]
+            pending = [
+                (sample, epoch)
+                for sample in self._plan.samples
+                for epoch in range(self._plan.epochs)
+                if not self._journal.done((preset, sample.id, epoch))
+            ]
+            for _ in range(len(self._plan.samples) * self._plan.epochs - len(pending)):
+                self._tick()
+            if not pending:
+                continue
+            blueprint = draft(loaded)
+            name = "dense" if preset == SINGLE else preset
+            ready = self._warmed(loaded, backend, preset, specs(blueprint.communicator, [name])[name])
+            mesh = Mesh.from_loaded(loaded, model=ready)
+            asyncio.run(self._measure(mesh, preset, pending))
+
+    def _warmed(self, loaded: LoadedMesh, backend: LocalBackend, preset: str, spec: CommunicatorSpec) -> LocalBackend:
+        """A backend that has learned from the warm-up and learns no more."""
+        ready = LocalBackend(backend.engine, spec)
+        digests = draft(loaded).digests
+        kept = self._folder / f"learned-{preset}.safetensors"
+        if kept.is_file() or not ready.communicator.learns:
+            for _ in self._plan.warm:
+                self._tick()
+        if kept.is_file():
+            ready.load_realigners(kept, digests)
+        elif self._plan.warm and ready.communicator.learns:
+            warm = LocalBackend(backend.engine, spec)
+            warm.observe_only(on=True)
+            mesh = Mesh.from_loaded(loaded, model=warm)
+            asyncio.run(mesh.arun_all((self._inputs(mesh.blueprint, s) for s in self._plan.warm), self._tick))
+            ready.communicator.adopt(warm.communicator)
+            if warm.knows_links:
+                warm.save_realigners(kept, digests)
+        ready.communicator.freeze()
+        return ready
+
+    async def _measure(self, mesh: Mesh, preset: str, pending: Sequence[tuple[Sample, int]]) -> None:
+        runs = [asyncio.ensure_future(self._one(mesh, preset, sample, epoch)) for sample, epoch in pending]
+        try:
+            await asyncio.gather(*runs)
+        finally:
+            for run in runs:
+                run.cancel()
+
+    async def _one(self, mesh: Mesh, preset: str, sample: Sample, epoch: int) -> None:
+        """Run, score and note one sample."""
+        seed = self._plan.seed + epoch
+        about = {"preset": preset, "sample": sample.id, "epoch": epoch, "seed": seed}
+        try:
+            begun = time.time()
+            result = await mesh.arun(self._inputs(mesh.blueprint, sample), seed=seed, sample=sample.id)
+        except (RunError, UsageError) as error:
+            self._journal.append(Row(**about, error=f"{type(error).__name__}: {error}"))
+            self._tick()
+            if self._plan.fail_on_error:
+                raise
+            return
+        ended = time.time()
+        row = Row(**about, begun=max(begun, ended - result.wall_s), ended=ended, **_said(result))
+        self._journal.append(await scored(row, sample, self._scorers))
+        self._tick()
+
+    def _inputs(self, blueprint: Blueprint, sample: Sample) -> dict[str, str]:
+        """A sample as a mesh's inputs."""
+        given = {blueprint.main_input: self._prompt.render(sample), "context": sample.passages}
+        given["tests"] = sample.visible or NO_TESTS
+        return {name: text for name, text in given.items() if name in blueprint.inputs}
+
+
+async def scored(row: Row, sample: Sample, scorers: Mapping[str, Scorer]) -> Row:
+    """A row with its scores; scorers that ran before are forgotten."""
+    output = Output(row.answer, row.messages)
+    found = {name: await scorer.score(sample, output) for name, scorer in scorers.items()}
+    return row.model_copy(
+        update={
+            "scores": {metric: value for one in found.values() for metric, value in one.values.items()},
+            "extracted": {name: one.extracted for name, one in found.items()},
+            "notes": {name: one.note for name, one in found.items() if one.note},
+        }
+    )
+
+
+def check_mesh(blueprint: Blueprint, task: Task) -> None:
+    """Compare a mesh's inputs with what a task gives.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    known = {blueprint.main_input, "context", "tests"}
+    unknown = sorted(set(blueprint.inputs) - known)
+    if unknown:
+        raise InputError(
+            f"mesh {blueprint.name} reads {listing(unknown)}, which no task gives; tasks give the question, `context` "
+            "(passages as JSON lines) and `tests` (visible tests)"
+        )
+    if task.spec.kind is Kind.RAG and "context" not in blueprint.inputs:
+        raise InputError(
+            f"task {task.name} brings passages, but mesh {blueprint.name} never reads them: give it the input "
+            "`context`, and a retriever with `passages: context` (see configs/rag-chain.yaml)"
+        )
+
+
+def judges(blueprint: Blueprint) -> dict[str, list[str]]:
+    """Judge → the nodes whose messages it chooses from."""
+    return {
+        node: sorted({edge.source for edge in blueprint.topology.edges if edge.target == node})
+        for node, member in blueprint.members.items()
+        if "judge" in f"{member.role} {node}".lower()
+    }
+
+
+def token_budget(blueprint: Blueprint) -> int:
+    """Tokens that all agents of a mesh may write in one run: what a single agent gets to be compared with it."""
+    rounds = blueprint.topology.rounds
+    agents = [member.spec for member in blueprint.members.values() if isinstance(member.spec, LlmAgentSpec)]
+    return sum(spec.generate.max_tokens for spec in agents) * rounds
+
+
+def _said(result: RunResult) -> dict[str, object]:
+    return {"answer": result.answer, "messages": result.messages, "calls": result.calls}

@@ -1,0 +1,98 @@
+"""An evaluation's figures for people: tables for the terminal, and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+
+from agentmesh.evaluate.results import Comparison, Paired, PresetResult, Results
+
+Cells = list[tuple[str, ...]]
+
+
+def results_table(results: Results) -> Group:
+    """Presets, and their paired comparisons."""
+    head, cells = _presets(results)
+    parts = [_table(f"{results.task}, {results.mesh}, {results.model}: {results.n} samples", head, cells)]
+    if results.paired:
+        parts.append(_table("paired, first minus second", *_pairs(results)))
+    return Group(*parts)
+
+
+def results_markdown(results: Results) -> str:
+    """The same tables as Markdown."""
+    lines = [f"# {results.task}, {results.mesh}, {results.model}: {results.n} samples", ""]
+    lines += _markdown(*_presets(results))
+    if results.paired:
+        lines += ["", "Paired, first minus second:", "", *_markdown(*_pairs(results))]
+    refused = {name: one.reasons for name, one in results.presets.items() if one.reasons}
+    if refused:
+        lines += ["", "Shareable tokens that were computed, by reason:", ""]
+        lines += [f"- {name}: {', '.join(f'{k} {v}' for k, v in why.items())}" for name, why in refused.items()]
+    return "\n".join(lines) + "\n"
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Two evaluations, preset by preset."""
+    head = ("preset", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word")
+    cells: Cells = [(name, *_pair(one)) for name, one in found.presets.items()]
+    return _table(f"{found.task}: {found.first} minus {found.second}", head, cells)
+
+
+def _presets(results: Results) -> tuple[Sequence[str], Cells]:
+    metrics = list(dict.fromkeys(name for one in results.presets.values() for name in one.metrics))
+    head = ("preset", *metrics, "errors", "calls shared", "placed", "TTFT p50", "p90", "tokens/s", "wall s")
+    return head, [(name, *_preset(one, metrics)) for name, one in results.presets.items()]
+
+
+def _preset(one: PresetResult, metrics: Sequence[str]) -> list[str]:
+    found = [one.metrics.get(name) for name in metrics]
+    shown = [f"{m.value:.3f} [{m.ci95[0]:.3f}, {m.ci95[1]:.3f}]" if m else "" for m in found]
+    placed = f"{one.placed_slots / one.slot_tokens:.0%}" if one.slot_tokens else "-"
+    return [
+        *shown,
+        str(one.errors),
+        f"{one.calls_shared}/{one.calls_shareable}",
+        placed,
+        f"{one.ttft_ms.p50:.0f}",
+        f"{one.ttft_ms.p90:.0f}",
+        f"{one.tokens_per_s:.1f}",
+        f"{one.wall_s:.0f}",
+    ]
+
+
+def _pairs(results: Results) -> tuple[Sequence[str], Cells]:
+    head = ["pair", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word"]
+    cells = [(name, *_pair(one)) for name, one in results.paired.items()]
+    if results.judge is not None:
+        head.append("judge chose the same")
+        cells = [(*row, f"{results.judge[row[0]].same_choice:.0%}") for row in cells]
+    return head, cells
+
+
+def _pair(one: Paired) -> tuple[str, ...]:
+    return (
+        f"{one.delta:+.3f}",
+        f"[{one.ci95[0]:+.3f}, {one.ci95[1]:+.3f}]",
+        "" if one.p_mcnemar is None else f"{one.p_mcnemar:.2f}",
+        f"{one.same_answer:.0%}",
+        f"{one.same_text:.0%}",
+        "" if one.first_divergence is None else f"{one.first_divergence:.0f}",
+    )
+
+
+def _table(title: str, head: Sequence[str], cells: Cells) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(head: Sequence[str], cells: Cells) -> list[str]:
+    rows = [head, ["---"] * len(head), *cells]
+    return [f"| {' | '.join(row)} |" for row in rows]

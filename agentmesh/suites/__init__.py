@@ -1,0 +1,1 @@
+"""Suites: tasks, their samples, and scorers."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from agentmesh.blueprint import draft
 from agentmesh.config.load import LoadedMesh, dump, load_mesh
+from agentmesh.config.mesh import LlmAgentSpec
 from agentmesh.config.presets import PRESETS, CommunicatorSpec
 from agentmesh.errors import InputError, UsageError, did_you_mean, listing
 from agentmesh.evaluate.folder import Settings, check_resumed, create, digest, read_settings, write_results
@@ -244,15 +245,29 @@ def _meshes(request: Request, task: Task) -> dict[str, LoadedMesh]:
             budget = token_budget(draft(loaded))
             own = [each for each in overrides if each.startswith(("model", "run", "communicator"))]
             alone = [*own, f"agents.agent.generate.max_tokens={budget}"]
-            found[name] = load_mesh(SINGLES[task.spec.kind], overrides=alone, libraries=request.libraries)
+            single = load_mesh(SINGLES[task.spec.kind], overrides=alone, libraries=request.libraries)
+            found[name] = _ending(single, task.spec.until)
         elif name in PRESETS:
-            found[name] = loaded
+            found[name] = _ending(loaded, task.spec.until)
         else:
             choices = [*PRESETS, SINGLE]
             raise InputError(
                 f"--presets: no preset named {name!r}; there are {listing(choices)}.{did_you_mean(name, choices)}"
             )
     return found
+
+
+def _ending(loaded: LoadedMesh, until: Sequence[str]) -> LoadedMesh:
+    """A mesh whose agents' messages also end at a task's own texts."""
+    agents = {
+        key: spec.model_copy(
+            update={"generate": spec.generate.model_copy(update={"stop": (*spec.generate.stop, *until)})}
+        )
+        if isinstance(spec, LlmAgentSpec)
+        else spec
+        for key, spec in loaded.spec.agents.items()
+    }
+    return replace(loaded, spec=loaded.spec.model_copy(update={"agents": agents}))
 
 
 def _settings(request: Request, meshes: Mapping[str, LoadedMesh], used: Sequence[Sample]) -> Settings:

@@ -71,7 +71,7 @@ class HubSource(Frozen):
 class TaskSpec(Frozen):
     """A task file.
 
-    ``file`` lies beside it; ``hub`` is fetched; ``--data FILE`` takes the place of both. ``fields`` says how rows of
+    ``until``: texts that end every agent's message besides the mesh's own. ``file`` lies beside it; ``hub`` is fetched; ``--data FILE`` takes the place of both. ``fields`` says how rows of
     ``file`` and of ``--data`` are read. ``prompt`` is a template of the mesh's main input over a sample's fields.
     The first scorer's first metric is the primary one.
     """
@@ -83,6 +83,7 @@ class TaskSpec(Frozen):
     hub: HubSource | None = None
     fields: Fields = Fields()
     prompt: str = "{{ question }}"
+    until: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     scorers: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
 
     @field_validator("scorers")

@@ -72,7 +72,7 @@ class TaskSpec(Frozen):
     """A task file.
 
     ``until``: texts that end every agent's message, besides the mesh's own. ``file`` lies beside the task file; ``hub``
-    is fetched; ``--data FILE`` takes the place of both. ``fields`` says how rows of ``file`` and of ``--data`` are read.
+    is fetched; ``--data FILE`` takes the place of both. ``fields`` says how rows of ``file`` and ``--data`` are read.
     ``prompt`` is a template of the mesh's main input over a sample's fields. The first scorer's first metric is the
     primary one.
     """

@@ -39,10 +39,15 @@ class Member:
     agent: Agent | None = None
 
     @property
+    def is_judge(self) -> bool:
+        """Whether its role or name says so."""
+        return "judge" in f"{self.role} {self.node}".lower()
+
+    @property
     def reads_exactly(self) -> bool:
         """Whether it reads exact KV only: as its entry says, else if it is a judge (METHOD 6.2)."""
         said = self.spec.reads if isinstance(self.spec, LlmAgentSpec) else None
-        return said is Reads.EXACT or (said is None and "judge" in f"{self.role} {self.node}".lower())
+        return said is Reads.EXACT or (said is None and self.is_judge)
 
 
 @dataclass(frozen=True)

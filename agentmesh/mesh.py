@@ -36,7 +36,7 @@ from agentmesh.results import RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
-from agentmesh.turns import Turns
+from agentmesh.turns import Turns, together
 from agentmesh.workers import make_workers, predicates
 
 Progress = Callable[[str, int, int], None]
@@ -281,12 +281,7 @@ class Mesh:
             tick()
             return result
 
-        runs = [asyncio.ensure_future(one(given)) for given in samples]
-        try:
-            return await asyncio.gather(*runs)
-        finally:
-            for run in runs:
-                run.cancel()
+        return await together(one(given) for given in samples)
 
     async def stream(self, inputs: Mapping[str, str] | None = None, **named: Any) -> AsyncIterator[Event]:
         """Run once and yield its events as they happen; arguments as ``arun``. Leaving the loop cancels the run."""

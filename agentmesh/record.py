@@ -49,14 +49,8 @@ class Recorder:
     """
 
     def __init__(self, root: Path, name: str, mesh_yaml: str, facts: dict[str, Any]) -> None:
-        now = datetime.now(timezone.utc)
-        digest = hashlib.sha256(f"{now.isoformat()}{os.getpid()}{mesh_yaml}".encode()).hexdigest()[:8]
-        self.path = root / f"{now:%Y%m%dT%H%M%S}-{name or 'mesh'}-{digest}"
-        manifest = {"created": now.isoformat(), **facts, **environment(), "mesh_sha256": _digest(mesh_yaml)}
+        self.path = new_folder(root, name or "mesh", mesh_yaml, facts)
         with disk(self.path):
-            self.path.mkdir(parents=True)
-            write_whole(self.path / "mesh.yaml", mesh_yaml)
-            write_whole(self.path / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
             self._events = (self.path / "events.jsonl").open("a", encoding="utf-8")
 
     def write(self, event: Event) -> None:
@@ -96,6 +90,23 @@ class Recorder:
         """
         with disk(self.path):
             self._events.close()
+
+
+def new_folder(root: Path, name: str, mesh_yaml: str, facts: dict[str, Any]) -> Path:
+    """A record's new folder, with its manifest and the mesh.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    now = datetime.now(timezone.utc)
+    digest = _digest(f"{now.isoformat()}{os.getpid()}{mesh_yaml}")[:8]
+    path = root / f"{now:%Y%m%dT%H%M%S}-{name}-{digest}"
+    manifest = {"created": now.isoformat(), **facts, **environment(), "mesh_sha256": _digest(mesh_yaml)}
+    with disk(path):
+        path.mkdir(parents=True)
+        write_whole(path / "mesh.yaml", mesh_yaml)
+        write_whole(path / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return path
 
 
 def environment() -> dict[str, Any]:

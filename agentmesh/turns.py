@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from typing import final
+from typing import Any, TypeVar, final
 
 from agentmesh.prompt import Reader
 
+Result = TypeVar("Result")
+
 LAG = 8
 """A deterministic run uses what was learned up to so many runs before it: as many may overlap."""
+
+
+async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Await everything at once, results in order; the first failure, or being cancelled, cancels the others."""
+    runs = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*runs)
+    finally:
+        for run in runs:
+            run.cancel()
 
 
 @final

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agentmesh.cli.options import DEFAULT_RUNS, Config, Format, FormatOption, Libraries, RunsDir, Sets, parts
 from agentmesh.display import fetching
 from agentmesh.record import find_run
+
+if TYPE_CHECKING:
+    from agentmesh.evaluate.report import Report
 
 AllowCode = Annotated[
     bool,
@@ -96,11 +99,9 @@ def score(
     _show(asyncio.run(rescore(path, allow_code=allow_code_execution, data=data)), format)
 
 
-def _show(report: object, format: Format) -> None:
-    from agentmesh.evaluate.report import Report  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
-    from agentmesh.evaluate.tables import results_table  # noqa: PLC0415
+def _show(report: Report, format: Format) -> None:
+    from agentmesh.evaluate.tables import results_table  # noqa: PLC0415  # as above
 
-    assert isinstance(report, Report), "both commands give one"
     if format is Format.JSON:
         typer.echo(report.results.model_dump_json(indent=2))
     else:

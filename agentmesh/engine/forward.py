@@ -154,9 +154,13 @@ class ArenaRunner:
 
 @dataclass(frozen=True)
 class PlainRunner:
-    """A model whose KV cannot be sliced: every prompt is one forward over transformers' own cache."""
+    """A model whose KV cannot be sliced: every prompt is one forward over transformers' own cache.
+
+    ``spare`` stays empty: nothing that transformers makes is used again.
+    """
 
     model: Any
+    spare: ArenaPool = field(default_factory=ArenaPool)
 
     def open(self, _capacity: int) -> Cache:
         """A fresh cache of the model's own kind."""

@@ -22,7 +22,6 @@ from transformers.cache_utils import Cache
 
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
-from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.probe import Support
 from agentmesh.engine.sampling import Sampler, Sampling
@@ -204,14 +203,12 @@ class Engine:
     @property
     def live_bytes(self) -> int:
         """Bytes of KV of all sequences that are not closed yet, and of arenas that wait to be used again."""
-        runner = self.support.runner
         held = sum(arena.nbytes for cache in self._held if (arena := _arena(cache)) is not None)
-        return held + (runner.spare.nbytes if isinstance(runner, ArenaRunner) else 0)
+        return held + self.support.runner.spare.nbytes
 
     def drop_spare(self) -> int:
         """Free the arenas that wait to be used again; their bytes."""
-        runner = self.support.runner
-        return runner.spare.clear() if isinstance(runner, ArenaRunner) else 0
+        return self.support.runner.spare.clear()
 
     async def do(self, work: Callable[[], Result]) -> Result:
         """Run something on the engine's thread, between its forwards."""

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from agentmesh.config.base import Frozen
 from agentmesh.errors import InputError, RecordError
 from agentmesh.evaluate.results import Results
 from agentmesh.evaluate.tables import results_markdown
-from agentmesh.record import disk, environment, write_whole
+from agentmesh.record import disk, new_folder, write_whole
 from agentmesh.suites.samples import Sample
 
 
@@ -59,15 +57,7 @@ def create(root: Path, name: str, settings: Settings, mesh_yaml: str, facts: dic
     Raises:
         RecordError: it cannot be written.
     """
-    now = datetime.now(timezone.utc)
-    unique = hashlib.sha256(f"{now.isoformat()}{os.getpid()}".encode()).hexdigest()[:8]
-    path = root / f"{now:%Y%m%dT%H%M%S}-eval-{name}-{unique}"
-    manifest = {"created": now.isoformat(), "eval": settings.model_dump(mode="json"), **facts, **environment()}
-    with disk(path):
-        path.mkdir(parents=True)
-        write_whole(path / "mesh.yaml", mesh_yaml)
-        write_whole(path / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return path
+    return new_folder(root, f"eval-{name}", mesh_yaml, {"eval": settings.model_dump(mode="json"), **facts})
 
 
 def read_settings(path: Path) -> Settings:

@@ -237,13 +237,12 @@ def _meshes(request: Request, task: Task) -> dict[str, LoadedMesh]:
     """Preset → its mesh: the one that is evaluated, or one agent with as many tokens to write."""
     if not request.presets:
         raise InputError(f"--presets is empty; name some of {listing([*PRESETS, SINGLE])}")
-    overrides = [*request.overrides]
     found: dict[str, LoadedMesh] = {}
-    loaded = load_mesh(request.config, overrides=overrides, libraries=request.libraries)
+    loaded = load_mesh(request.config, overrides=request.overrides, libraries=request.libraries)
     for name in request.presets:
         if name == SINGLE:
             budget = token_budget(draft(loaded))
-            own = [each for each in overrides if each.startswith(("model", "run", "communicator"))]
+            own = [each for each in request.overrides if each.startswith(("model", "run", "communicator"))]
             alone = [*own, f"agents.agent.generate.max_tokens={budget}"]
             single = load_mesh(SINGLES[task.spec.kind], overrides=alone, libraries=request.libraries)
             found[name] = _ending(single, task.spec.until)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from statistics import mean, median
 
+from agentmesh.bench.figures import Percentiles
 from agentmesh.config.base import Frozen
 from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval, standard_error
@@ -22,13 +23,6 @@ class Metric(Frozen):
     value: float
     stderr: float
     ci95: tuple[float, float]
-
-
-class Spread(Frozen):
-    """Median and 90th percentile."""
-
-    p50: float
-    p90: float
 
 
 class PresetResult(Frozen):
@@ -53,7 +47,7 @@ class PresetResult(Frozen):
     reasons: dict[str, int]
     audits: int
     audit_kl: float | None
-    ttft_ms: Spread
+    ttft_ms: Percentiles
     tokens_per_s: float
     wall_s: float
 
@@ -132,9 +126,7 @@ def summarise(
 
 def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> Paired:
     """Compare two sets of rows on the samples and epochs that both have without an error."""
-    left = {(row.sample, row.epoch): row for row in ours if not row.error}
-    right = {(row.sample, row.epoch): row for row in theirs if not row.error}
-    both = [(left[key], right[key]) for key in left if key in right]
+    both = _both(ours, theirs)
     if not both:
         return Paired(n=0, delta=0, ci95=(0, 0), p_mcnemar=None, same_answer=0, same_text=0, first_divergence=None)
     metric = next(iter(both[0][0].scores), "")
@@ -150,6 +142,13 @@ def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> Paired:
         same_text=1 - len(differing) / len(both),
         first_divergence=median(differing) if differing else None,
     )
+
+
+def _both(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Rows of the samples and epochs that both sides have without an error."""
+    left = {(row.sample, row.epoch): row for row in ours if not row.error}
+    right = {(row.sample, row.epoch): row for row in theirs if not row.error}
+    return [(left[key], right[key]) for key in left if key in right]
 
 
 def _preset(rows: Sequence[Row]) -> PresetResult:
@@ -176,7 +175,7 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
         reasons=dict(reasons.most_common()),
         audits=len(kls),
         audit_kl=mean(kls) if kls else None,
-        ttft_ms=_spread([call.ttft_ms for call in calls]),
+        ttft_ms=Percentiles.of([call.ttft_ms for call in calls]),
         tokens_per_s=output / wall if wall else 0.0,
         wall_s=wall,
     )
@@ -213,11 +212,6 @@ def _covered(rows: Sequence[Row]) -> float:
     return total
 
 
-def _spread(values: Sequence[float]) -> Spread:
-    ordered = sorted(values) or [0.0]
-    return Spread(p50=median(ordered), p90=ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))])
-
-
 def _found(row: Row) -> str:
     """What the first scorer took for the answer, or the whole text where it found none."""
     return next(iter(row.extracted.values()), "") or row.answer
@@ -230,9 +224,7 @@ def _divergence(one: str, other: str) -> int:
 
 
 def _judged(ours: Sequence[Row], theirs: Sequence[Row], judges: Mapping[str, Sequence[str]]) -> Judged:
-    right = {(row.sample, row.epoch): row for row in theirs if not row.error}
-    both = [(row, right[row.sample, row.epoch]) for row in ours if (row.sample, row.epoch) in right and not row.error]
-    same = [_chosen(one, judges) == _chosen(other, judges) for one, other in both]
+    same = [_chosen(one, judges) == _chosen(other, judges) for one, other in _both(ours, theirs)]
     return Judged(n=len(same), same_choice=mean(same) if same else 0.0)
 
 

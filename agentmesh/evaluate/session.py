@@ -16,16 +16,16 @@ from typing import final
 from agentmesh.blueprint import Blueprint, draft
 from agentmesh.config.load import LoadedMesh
 from agentmesh.config.mesh import LlmAgentSpec
-from agentmesh.config.presets import CommunicatorSpec, specs
+from agentmesh.config.presets import specs
 from agentmesh.errors import InputError, RunError, UsageError, listing
 from agentmesh.evaluate.journal import Journal, Row
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
-from agentmesh.results import RunResult
 from agentmesh.suites.prompt import SamplePrompt
 from agentmesh.suites.samples import Sample
 from agentmesh.suites.scorers.base import Output, Scorer
 from agentmesh.suites.task import Kind, Task
+from agentmesh.turns import together
 
 SINGLE = "single"
 """The name that stands for one agent alone, in the place of a preset."""
@@ -93,8 +93,9 @@ class Evaluation:
         self._folder = folder
         self._tick = tick
         self._prompt = SamplePrompt(plan.task)
-        for loaded in meshes.values():
-            check_mesh(draft(loaded), plan.task)
+        self._blueprints = {preset: draft(loaded) for preset, loaded in meshes.items()}
+        for blueprint in self._blueprints.values():
+            check_mesh(blueprint, plan.task)
 
     def run(self, backend: LocalBackend) -> None:
         """Evaluate everything that is not done yet.
@@ -118,16 +119,15 @@ class Evaluation:
                 self._tick()
             if not pending:
                 continue
-            blueprint = draft(loaded)
-            name = "dense" if preset == SINGLE else preset
-            ready = self._warmed(loaded, backend, preset, specs(blueprint.communicator, [name])[name])
+            ready = self._warmed(loaded, backend, preset)
             mesh = Mesh.from_loaded(loaded, model=ready)
-            asyncio.run(self._measure(mesh, preset, pending))
+            asyncio.run(together(self._one(mesh, preset, sample, epoch) for sample, epoch in pending))
 
-    def _warmed(self, loaded: LoadedMesh, backend: LocalBackend, preset: str, spec: CommunicatorSpec) -> LocalBackend:
+    def _warmed(self, loaded: LoadedMesh, backend: LocalBackend, preset: str) -> LocalBackend:
         """A backend that has learned from the warm-up and learns no more."""
-        ready = LocalBackend(backend.engine, spec)
-        digests = draft(loaded).digests
+        blueprint, name = self._blueprints[preset], "dense" if preset == SINGLE else preset
+        spec = specs(blueprint.communicator, [name])[name]
+        ready, digests = LocalBackend(backend.engine, spec), blueprint.digests
         kept = self._folder / f"learned-{preset}.safetensors"
         if kept.is_file() or not ready.communicator.learns:
             for _ in self._plan.warm:
@@ -145,14 +145,6 @@ class Evaluation:
         ready.communicator.freeze()
         return ready
 
-    async def _measure(self, mesh: Mesh, preset: str, pending: Sequence[tuple[Sample, int]]) -> None:
-        runs = [asyncio.ensure_future(self._one(mesh, preset, sample, epoch)) for sample, epoch in pending]
-        try:
-            await asyncio.gather(*runs)
-        finally:
-            for run in runs:
-                run.cancel()
-
     async def _one(self, mesh: Mesh, preset: str, sample: Sample, epoch: int) -> None:
         """Run, score and note one sample."""
         seed = self._plan.seed + epoch
@@ -167,7 +159,14 @@ class Evaluation:
                 raise
             return
         ended = time.time()
-        row = Row(**about, begun=max(begun, ended - result.wall_s), ended=ended, **_said(result))
+        row = Row(
+            **about,
+            begun=max(begun, ended - result.wall_s),
+            ended=ended,
+            answer=result.answer,
+            messages=result.messages,
+            calls=result.calls,
+        )
         self._journal.append(await scored(row, sample, self._scorers))
         self._tick()
 
@@ -216,7 +215,7 @@ def judges(blueprint: Blueprint) -> dict[str, list[str]]:
     return {
         node: sorted({edge.source for edge in blueprint.topology.edges if edge.target == node})
         for node, member in blueprint.members.items()
-        if "judge" in f"{member.role} {node}".lower()
+        if member.is_judge
     }
 
 
@@ -225,7 +224,3 @@ def token_budget(blueprint: Blueprint) -> int:
     rounds = blueprint.topology.rounds
     agents = [member.spec for member in blueprint.members.values() if isinstance(member.spec, LlmAgentSpec)]
     return sum(spec.generate.max_tokens for spec in agents) * rounds
-
-
-def _said(result: RunResult) -> dict[str, object]:
-    return {"answer": result.answer, "messages": result.messages, "calls": result.calls}

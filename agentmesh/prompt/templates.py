@@ -92,7 +92,8 @@ class Scope:
         return MessageHandle(message, [self.handle(content) for content in message.contents])
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def environment() -> ImmutableSandboxedEnvironment:
+    """How all templates are written: whole lines for statements, and no name that is not there."""
     return ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
@@ -114,7 +115,7 @@ class RoleTemplate:
         known = {*inputs, *SCOPE_NAMES}
         for part, source in (("system", self.system), ("prompt", self.prompt)):
             try:
-                used = jinja2.meta.find_undeclared_variables(_environment().parse(source))
+                used = jinja2.meta.find_undeclared_variables(environment().parse(source))
             except jinja2.TemplateSyntaxError as error:
                 raise TemplateError(f"{part}, line {error.lineno} of the template: {error.message}") from error
             for name in sorted(used - known - {"range"}):
@@ -134,7 +135,7 @@ class RoleTemplate:
 
 def _render(part: str, source: str, scope: Scope) -> str:
     try:
-        return _environment().from_string(source).render(scope.names).strip()
+        return environment().from_string(source).render(scope.names).strip()
     except jinja2.TemplateError as error:
         raise TemplateError(f"{part}: {error.message}") from error
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:

@@ -6,9 +6,9 @@ from typing import final
 
 import jinja2
 import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from agentmesh.errors import TemplateError, did_you_mean, listing
+from agentmesh.prompt.templates import environment
 from agentmesh.suites.samples import LETTERS, Sample
 from agentmesh.suites.task import Task
 
@@ -26,12 +26,9 @@ class SamplePrompt:
 
     def __init__(self, task: Task) -> None:
         self._place = f"{task.folder / 'task.yaml'}: prompt"
-        environment = ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-        )
         try:
-            used = jinja2.meta.find_undeclared_variables(environment.parse(task.spec.prompt))
-            self._template = environment.from_string(task.spec.prompt)
+            used = jinja2.meta.find_undeclared_variables(environment().parse(task.spec.prompt))
+            self._template = environment().from_string(task.spec.prompt)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"{self._place}, line {error.lineno} of the template: {error.message}") from error
         known = {*Sample.model_fields, "letters"}

@@ -264,13 +264,20 @@ class _Planned:
     def prefilled(self, arena: Arena) -> None:
         """Let the preset keep what later prompts may use."""
         self._preset.prefilled(self._prompt, self.decided, arena)
+        self._settle()
 
     def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
         """Let the preset keep the message, learn, and check the call."""
         self.audit = self._preset.finished(self._prompt, self.decided, arena, tokens, logits)
+        self._settle()
         self._backend.note_bytes()
 
     def closed(self) -> None:
         """Let the preset let go of the call, where it was begun at all."""
         if self._plan is not None:
             self._preset.closed(self._plan)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Give up arenas that looks and checks used and that go beyond the budget."""
+        self._preset.budget.room(0, Worth.IDLE)

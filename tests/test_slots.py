@@ -16,7 +16,7 @@ from agentmesh.communicator.learner import Learner, LinkState
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.errors import NodeError
-from agentmesh.events import CallRecord, Reason, Treatment
+from agentmesh.events import CallRecord, Event, ModelFinished, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KV
 from agentmesh.local import LocalBackend
@@ -110,6 +110,22 @@ def test_a_finished_run_leaves_no_segments_and_the_budget_holds() -> None:
             one.run(question=question(number))
             assert backend.communicator.nbytes <= budget
             assert len(backend.communicator.keeper.segments) == 0
+
+
+def test_arenas_of_checks_do_not_stay_beyond_the_budget() -> None:
+    with mesh({"preset": "rotate", "budget": 400_000, "audit": 1.0, "max_kl": 1e6}) as one:
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        budget, used = backend.communicator.budget, []
+
+        def note(event: Event) -> None:
+            if isinstance(event, ModelFinished):
+                used.append(budget.used)
+
+        results = [one.run(question=question(number), sinks=(note,)) for number in range(6)]
+
+    assert any(call.audit for result in results for call in result.calls)
+    assert max(used) <= budget.limit
 
 
 def test_a_judge_reads_exactly_unless_its_entry_says_otherwise() -> None:

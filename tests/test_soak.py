@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from soak import GROWTH_BYTES, Plan, SoakError, check_growth, soak
+from soak import GROWTH_BYTES, LEGS_NEEDED, Plan, SoakError, check_growth, soak
 
 from agentmesh.engine.loop import Engine
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_soak_of_some_seconds_ends_at_rest(deterministic: bool) -> None:
-    tally = soak(Plan(seconds=8, seed=3, leg_seconds=2.0, deterministic=deterministic))
+    tally = soak(Plan(seconds=5, seed=3, leg_seconds=1.0, deterministic=deterministic))
 
     assert tally.ends["done"] > 20
     assert tally.ends["cancelled"] > 5
@@ -30,12 +30,13 @@ def test_a_soak_sees_runs_that_are_never_released(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Engine, "do", gives_up)
 
     with pytest.raises(SoakError, match=r"not at rest after its runs: .*open runs"):
-        soak(Plan(seconds=60, seed=3, leg_seconds=3.0))
+        soak(Plan(seconds=60, seed=3, leg_seconds=2.0))
 
 
 def test_a_soak_sees_memory_that_grows() -> None:
-    check_growth([GROWTH_BYTES * 10] * 9)
-    check_growth([GROWTH_BYTES * 5] * 3 + [GROWTH_BYTES * 10] * 6)
+    little, much = 10 * GROWTH_BYTES, 12 * GROWTH_BYTES
+    check_growth([little] * 20 + [much] * (LEGS_NEEDED - 21))
+    check_growth([little] * 10 + [much] * 20)
 
     with pytest.raises(SoakError, match="memory grows, from 320 to 384 MiB"):
-        check_growth([GROWTH_BYTES * 10] * 6 + [GROWTH_BYTES * 12] * 3)
+        check_growth([little] * 20 + [much] * 10)

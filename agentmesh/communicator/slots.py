@@ -8,7 +8,7 @@ all the same. A slot that must be observed first makes its call dense, so that w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -49,10 +49,12 @@ class SlotPlan(KeptPlan):
     Args:
         decisions: every match, placed or not.
         audited: whether the call is checked afterwards.
+        looked: the arena of its look, until it was prefilled.
     """
 
     decisions: tuple[Decision, ...] = ()
     audited: bool = False
+    looked: list[Arena] = field(default_factory=list)
 
 
 @final
@@ -126,6 +128,7 @@ class Slots(Preset):
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
         self._costs.see(plan)
+        self._give_back(plan)
         self.keeper.keep_prompt(prompt, plan, arena)
 
     def finished(
@@ -145,8 +148,7 @@ class Slots(Preset):
         """Unpin what the call read and wrote, give the arena of its look back."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
         self.keeper.let_go(plan)
-        if plan.composition.ready is not None:
-            self._scout.runner.spare.give(plan.composition.ready)
+        self._give_back(plan)
 
     def release(self, run: str) -> None:
         """Free a run's segments, commit what it taught."""
@@ -175,6 +177,11 @@ class Slots(Preset):
         """Begin with the other's links."""
         assert isinstance(other, Slots), "presets adopt from their own kind"
         self.learner.ledger.states = dict(other.learner.ledger.states)
+
+    def _give_back(self, plan: SlotPlan) -> None:
+        """Let the arena of a call's look be used again."""
+        while plan.looked:
+            self._scout.runner.spare.give(plan.looked.pop())
 
     def _decide(self, prompt: Prompt, matches: Sequence[Match]) -> tuple[Decision, ...]:
         """Gate every match; where one has to be observed first, none is placed."""
@@ -288,6 +295,7 @@ class Slots(Preset):
             pinned=tuple(decision.match.number for decision in decisions),
             decisions=decisions,
             audited=any(depths) and reader.run != "" and draw(reader.seed) < self._spec.audit,
+            looked=[] if composition.ready is None else [composition.ready],
         )
         self.keeper.pin(plan)
         return plan

@@ -255,10 +255,10 @@ class Engine:
         if not self._admit(request):
             return None
         begun = time.perf_counter()
-        composition, parts = request.source.compose()
         runner, sampling = self.support.runner, request.sampling
-        cache = request.cache = runner.open(request.capacity)
+        cache = request.cache = runner.open(request.capacity)  # now: a look at the cache could take what was admitted
         self._held.append(cache)
+        composition, parts = request.source.compose()
         logits = runner.prefill(cache, composition, parts)
         sampler = Sampler(sampling, self._suppressed)
         text = self.tokenizer.stream()

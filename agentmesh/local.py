@@ -116,6 +116,7 @@ class LocalBackend:
             "source": loaded.source,
             "fingerprint": loaded.fingerprint,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "decode": loaded.decode.value,
             "device": str(loaded.model.device),
             "reuse": support.level.value,
             "reuse_limit": support.reason,

@@ -20,6 +20,17 @@ class Dtype(Choice):
     FLOAT16 = "float16"
 
 
+class Decode(Choice):
+    """Which weights decode messages on a CPU.
+
+    ``int8`` reads int8 copies while at most four sequences decode at once, which is faster and approximate; prompts are
+    prefilled with the model's own weights all the same.
+    """
+
+    SAME = "same"
+    INT8 = "int8"
+
+
 class Memory(Choice):
     """What an agent remembers of its own earlier rounds."""
 
@@ -45,6 +56,7 @@ class ModelSpec(Frozen):
     revision: str | None = None
     dtype: Dtype = Dtype.FLOAT32
     device: str = "auto"
+    decode: Decode = Decode.SAME
 
 
 class GenerateSpec(Frozen):
@@ -196,7 +208,7 @@ TopologyChoice = Annotated[
 
 
 class MeshSpec(Frozen):
-    """A whole mesh file. ``defaults`` are texts of inputs for runs that give none, such as a handbook for all agents."""
+    """A whole mesh file. ``defaults`` are texts of inputs for runs without them, such as a handbook for all agents."""
 
     version: Literal[1]
     name: str = ""

@@ -27,6 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "scheduler",
             "turns",
             "calls",
+            "checks",
             "workers",
             "local",
             "mesh",

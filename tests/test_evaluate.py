@@ -19,9 +19,7 @@ from agentmesh.errors import InputError, NodeError, RecordError, UsageError
 from agentmesh.evaluate import evaluate as agentmesh_evaluate
 from agentmesh.evaluate.journal import Journal, Row
 from agentmesh.evaluate.report import Report, Request, evaluate, read_report
-from agentmesh.evaluate.results import summarise
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval
-from agentmesh.events import MessageRecord
 
 MESH = """
 version: 1
@@ -260,23 +258,6 @@ def test_paired_figures_know_how_many_samples_differ() -> None:
     assert mcnemar([0.5], [1.0]) is None
     low, high = paired_interval([0.5, 0.6] * 20, [0.4, 0.6] * 20)
     assert 0 < low < 0.05 < high
-
-
-def test_a_judge_that_chooses_somebody_else_is_seen() -> None:
-    def row(preset: str, judge: str) -> Row:
-        said = {"debater.1": "It is 4.", "debater.2": "It is 5.", "judge": judge}
-        messages = tuple(MessageRecord(node=n, role=n, round=0, text=t, tokens=3) for n, t in said.items())
-        return Row(preset=preset, sample="a", answer=judge, scores={"flexible": 1.0}, messages=messages)
-
-    judges = {"judge": ["debater.1", "debater.2"]}
-    same = summarise([row("dense", "So 4."), row("linear", "The answer is 4")], "t", "m", "x", judges)
-    other = summarise([row("dense", "So 4."), row("linear", "The answer is 5")], "t", "m", "x", judges)
-
-    assert same.judge is not None
-    assert other.judge is not None
-    assert same.judge["linear vs dense"].same_choice == 1.0
-    assert other.judge["linear vs dense"].same_choice == 0.0
-    assert same.paired["linear vs dense"].first_divergence == 0
 
 
 def test_the_command_lists_what_it_needs(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Evaluations: a suite's samples through a mesh under several presets, compared in pairs.
 
     journal     what was done so far, one synced line a sample
+    choices     which candidates a judge chose
     session     runs what is not done yet
     statistics  intervals and paired tests
     results     from rows to figures
@@ -41,8 +42,8 @@ def evaluate(
         data: a JSONL file instead of the task's own samples.
         presets: their names; ``single`` stands for one agent alone with the token budget of the whole mesh.
         limit: how many samples behind the warm-up, or a range such as ``"10-20"``; all if ``None``.
-        more: ``warmup``, ``seed``, ``epochs``, ``allow_code``, ``fail_on_error``, ``resume``, ``runs_dir``,
-            ``overrides``, ``libraries``; see ``report.Request``.
+        more: ``warmup``, ``seed``, ``epochs``, ``allow_code``, ``fail_on_error``, ``judge_check``, ``resume``,
+            ``runs_dir``, ``overrides``, ``libraries``; see ``report.Request``.
 
     Raises:
         UsageError: mesh, task, samples or presets do not fit each other; nothing ran.

@@ -41,6 +41,7 @@ class Settings(Frozen):
     seed: int
     epochs: int
     judges: dict[str, tuple[str, ...]]
+    judge_check: bool = False
 
 
 def digest(samples: Sequence[Sample]) -> str:

@@ -46,6 +46,7 @@ class Request:
         epochs: how often each sample runs.
         allow_code: whether code that a model writes may be run.
         fail_on_error: whether a failed sample ends everything.
+        judge_check: whether judges are asked once more, with their inbox in another order.
         resume: an evaluation's folder to go on with.
         runs_dir: where a new folder is made.
         overrides: ``path=value`` texts that change entries of the mesh file.
@@ -62,6 +63,7 @@ class Request:
     epochs: int = 1
     allow_code: bool = False
     fail_on_error: bool = False
+    judge_check: bool = True
     resume: Path | None = None
     runs_dir: Path = Path("runs")
     overrides: Sequence[str] = ()
@@ -146,7 +148,14 @@ def evaluate(
     with ExitStack() as stack:
         scorers = open_scorers(task, stack, allow_code=request.allow_code)
         plan = Plan(
-            task, warm, samples, request.presets, request.seed, request.epochs, fail_on_error=request.fail_on_error
+            task,
+            warm,
+            samples,
+            request.presets,
+            request.seed,
+            request.epochs,
+            fail_on_error=request.fail_on_error,
+            judge_check=request.judge_check,
         )
         settings = _settings(request, meshes, [*warm, *samples])
         if request.resume is None:
@@ -187,7 +196,7 @@ async def rescore(path: Path, *, allow_code: bool = False, data: Path | None = N
         for row in [row for row in journal.rows.values() if not row.error]:
             if row.sample not in samples:
                 raise InputError(f"sample {row.sample!r} is no longer in {where or task.folder}; give it with --data")
-            journal.append(await scored(row, samples[row.sample], scorers))
+            journal.append(await scored(row, samples[row.sample], scorers, settings.judges))
         return finish(path, settings, list(journal.rows.values()))
 
 
@@ -271,6 +280,7 @@ def _ending(loaded: LoadedMesh, until: Sequence[str]) -> LoadedMesh:
 
 def _settings(request: Request, meshes: Mapping[str, LoadedMesh], used: Sequence[Sample]) -> Settings:
     blueprint = draft(meshes[request.presets[0]])
+    found = judges(blueprint)
     return Settings(
         task=request.task,
         data=None if request.data is None else str(request.data),
@@ -283,7 +293,8 @@ def _settings(request: Request, meshes: Mapping[str, LoadedMesh], used: Sequence
         limit=request.limit,
         seed=request.seed,
         epochs=request.epochs,
-        judges={judge: tuple(nodes) for judge, nodes in judges(blueprint).items()},
+        judges={judge: tuple(nodes) for judge, nodes in found.items()},
+        judge_check=request.judge_check and bool(found),
     )
 
 

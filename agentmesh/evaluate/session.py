@@ -18,6 +18,7 @@ from agentmesh.config.load import LoadedMesh
 from agentmesh.config.mesh import LlmAgentSpec
 from agentmesh.config.presets import specs
 from agentmesh.errors import InputError, RunError, UsageError, listing
+from agentmesh.evaluate.choices import with_choices
 from agentmesh.evaluate.journal import Journal, Row
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
@@ -45,6 +46,7 @@ class Plan:
         seed: of the runs; epoch ``n`` of a sample runs under ``seed + n``.
         epochs: how often each sample runs.
         fail_on_error: whether a failed sample ends everything.
+        judge_check: whether judges are asked once more, with their inbox in another order.
     """
 
     task: Task
@@ -54,6 +56,7 @@ class Plan:
     seed: int = 0
     epochs: int = 1
     fail_on_error: bool = False
+    judge_check: bool = True
 
     @property
     def runs(self) -> int:
@@ -151,14 +154,15 @@ class Evaluation:
         about = {"preset": preset, "sample": sample.id, "epoch": epoch, "seed": seed}
         try:
             begun = time.time()
-            result = await mesh.arun(self._inputs(mesh.blueprint, sample), seed=seed, sample=sample.id)
+            inputs, check = self._inputs(mesh.blueprint, sample), self._plan.judge_check
+            result = await mesh.arun(inputs, seed=seed, sample=sample.id, check_judges=check)
         except (RunError, UsageError) as error:
             self._journal.append(Row(**about, error=f"{type(error).__name__}: {error}"))
             self._tick()
             if self._plan.fail_on_error:
                 raise
             return
-        ended = time.time()
+        ended = time.time() - sum(check.ms for check in result.checks) / 1e3
         row = Row(
             **about,
             begun=max(begun, ended - result.wall_s),
@@ -166,8 +170,9 @@ class Evaluation:
             answer=result.answer,
             messages=result.messages,
             calls=result.calls,
+            checks=result.checks,
         )
-        self._journal.append(await scored(row, sample, self._scorers))
+        self._journal.append(await scored(row, sample, self._scorers, judges(mesh.blueprint)))
         self._tick()
 
     def _inputs(self, blueprint: Blueprint, sample: Sample) -> dict[str, str]:
@@ -177,11 +182,12 @@ class Evaluation:
         return {name: text for name, text in given.items() if name in blueprint.inputs}
 
 
-async def scored(row: Row, sample: Sample, scorers: Mapping[str, Scorer]) -> Row:
-    """A row with its scores; scorers that ran before are forgotten."""
+async def scored(row: Row, sample: Sample, scorers: Mapping[str, Scorer], judges: Mapping[str, Sequence[str]]) -> Row:
+    """A row with its scores and what its judges chose; what it was given before is forgotten."""
     output = Output(row.answer, row.messages)
     found = {name: await scorer.score(sample, output) for name, scorer in scorers.items()}
-    return row.model_copy(
+    read = await with_choices(row, sample, next(iter(scorers.values())), judges)
+    return read.model_copy(
         update={
             "scores": {metric: value for one in found.values() for metric, value in one.values.items()},
             "extracted": {name: one.extracted for name, one in found.items()},

@@ -44,8 +44,12 @@ def comparison_table(found: Comparison) -> Table:
 
 def _presets(results: Results) -> tuple[Sequence[str], Cells]:
     metrics = list(dict.fromkeys(name for one in results.presets.values() for name in one.metrics))
-    head = ("preset", *metrics, "errors", "calls shared", "placed", "TTFT p50", "p90", "tokens/s", "wall s")
-    return head, [(name, *_preset(one, metrics)) for name, one in results.presets.items()]
+    head = ["preset", *metrics, "errors", "calls shared", "placed", "TTFT p50", "p90", "tokens/s", "wall s"]
+    cells = [(name, *_preset(one, metrics)) for name, one in results.presets.items()]
+    if results.judge is not None:
+        head.append("judge whatever the order")
+        cells = [(*row, _percent(results.presets[row[0]].order_stable)) for row in cells]
+    return head, cells
 
 
 def _preset(one: PresetResult, metrics: Sequence[str]) -> list[str]:
@@ -68,9 +72,15 @@ def _pairs(results: Results) -> tuple[Sequence[str], Cells]:
     head = ["pair", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word"]
     cells = [(name, *_pair(one)) for name, one in results.paired.items()]
     if results.judge is not None:
-        head.append("judge chose the same")
-        cells = [(*row, f"{results.judge[row[0]].same_choice:.0%}") for row in cells]
+        head += ["judge chose the same", "in another order"]
+        judged = [results.judge[row[0]] for row in cells]
+        shares = [(_percent(one.same_choice), _percent(one.same_choice_shuffled)) for one in judged]
+        cells = [(*row, *shown) for row, shown in zip(cells, shares, strict=True)]
     return head, cells
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _pair(one: Paired) -> tuple[str, ...]:

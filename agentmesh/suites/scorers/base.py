@@ -49,5 +49,13 @@ class Scorer(ABC):
     async def score(self, sample: Sample, output: Output) -> Scored:
         """Values of all metrics for one output."""
 
+    async def answer(self, sample: Sample, text: str) -> str:  # noqa: ARG002  # not every scorer reads answers
+        """The answer that one text gives, in a form that ``same`` compares; empty where the scorer finds none in it."""
+        return ""
+
+    async def same(self, one: str, other: str) -> bool:
+        """Whether two answers, as ``answer`` gives them, are the same."""
+        return one == other
+
     def close(self) -> None:  # noqa: B027  # most scorers hold nothing
         """Free what it holds, such as a process."""

@@ -29,7 +29,7 @@ from agentmesh.results import Gathered, RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
-from agentmesh.turns import Turns, together
+from agentmesh.turns import Turns, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
 
 Progress = Callable[[str, int, int], None]
@@ -134,6 +134,11 @@ class Mesh:
         """The communication graph as a plain networkx graph."""
         return self.blueprint.topology.graph
 
+    @property
+    def backend(self) -> Backend | None:
+        """The model at work: the one that was given or loaded; ``None`` before it is loaded."""
+        return self._backend
+
     def load(self, progress: Progress | None = None) -> Backend:
         """Load the model now instead of at the first run.
 
@@ -170,7 +175,11 @@ class Mesh:
 
         Returns:
             How many were kept; the others are too short, beyond the budget, or the preset places no documents.
+
+        Raises:
+            UsageError: an event loop is running here already.
         """
+        refuse_inside_loop("`await asyncio.to_thread(mesh.ingest)` instead of `mesh.ingest()`")
         backend = self.load()
         contents = [content for worker in self._workers.values() for content in worker.agent.corpus()]
 
@@ -186,8 +195,7 @@ class Mesh:
 
     def run(self, inputs: Mapping[str, str] | None = None, **named: Any) -> RunResult:
         """Run once and wait for the result; inputs as a dict or by name. Other arguments as ``arun``."""
-        if _loop_is_running():
-            raise UsageError("an event loop is running here already; use `await mesh.arun(…)` instead of `mesh.run(…)`")
+        refuse_inside_loop("`await mesh.arun(…)` instead of `mesh.run(…)`")
         return asyncio.run(self.arun(inputs, **named))
 
     async def arun(
@@ -366,14 +374,6 @@ class Mesh:
         if not answer:
             raise RunError(f"the output node {output} wrote an empty answer; look at its prompt and max_tokens")
         return answer
-
-
-def _loop_is_running() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _as_topology(topology: Any) -> Topology | None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, final
 
+from agentmesh.errors import UsageError
 from agentmesh.prompt import Reader
 
 Result = TypeVar("Result")
@@ -24,6 +25,19 @@ async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     finally:
         for run in runs:
             run.cancel()
+
+
+def refuse_inside_loop(instead: str) -> None:
+    """Refuse to begin an event loop where one is running already, as in a notebook.
+
+    Raises:
+        UsageError: one is; says what to write instead.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise UsageError(f"an event loop is running here already; use {instead}")
 
 
 @final

@@ -18,8 +18,9 @@ from agentmesh.cli import invoke
 from agentmesh.errors import InputError, NodeError, RecordError, UsageError
 from agentmesh.evaluate import evaluate as agentmesh_evaluate
 from agentmesh.evaluate.journal import Journal, Row
-from agentmesh.evaluate.report import Report, Request, evaluate, read_report
+from agentmesh.evaluate.report import Report, evaluate, read_report
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval
+from agentmesh.evaluate.subjects import Request
 
 MESH = """
 version: 1
@@ -59,7 +60,7 @@ def mesh(tmp_path: Path) -> Path:
 
 def a_request(mesh: Path, **changes: Any) -> Request:
     plain: dict[str, Any] = {"warmup": 3, "limit": "4", "runs_dir": mesh.parent / "runs"}
-    return Request(config=str(mesh), task=str(mesh.parent / "task"), **{**plain, **changes})
+    return Request(mesh=str(mesh), task=str(mesh.parent / "task"), **{**plain, **changes})
 
 
 def outcome(report: Report) -> list[tuple[Any, ...]]:
@@ -229,7 +230,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     mesh: Path, changes: dict[str, Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agentmesh.local.load", None)
-    values = {"config": str(mesh), "task": str(mesh.parent / "task"), "runs_dir": mesh.parent / "runs", **changes}
+    values = {"mesh": str(mesh), "task": str(mesh.parent / "task"), "runs_dir": mesh.parent / "runs", **changes}
 
     with pytest.raises(UsageError, match=found):
         evaluate(Request(**values))

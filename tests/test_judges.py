@@ -16,8 +16,9 @@ from agentmesh.communicator.slots import Slots
 from agentmesh.errors import RunError
 from agentmesh.evaluate.choices import chosen
 from agentmesh.evaluate.journal import Row
-from agentmesh.evaluate.report import Report, Request, evaluate
+from agentmesh.evaluate.report import Report, evaluate
 from agentmesh.evaluate.results import Judged, summarise
+from agentmesh.evaluate.subjects import Request
 from agentmesh.events import Event, Reason, parse_event
 from agentmesh.local import LocalBackend
 from agentmesh.results import RunResult
@@ -273,7 +274,7 @@ def test_an_evaluation_asks_judges_again_and_says_how_often_they_choose_the_same
 
 
 def test_the_check_can_be_left_out(request_: Request, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["eval", str(request_.config), "--task", request_.task, "--presets", "dense,rotate", "--warmup", "0"]
+    line = ["eval", str(request_.mesh), "--task", request_.task, "--presets", "dense,rotate", "--warmup", "0"]
     assert invoke([*line, "--no-judge-check", "--runs-dir", str(request_.runs_dir), "--format", "json"]) == 0
 
     figures = json.loads(capsys.readouterr().out)["judge"]["rotate vs dense"]

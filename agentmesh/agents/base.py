@@ -127,6 +127,7 @@ class FunctionAgent(Agent):
     def __init__(self, function: Callable[[Turn], Answer | Awaitable[Answer]]) -> None:
         self._function = function
         self.__doc__ = function.__doc__
+        self.name = f"{function.__module__}:{function.__qualname__}"
 
     async def act(self, turn: Turn) -> Answer:
         """Call the function, and wait for it where it is async."""

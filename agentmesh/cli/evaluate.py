@@ -57,12 +57,12 @@ def evaluate(
 
     Example: agentmesh eval math-fully-connected --task math-mini --presets dense,linear --limit 20
     """
-    from agentmesh.evaluate.report import Request  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
-    from agentmesh.evaluate.report import evaluate as work  # noqa: PLC0415
+    from agentmesh.evaluate.report import evaluate as work  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.evaluate.subjects import Request  # noqa: PLC0415
 
     overrides = [*(set or ()), *([f"run.concurrency={concurrency}"] if concurrency else ())]
     request = Request(
-        config=config,
+        mesh=config,
         task=task,
         data=data,
         presets=parts(presets),

@@ -6,17 +6,16 @@ sample before it, and an evaluation that was killed goes on to the same figures.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from agentmesh.blueprint import Blueprint, draft
-from agentmesh.config.load import LoadedMesh
+from agentmesh.blueprint import Blueprint
 from agentmesh.config.mesh import LlmAgentSpec
 from agentmesh.config.presets import specs
+from agentmesh.engine.loop import Engine
 from agentmesh.errors import InputError, RunError, UsageError, listing
 from agentmesh.evaluate.choices import with_choices
 from agentmesh.evaluate.journal import Journal, Row
@@ -69,7 +68,7 @@ class Evaluation:
     """Runs a plan and keeps its journal.
 
     Args:
-        meshes: preset → the mesh that runs under it.
+        blueprints: preset → the mesh that runs under it.
         plan: what is evaluated.
         scorers: by name, the primary one first.
         journal: what is done already, and what is done from now on.
@@ -82,36 +81,34 @@ class Evaluation:
 
     def __init__(
         self,
-        meshes: Mapping[str, LoadedMesh],
+        blueprints: Mapping[str, Blueprint],
         plan: Plan,
         scorers: Mapping[str, Scorer],
         journal: Journal,
         folder: Path,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self._meshes = meshes
+        self._blueprints = blueprints
         self._plan = plan
         self._scorers = scorers
         self._journal = journal
         self._folder = folder
         self._tick = tick
         self._prompt = SamplePrompt(plan.task)
-        self._blueprints = {preset: draft(loaded) for preset, loaded in meshes.items()}
-        for blueprint in self._blueprints.values():
+        for blueprint in blueprints.values():
             check_mesh(blueprint, plan.task)
 
-    def run(self, backend: LocalBackend) -> None:
+    async def run(self, engine: Engine) -> None:
         """Evaluate everything that is not done yet.
 
         Args:
-            backend: the loaded model; each preset runs it with a communicator of its own.
+            engine: the loaded model; each preset runs it with a communicator of its own.
 
         Raises:
             RunError, UsageError: a sample failed, and the plan says to fail then.
             RecordError: the journal cannot be written.
         """
         for preset in self._plan.presets:
-            loaded = self._meshes[preset]
             pending = [
                 (sample, epoch)
                 for sample in self._plan.samples
@@ -122,15 +119,14 @@ class Evaluation:
                 self._tick()
             if not pending:
                 continue
-            ready = self._warmed(loaded, backend, preset)
-            mesh = Mesh.from_loaded(loaded, model=ready)
-            asyncio.run(together(self._one(mesh, preset, sample, epoch) for sample, epoch in pending))
+            mesh = Mesh.from_blueprint(self._blueprints[preset], model=await self._warmed(engine, preset))
+            await together(self._one(mesh, preset, sample, epoch) for sample, epoch in pending)
 
-    def _warmed(self, loaded: LoadedMesh, backend: LocalBackend, preset: str) -> LocalBackend:
+    async def _warmed(self, engine: Engine, preset: str) -> LocalBackend:
         """A backend that has learned from the warm-up and learns no more."""
         blueprint, name = self._blueprints[preset], "dense" if preset == SINGLE else preset
         spec = specs(blueprint.communicator, [name])[name]
-        ready, digests = LocalBackend(backend.engine, spec), blueprint.digests
+        ready, digests = LocalBackend(engine, spec), blueprint.digests
         kept = self._folder / f"learned-{preset}.safetensors"
         if kept.is_file() or not ready.communicator.learns:
             for _ in self._plan.warm:
@@ -138,10 +134,10 @@ class Evaluation:
         if kept.is_file():
             ready.load_realigners(kept, digests)
         elif self._plan.warm and ready.communicator.learns:
-            warm = LocalBackend(backend.engine, spec)
+            warm = LocalBackend(engine, spec)
             warm.observe_only(on=True)
-            mesh = Mesh.from_loaded(loaded, model=warm)
-            asyncio.run(mesh.arun_all((self._inputs(mesh.blueprint, s) for s in self._plan.warm), self._tick))
+            mesh = Mesh.from_blueprint(blueprint, model=warm)
+            await mesh.arun_all((self._inputs(blueprint, s) for s in self._plan.warm), self._tick)
             ready.communicator.adopt(warm.communicator)
             if warm.knows_links:
                 warm.save_realigners(kept, digests)

@@ -7,10 +7,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from agentmesh.errors import InputError, UsageError, listing
-from agentmesh.evaluate.folder import Settings, check_resumed, create, digest, read_settings, write_results
+from agentmesh.evaluate.export import sample_table
+from agentmesh.evaluate.folder import Settings, check_resumed, create, digest, read_settings, samples_for, write_results
 from agentmesh.evaluate.journal import Journal, Row, read_rows
 from agentmesh.evaluate.results import PresetResult, Results, summarise
 from agentmesh.evaluate.session import Evaluation, Plan, judges, scored
@@ -68,12 +69,12 @@ class Report:
             raise AssertionError(f"{preset} scores {found:.3f} in {self.results.task}, expected at least {least}")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each sample and preset: scores, answer, tokens, time. Needs pandas."""
+        """One row for each sample, preset and epoch; columns as in `agentmesh runs export --help`. Needs pandas."""
         try:
             import pandas as pd  # noqa: PLC0415  # nothing else needs it
         except ImportError as error:
             raise UsageError("to_dataframe() needs pandas; pip install pandas") from error
-        return pd.DataFrame([_flat(row) for row in self.rows])
+        return pd.DataFrame(sample_table(self.rows))
 
     def _preset(self, name: str) -> PresetResult:
         if name not in self.results.presets:
@@ -148,15 +149,12 @@ async def rescore(path: Path, *, allow_code: bool = False, data: Path | None = N
         RecordError: it is no folder of an evaluation.
     """
     settings = read_settings(path)
-    task = load_task(settings.task)
-    where = data if data is not None or settings.data is None else Path(settings.data)
-    samples = {sample.id: sample for sample in read_samples(task, where)}
     with ExitStack() as stack:
-        scorers = open_scorers(task, stack, allow_code=allow_code)
         journal = stack.enter_context(Journal(path / "samples.jsonl"))
-        for row in [row for row in journal.rows.values() if not row.error]:
-            if row.sample not in samples:
-                raise InputError(f"sample {row.sample!r} is no longer in {where or task.folder}; give it with --data")
+        rows = [row for row in journal.rows.values() if not row.error]
+        task, samples = samples_for(settings, rows, data)
+        scorers = open_scorers(task, stack, allow_code=allow_code)
+        for row in rows:
             journal.append(await scored(row, samples[row.sample], scorers, settings.judges))
         return finish(path, settings, list(journal.rows.values()))
 
@@ -221,22 +219,3 @@ def _settings(request: Request, subjects: Mapping[str, Subject], used: Sequence[
         judges={judge: tuple(nodes) for judge, nodes in found.items()},
         judge_check=request.judge_check and bool(found),
     )
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    """A row as one line of a table."""
-    calls = row.calls
-    return {
-        "preset": row.preset,
-        "sample": row.sample,
-        "epoch": row.epoch,
-        **row.scores,
-        "answer": row.answer,
-        "error": row.error,
-        "prompt_tokens": sum(call.prompt_tokens for call in calls),
-        "placed": sum(call.placed_exact + call.placed_realigned for call in calls),
-        "computed": sum(call.computed for call in calls),
-        "output_tokens": sum(call.output_tokens for call in calls),
-        "ttft_ms": sum(call.ttft_ms for call in calls),
-        "wall_s": row.ended - row.begun,
-    }

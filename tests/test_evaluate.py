@@ -19,6 +19,7 @@ from agentmesh.errors import InputError, NodeError, RecordError, UsageError
 from agentmesh.evaluate import evaluate as agentmesh_evaluate
 from agentmesh.evaluate.journal import Journal, Row
 from agentmesh.evaluate.report import Report, evaluate, read_report
+from agentmesh.evaluate.results import summarise
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval
 from agentmesh.evaluate.subjects import Request
 
@@ -259,6 +260,28 @@ def test_paired_figures_know_how_many_samples_differ() -> None:
     assert mcnemar([0.5], [1.0]) is None
     low, high = paired_interval([0.5, 0.6] * 20, [0.4, 0.6] * 20)
     assert 0 < low < 0.05 < high
+
+
+def test_the_primary_metric_is_compared_where_a_sample_has_it() -> None:
+    def rows(preset: str, *recalls: float | None) -> list[Row]:
+        return [
+            Row(
+                preset=preset,
+                sample=str(number),
+                answer=preset if recall is None else "same",
+                scores={**({} if recall is None else {"recall": recall}), "has_answer": 1.0},
+            )
+            for number, recall in enumerate(recalls)
+        ]
+
+    found = summarise([*rows("dense", None, 0.5, 1.0, None), *rows("linear", None, 0.5, 0.5, None)], "t", "m", "x")
+
+    pair = found.paired["linear vs dense"]
+    assert (pair.n, pair.delta, pair.same_text) == (2, -0.25, 1.0)
+    assert list(found.presets["dense"].metrics) == ["recall", "has_answer"]
+    assert found.presets["dense"].metrics["recall"].value == 0.75
+    none = summarise([*rows("dense", None), *rows("linear", None)], "t", "m", "x").paired["linear vs dense"]
+    assert (none.n, none.delta) == (1, 0)
 
 
 def test_the_command_lists_what_it_needs(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:

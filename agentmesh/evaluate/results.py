@@ -55,6 +55,7 @@ class PresetResult(Frozen):
 class Paired(Frozen):
     """Two presets on the samples that both answered: the first minus the second, in the primary metric.
 
+    ``n`` samples have that metric under both (there is no recall where no passage is named); figures are about them.
     ``p_mcnemar`` is exact, and ``None`` where values are not 0 or 1. ``same_answer``: share of samples with the same
     extracted answer; ``same_text`` with the same text; ``first_divergence``: median number of the first word that
     differs, over answers that differ, and ``None`` where none does.
@@ -133,11 +134,11 @@ def summarise(
 
 
 def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> Paired:
-    """Compare two sets of rows on the samples and epochs that both have without an error."""
-    both = _both(ours, theirs)
+    """Compare two sets of rows on the samples and epochs that both have, without an error, in the primary metric."""
+    metric = next(iter(_metric_names([row for pair in _both(ours, theirs) for row in pair])), "")
+    both = [pair for pair in _both(ours, theirs) if all(metric in row.scores for row in pair)]
     if not both:
         return Paired(n=0, delta=0, ci95=(0, 0), p_mcnemar=None, same_answer=0, same_text=0, first_divergence=None)
-    metric = next(iter(both[0][0].scores), "")
     a = list(_by_sample([row for row, _ in both], metric).values())
     b = list(_by_sample([row for _, row in both], metric).values())
     differing = [_divergence(one.answer, other.answer) for one, other in both if one.answer != other.answer]
@@ -163,7 +164,6 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
     good = [row for row in rows if not row.error]
     calls = [call for row in good for call in row.calls]
     wall, output = _covered(good), sum(call.output_tokens for call in calls)
-    names = list(dict.fromkeys(name for row in good for name in row.scores))
     reasons: Counter[str] = Counter()
     for call in calls:
         reasons.update(_refused(call))
@@ -171,7 +171,7 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
     return PresetResult(
         n=len({row.sample for row in good}),
         errors=len(rows) - len(good),
-        metrics={name: _metric(list(_by_sample(good, name).values())) for name in names},
+        metrics={name: _metric(list(_by_sample(good, name).values())) for name in _metric_names(good)},
         calls=len(calls),
         calls_shareable=sum(call.slot_tokens > 0 for call in calls),
         calls_shared=sum(call.placed_slots > 0 for call in calls),
@@ -197,6 +197,12 @@ def _refused(call: CallRecord) -> dict[str, int]:
         if row.kind is Treatment.COMPUTED and row.tokens and row.reason in SHAREABLE:
             found[str(row.reason)] = found.get(str(row.reason), 0) + row.tokens
     return found
+
+
+def _metric_names(rows: Sequence[Row]) -> list[str]:
+    """All metrics, the primary one first: rows name them in the scorers' order, and leave out what a sample has not."""
+    fullest = max((row.scores for row in rows), key=len, default={})
+    return list(dict.fromkeys((*fullest, *(name for row in rows for name in row.scores))))
 
 
 def _metric(values: Sequence[float]) -> Metric:

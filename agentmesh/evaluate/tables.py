@@ -37,7 +37,7 @@ def results_markdown(results: Results) -> str:
 
 def comparison_table(found: Comparison) -> Table:
     """Two evaluations, preset by preset."""
-    head = ("preset", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word")
+    head = ("preset", "n", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word")
     cells: Cells = [(name, *_pair(one)) for name, one in found.presets.items()]
     return _table(f"{found.task}: {found.first} minus {found.second}", head, cells)
 
@@ -69,7 +69,7 @@ def _preset(one: PresetResult, metrics: Sequence[str]) -> list[str]:
 
 
 def _pairs(results: Results) -> tuple[Sequence[str], Cells]:
-    head = ["pair", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word"]
+    head = ["pair", "n", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word"]
     cells = [(name, *_pair(one)) for name, one in results.paired.items()]
     if results.judge is not None:
         head += ["judge chose the same", "in another order"]
@@ -85,6 +85,7 @@ def _percent(share: float | None) -> str:
 
 def _pair(one: Paired) -> tuple[str, ...]:
     return (
+        str(one.n),
         f"{one.delta:+.3f}",
         f"[{one.ci95[0]:+.3f}, {one.ci95[1]:+.3f}]",
         "" if one.p_mcnemar is None else f"{one.p_mcnemar:.2f}",

@@ -32,7 +32,8 @@ class Passage(Frozen):
 class Sample(Frozen):
     """One question.
 
-    ``answers`` are all that count as right, ``answer`` first; ``gold`` are titles of the passages that hold it.
+    ``answers`` are all that count as right, ``answer`` first; ``gold`` names the passages that hold it as the
+    data does: by their titles, or by their places in ``context``, from 0.
     ``tests`` is code that must run through after the answer's code, ``visible`` the part of it that agents may see.
     """
 
@@ -41,11 +42,17 @@ class Sample(Frozen):
     answer: str = ""
     answers: tuple[str, ...] = ()
     context: tuple[Passage, ...] = ()
-    gold: tuple[str, ...] = ()
+    gold: tuple[int | str, ...] = ()
     choices: tuple[str, ...] = ()
     entry_point: str = ""
     tests: str = ""
     visible: str = ""
+
+    def named(self, gold: int | str) -> tuple[Passage, ...]:
+        """The passages that an entry of ``gold`` names: one by its place, all of that title by a title."""
+        if isinstance(gold, int):
+            return (self.context[gold],)
+        return tuple(passage for passage in self.context if passage.title == gold)
 
     @property
     def passages(self) -> str:
@@ -144,7 +151,7 @@ def _sample(row: Mapping[str, Any], fields: Fields, kind: Kind, place: str) -> S
         answer=answer,
         answers=tuple(dict.fromkeys((answer, *others))),
         context=context,
-        gold=tuple(_title(each, context, place) for each in found["gold"] or ()),
+        gold=tuple(_gold(each, context, place) for each in found["gold"] or ()),
         choices=choices,
         entry_point=str(found["entry_point"] or ""),
         tests=_code(found["tests"]),
@@ -192,13 +199,13 @@ def _context(found: Any, place: str) -> tuple[Passage, ...]:
         raise InputError(f'{place}: context: expected a list of {{"title": …, "text": …}}') from error
 
 
-def _title(found: Any, context: Sequence[Passage], place: str) -> str:
-    """The title of a passage that is given by its title or its number."""
+def _gold(found: Any, context: Sequence[Passage], place: str) -> int | str:
+    """The place or the title of a passage."""
     if not isinstance(found, int):
         return str(found)
     if not 0 <= found < len(context):
         raise InputError(f"{place}: gold: there is no passage number {found}; there are {len(context)}")
-    return context[found].title
+    return found
 
 
 def part(samples: Sequence[Sample], warmup: int, limit: str | None) -> tuple[list[Sample], list[Sample]]:

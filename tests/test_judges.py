@@ -19,8 +19,9 @@ from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.report import Report, evaluate
 from agentmesh.evaluate.results import Judged, summarise
 from agentmesh.evaluate.subjects import Request
-from agentmesh.events import Event, Reason, parse_event
+from agentmesh.events import Event, JudgeChecked, Reason, parse_event
 from agentmesh.local import LocalBackend
+from agentmesh.record import Recorder, outcome, read_events
 from agentmesh.results import RunResult
 from agentmesh.sharing.segments import NEVER
 from agentmesh.suites.samples import Sample
@@ -46,7 +47,8 @@ def by_reader(prompt: str) -> str:
 
 def checked(mesh: Mesh, **more: Any) -> tuple[RunResult, list[Event]]:
     events: list[Event] = []
-    result = asyncio.run(mesh.arun(question="Which?", sinks=[events.append], check_judges=True, **more))
+    sinks = [events.append, *more.pop("sinks", ())]
+    result = asyncio.run(mesh.arun(question="Which?", sinks=sinks, check_judges=True, **more))
     return result, events
 
 
@@ -161,6 +163,11 @@ def asked(mesh: Mesh, *, check: bool) -> tuple[RunResult, int]:
     return result, kept[0]
 
 
+def planned(result: RunResult) -> dict[tuple[str, int], Any]:
+    """What was placed and audited in each call; calls of one round may end in any order."""
+    return {(call.node, call.round): (call.plan, call.audit) for call in result.calls}
+
+
 @pytest.mark.parametrize("preset", ["prefix", "rotate", "kvcomm"])
 @pytest.mark.parametrize("reads", ["auto", "exact"])
 def test_a_check_is_shared_as_any_call_and_leaves_nothing_behind(preset: str, reads: str) -> None:
@@ -169,9 +176,7 @@ def test_a_check_is_shared_as_any_call_and_leaves_nothing_behind(preset: str, re
 
     (check,) = with_check.checks
     judge = with_check.calls[-1]
-    assert [c.model_dump(include={"plan", "audit"}) for c in with_check.calls] == [
-        c.model_dump(include={"plan", "audit"}) for c in without.calls
-    ]
+    assert planned(with_check) == planned(without)
     assert with_check.messages == without.messages
     assert kept == kept_without
     assert check.placed + check.computed == judge.prompt_tokens
@@ -207,6 +212,17 @@ def test_a_conversing_judge_is_asked_without_keeping_its_prompt() -> None:
 
     assert kept == kept_without
     assert with_check.messages == without.messages
+
+
+def test_a_run_is_read_back_with_line_separators_in_its_messages(tmp_path: Path) -> None:
+    mesh, _ = debate(lambda _: "one\u2028two")
+    recorder = Recorder(tmp_path, "debate", "", {})
+    checked(mesh, sinks=[recorder.write])
+    recorder.close()
+
+    (check,) = [event.check for event in read_events(recorder.path) if isinstance(event, JudgeChecked)]
+    assert check.text == "one\u2028two"
+    assert outcome(recorder.path) == "finished"
 
 
 MESH = """
@@ -267,10 +283,12 @@ def test_an_evaluation_asks_judges_again_and_says_how_often_they_choose_the_same
     assert report.results.judge["single vs dense"].same_choice is None
     assert 0 <= (report.results.presets["dense"].order_stable or 0) <= 1
     assert report.results.presets["single"].order_stable is None
-    assert "in another order" in (report.path / "summary.md").read_text()
+    summary = (report.path / "summary.md").read_text()
+    assert "| rotate vs dense | 4 |" in summary.partition("The judge")[2]
+    assert "same choice in both orders, by preset: dense" in summary
 
     assert invoke(["score", "last", "--runs-dir", str(request_.runs_dir)]) == 0
-    assert "another" in capsys.readouterr().out
+    assert "the judge, under both presets" in capsys.readouterr().out
 
 
 def test_the_check_can_be_left_out(request_: Request, capsys: pytest.CaptureFixture[str]) -> None:

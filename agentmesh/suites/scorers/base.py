@@ -1,6 +1,7 @@
 """The interface of a scorer: it looks at what a mesh said to one sample, and gives each of its metrics a value.
 
-To add one, write a module with one subclass and enter it in ``suites.scorers.SCORERS`` and ``suites.task.SCORERS``.
+To add one, write a module with one subclass and enter it in ``suites.scorers.SCORERS`` and ``suites.task.SCORERS``. One
+that reads answers off texts implements ``answer``, too, by which a judge's choice is told.
 """
 
 from __future__ import annotations

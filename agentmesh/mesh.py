@@ -44,7 +44,7 @@ class Mesh:
         topology: a shipped topology's name, a dict as in a mesh file, a ``Topology``, or a networkx digraph.
         model: a name, a dict as in a mesh file, or a backend such as ``testing.ScriptedModel``.
         communicator: a preset's name or a dict as in a mesh file.
-        inputs: names of the inputs a run gives.
+        inputs: names of the inputs a run gives, or name → its default (``None``: a run must give it).
         run: as ``run:`` in a mesh file.
         name: for people.
 
@@ -59,7 +59,7 @@ class Mesh:
         topology: str | Mapping[str, Any] | Topology | nx.DiGraph,
         model: str | Mapping[str, Any] | Backend = "smollm2-135m",
         communicator: str | Mapping[str, Any] = "prefix",
-        inputs: Sequence[str] = ("question",),
+        inputs: Sequence[str] | Mapping[str, str | None] = ("question",),
         run: Mapping[str, Any] | None = None,
         name: str = "mesh",
     ) -> None:
@@ -73,6 +73,7 @@ class Mesh:
             "model": model if given else {},
             "topology": topology if graph is None else {"nodes": {"node": {}}, "output": "node"},
             "inputs": list(inputs),
+            "defaults": {k: v for k, v in inputs.items() if v is not None} if isinstance(inputs, Mapping) else {},
             "agents": {**written, **{key: {"prompt": "an object"} for key in objects}},
             "communicator": communicator,
             "run": dict(run or {}),
@@ -224,8 +225,7 @@ class Mesh:
             NodeError: an agent failed for good.
             RunError: the run has no answer.
         """
-        given = {**(inputs or {}), **named}
-        self.blueprint.check_inputs(given)
+        given = self.blueprint.all_inputs({**(inputs or {}), **named})
         async with self._turns.turn() as reader:
             return await self._run(given, seed, sample, sinks, reader, check=check_judges)
 

@@ -308,6 +308,20 @@ def test_bad_inputs_are_refused_before_anything_runs(inputs: dict[str, str], mes
         chain(["a"]).run(inputs)
 
 
+def test_an_input_that_a_run_does_not_give_has_its_default() -> None:
+    model = ScriptedModel(["fine", "fine"])
+    with_book = {"prompt": "{{ book }}\n{{ question }}"}
+    mesh = Mesh(
+        agents={"solver": with_book}, topology="single", model=model, inputs={"question": None, "book": "Rule one."}
+    )
+
+    mesh.run(question="What?")
+    mesh.run(question="What?", book="Rule two.")
+
+    assert ["Rule one." in call.text for call in model.calls] == [True, False]
+    assert "Rule two." in model.calls[1].text
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -320,6 +334,7 @@ def test_bad_inputs_are_refused_before_anything_runs(inputs: dict[str, str], mes
         ({"agents": {"agent": {**ASK, "role": ["a", "b", "c", "d"]}}}, ConfigError, "4 roles for 3"),
         ({"agents": {"agent": {"python": "nowhere:Role"}}}, NotFoundError, "cannot import 'nowhere'"),
         ({"inputs": ["inbox"]}, ConfigError, "inbox"),
+        ({"inputs": {"question": ""}}, ConfigError, "defaults.question"),
         ({"topology": nx.DiGraph([("a", "b"), ("b", "a")])}, TopologyError, "a → b → a|b → a → b|sinks"),
     ],
 )

@@ -196,7 +196,7 @@ TopologyChoice = Annotated[
 
 
 class MeshSpec(Frozen):
-    """A whole mesh file."""
+    """A whole mesh file. ``defaults`` are texts of inputs for runs that give none, such as a handbook for all agents."""
 
     version: Literal[1]
     name: str = ""
@@ -204,6 +204,7 @@ class MeshSpec(Frozen):
     model: Annotated[ModelSpec, Shorthand("name")] = ModelSpec()
     topology: TopologyChoice
     inputs: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] = ("question",)
+    defaults: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     agents: dict[str, AgentSpec] = Field(min_length=1)
     communicator: Annotated[CommunicatorSpec, Shorthand("preset")] = CommunicatorSpec()
     run: RunSpec = RunSpec()

@@ -199,7 +199,7 @@ def check_mesh(blueprint: Blueprint, task: Task) -> None:
         InputError: they do not fit.
     """
     known = {blueprint.main_input, "context", "tests"}
-    unknown = sorted(set(blueprint.inputs) - known)
+    unknown = sorted(set(blueprint.inputs) - known - set(blueprint.defaults))
     if unknown:
         raise InputError(
             f"mesh {blueprint.name} reads {listing(unknown)}, which no task gives; tasks give the question, `context` "

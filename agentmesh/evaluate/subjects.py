@@ -130,6 +130,7 @@ def described(blueprint: Blueprint) -> str:
                 "output": topology.output,
             },
             "inputs": list(blueprint.inputs),
+            "defaults": dict(blueprint.defaults),
             "agents": {node: _member(member) for node, member in blueprint.members.items()},
             "communicator": blueprint.communicator.model_dump(),
             "run": blueprint.run.model_dump(),

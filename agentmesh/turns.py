@@ -18,13 +18,17 @@ LAG = 8
 
 
 async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Await everything at once, results in order; the first failure, or being cancelled, cancels the others."""
+    """Await everything at once, results in order; the first failure, or being cancelled, cancels the others.
+
+    None of them runs any more when it returns or raises, so what they use may be closed then.
+    """
     runs = [asyncio.ensure_future(one) for one in work]
     try:
         return await asyncio.gather(*runs)
     finally:
         for run in runs:
             run.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
 
 
 def refuse_inside_loop(instead: str) -> None:

@@ -113,12 +113,13 @@ class Blueprint:
         return found
 
 
-def draft(loaded: LoadedMesh, graph: Topology | None = None) -> Blueprint:
+def draft(loaded: LoadedMesh, graph: Topology | None = None, objects: Mapping[str, Agent] | None = None) -> Blueprint:
     """Check a mesh as a whole: graph, agents, roles, templates, preset.
 
     Args:
         loaded: the mesh.
         graph: a topology built in Python, instead of the one the mesh names.
+        objects: group or node → an agent that takes the place of what the mesh says.
 
     Raises:
         ConfigError: a mistake, with its position.
@@ -150,7 +151,7 @@ def draft(loaded: LoadedMesh, graph: Topology | None = None) -> Blueprint:
                 f"{loaded.position(('defaults', name))}: no input {name!r}; this mesh reads {listing(spec.inputs)}."
                 f"{did_you_mean(name, spec.inputs)}"
             )
-    members = _members(loaded, topology)
+    members = _with_objects(_members(loaded, topology), topology, objects or {})
     _check_templates(loaded, spec.inputs)
     _check_input_names(loaded)
     folder = Path() if loaded.document is None else Path(loaded.document.name).parent
@@ -190,6 +191,16 @@ def _members(loaded: LoadedMesh, topology: Topology) -> dict[str, Member]:
         role = deal(agents[key].role, node.index if size > 1 else 0, size, loaded.position(("agents", key, "role")))
         members[node.name] = Member(node.name, role or node.name, spec=agents[key])
     return members
+
+
+def _with_objects(members: Mapping[str, Member], topology: Topology, objects: Mapping[str, Agent]) -> dict[str, Member]:
+    """Members, some of whose agents are objects; a node's own goes before its group's."""
+    found = dict(members)
+    for node in topology.nodes:
+        agent = objects.get(node.name, objects.get(node.group))
+        if agent is not None:
+            found[node.name] = Member(node.name, members[node.name].role, agent=agent)
+    return found
 
 
 def deal(roles: str | Sequence[str], index: int, size: int, place: str) -> str:

@@ -208,7 +208,7 @@ TopologyChoice = Annotated[
 
 
 class MeshSpec(Frozen):
-    """A whole mesh file. ``defaults`` are texts of inputs for runs without them, such as a handbook for all agents."""
+    """A whole mesh file. ``defaults`` are texts of inputs for runs that give none, such as a handbook for all."""
 
     version: Literal[1]
     name: str = ""

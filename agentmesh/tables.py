@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentmesh.bench.figures import Fidelity, Throughput, Times
+from agentmesh.results import Profile
 
 
 def fidelity_table(figures: Fidelity) -> Group:
@@ -83,3 +84,23 @@ def throughput_table(figures: Throughput) -> Table:
             f"{run.ttft_ms.p50:.0f}",
         )
     return table
+
+
+def profile_table(profile: Profile, title: str) -> Group:
+    """Where the engine's thread spent its time."""
+    table = _table(f"where the time went: {title}", ("s", "share", "calls"), leading=("part",))
+    for part in profile.parts:
+        name = f"  {part.name}" if part.of else part.name
+        table.add_row(name, f"{part.seconds:.3f}", f"{part.share:.1%}", str(part.calls) if part.calls else "")
+    table.add_row("in all", f"{profile.wall_s:.3f}", "100.0%", "")
+    steps, prefills = profile.steps, profile.prefills
+    notes = (
+        f"{profile.waited} requests waited {profile.waited_s:.1f} s for the engine, side by side. Kinds of work as in "
+        f"{prefills.looked_at} of {prefills.count} prefills and {steps.looked_at} of {steps.count} decoding steps."
+    )
+    if profile.outside is not None:
+        notes += (
+            "\nOutside the model's own kernels (matrix products, attention, norms, activations): "
+            f"{profile.outside:.1%} of decoding steps at a mean batch of {steps.mean_rows:.1f}."
+        )
+    return Group(table, Text(notes))

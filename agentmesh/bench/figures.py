@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentmesh.config.base import Frozen
+from agentmesh.results import Profile
 
 
 class AgentFidelity(Frozen):
@@ -120,7 +121,8 @@ class Load(Frozen):
     """One preset at one concurrency; rates as in ``Baseline``.
 
     The shares are of wall time: prefills with their planning, decoding steps, and keeping and learning.
-    ``peak_bytes`` of KV, in live sequences and in stores. ``placed_share`` of shareable slot tokens.
+    ``peak_bytes`` of KV, in live sequences and in stores. ``placed_share`` of shareable slot tokens. ``profile`` where
+    one was asked for; it makes everything a little slower.
     """
 
     preset: str
@@ -135,6 +137,7 @@ class Load(Frozen):
     peak_bytes: int
     ttft_ms: Percentiles
     wall_s: float
+    profile: Profile | None = None
 
 
 class Throughput(Frozen):

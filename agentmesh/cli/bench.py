@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
@@ -13,7 +13,18 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
-from agentmesh.cli.options import Config, Format, FormatOption, Libraries, Sets, parts
+from agentmesh.cli.options import (
+    DEFAULT_TRACE,
+    Config,
+    Format,
+    FormatOption,
+    Libraries,
+    ProfileOption,
+    Sets,
+    TraceOption,
+    parts,
+)
+from agentmesh.cli.profiling import profiling, show_profiles
 from agentmesh.config.base import Frozen
 from agentmesh.config.load import LoadedMesh, load_mesh
 from agentmesh.config.mesh import Dtype, ModelSpec
@@ -21,6 +32,9 @@ from agentmesh.config.presets import PRESETS
 from agentmesh.display import fetching
 from agentmesh.errors import InputError, did_you_mean, listing
 from agentmesh.tables import fidelity_table, throughput_table, ttft_table
+
+if TYPE_CHECKING:
+    from agentmesh.engine.profile import Profiles
 
 app = typer.Typer(help="Measure the engine; ratios within one run, medians.", no_args_is_help=True)
 
@@ -62,16 +76,27 @@ def decode(
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
     output: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
     repeat: Repeat = 5,
+    profile: ProfileOption = False,
+    trace: TraceOption = DEFAULT_TRACE,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """Decoding speed of one sequence: arena against transformers' generate."""
-    from agentmesh.bench import speed  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    """Decoding speed of one sequence: arena against transformers' generate.
 
-    with _bars(repeat + 1) as (progress, tick):
+    Example: agentmesh bench decode --prompt 512 --output 64 --profile --trace decode.json
+    """
+    with profiling(trace if profile else None) as profiles, _bars(repeat + 1) as (progress, tick):
+        from agentmesh.bench import speed  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+
         figures = speed.decode(
-            _spec(model, dtype), prompt=prompt, output=output, repeats=repeat, progress=progress, tick=tick
+            _spec(model, dtype),
+            prompt=prompt,
+            output=output,
+            repeats=repeat,
+            profiles=profiles,
+            progress=progress,
+            tick=tick,
         )
-    _show(figures, format, _rows(figures))
+    _show(figures, format, _rows(figures), profiles)
 
 
 @app.command("fidelity")
@@ -164,6 +189,8 @@ def throughput(
     concurrency: Annotated[str, typer.Option(help="Runs at once, separated by commas.")] = "1,4,16",
     presets: Presets = "dense,linear",
     baseline: Annotated[int, typer.Option(min=0, help="Timed questions that the baseline answers; 0: none.")] = 4,
+    profile: ProfileOption = False,
+    trace: TraceOption = DEFAULT_TRACE,
     set: Sets = None,
     library: Libraries = None,
     format: FormatOption = Format.TEXT,
@@ -178,14 +205,15 @@ def throughput(
         return load_mesh(config, overrides=[*(set or ()), f"run.concurrency={width}"], libraries=library or ())
 
     mesh_of(widths[0])
-    from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
-    from agentmesh.bench import throughput as load  # noqa: PLC0415
+    with profiling(trace if profile else None) as profiles:
+        from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+        from agentmesh.bench import throughput as load  # noqa: PLC0415
 
-    found = questions_of.read_questions(data, warmup + limit)
-    plan = load.Plan(names, widths, warmup, limit, min(baseline, limit))
-    with _bars(plan.ticks) as (progress, tick):
-        figures = load.measure(mesh_of, found, plan, progress=progress, tick=tick)
-    _show(figures, format, throughput_table(figures))
+        found = questions_of.read_questions(data, warmup + limit)
+        plan = load.Plan(names, widths, warmup, limit, min(baseline, limit))
+        with _bars(plan.ticks) as (progress, tick):
+            figures = load.measure(mesh_of, found, plan, profiles=profiles, progress=progress, tick=tick)
+    _show(figures, format, throughput_table(figures), profiles)
 
 
 def _widths(text: str) -> list[int]:
@@ -232,16 +260,18 @@ def _bars(rounds: int) -> Iterator[tuple[Callable[[str, int, int], None], Callab
         yield progress, lambda: bars.advance(task)
 
 
-def _show(figures: Frozen, format: Format, table: RenderableType) -> None:
+def _show(figures: Frozen, format: Format, table: RenderableType, profiles: Profiles | None = None) -> None:
     if format is Format.JSON:
         typer.echo(figures.model_dump_json(indent=2))
-    else:
-        Console().print(table)
+        return
+    Console().print(table)
+    if profiles is not None:
+        show_profiles(profiles, Console())
 
 
 def _rows(figures: Frozen) -> Table:
     """Figures without a table of their own, one a row."""
     table = Table(show_header=False)
-    for name, value in figures.model_dump().items():
+    for name, value in figures.model_dump(exclude={"profile"}).items():
         table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
     return table

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from agentmesh.bench.figures import Fidelity, Throughput, Times
+from agentmesh.bench.figures import Fidelity, Scaling, Throughput, Times
 from agentmesh.results import Profile
 
 
@@ -84,6 +84,35 @@ def throughput_table(figures: Throughput) -> Table:
             f"{run.ttft_ms.p50:.0f}",
         )
     return table
+
+
+def scaling_table(figures: Scaling) -> Group:
+    """Lengths of prompts and shares that are placed, by their time to first token."""
+    table = _table(
+        f"time to first token, ms: {figures.model}, {figures.dtype}",
+        ("placed", "computed", "TTFT", "fitted", "forward", "matching", "realigning"),
+        leading=("tokens",),
+    )
+    for point in figures.points:
+        faster = f" ({point.speedup:.1f}×)" if point.share else ""
+        table.add_row(
+            str(point.prompt_tokens),
+            str(point.placed),
+            str(point.computed),
+            f"{point.ttft_ms:.0f}{faster}",
+            f"{point.fitted_ms:.0f}",
+            f"{point.parts_ms['forward']:.0f}",
+            *(f"{share:.2%}" if point.share else "" for share in (point.matching_share, point.realigning_share)),
+        )
+    fit = figures.fit
+    return Group(
+        table,
+        Text(
+            "matching, realigning (and placing): shares of dense at the same length.\n"
+            f"fit: {fit.base_ms:.1f} ms + {fit.ms_per_token:.4f} a computed token + {fit.ms_per_million_pairs:.2f} a "
+            f"million attended pairs + {fit.ms_per_mib:.3f} a MiB placed; R² {fit.r2:.4f}, worst {fit.worst:.0%} off"
+        ),
+    )
 
 
 def profile_table(profile: Profile, title: str) -> Group:

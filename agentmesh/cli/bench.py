@@ -31,7 +31,7 @@ from agentmesh.config.mesh import Dtype, ModelSpec
 from agentmesh.config.presets import PRESETS
 from agentmesh.display import fetching
 from agentmesh.errors import InputError, did_you_mean, listing
-from agentmesh.tables import fidelity_table, throughput_table, ttft_table
+from agentmesh.tables import fidelity_table, scaling_table, throughput_table, ttft_table
 
 if TYPE_CHECKING:
     from agentmesh.engine.profile import Profiles
@@ -180,6 +180,39 @@ def ttft(
     _show(figures, format, ttft_table(figures))
 
 
+@app.command("scaling")
+def scaling(
+    model: Model = "smollm2-135m",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompts, separated by commas.")
+    ] = "512,1024,2048,4096,7680",
+    placed: Annotated[
+        str, typer.Option(help="Shares of each prompt that are placed as one block; none is always measured.")
+    ] = "0,0.5,0.9",
+    repeat: Repeat = 3,
+    budget: Annotated[str, typer.Option(help="Bytes that may be kept.")] = "4GiB",
+    plot: Plot = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Time to first token against the prompt's length: what a computed token and a placed byte cost.
+
+    Example: agentmesh bench scaling --lengths 512,1024,2048,4096,7680 --placed 0,0.5,0.9 --plot scaling.png
+    """
+    tokens, shares = _counts("--lengths", lengths, "512,1024"), _shares(placed)
+    from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.bench.scaling import Grid  # noqa: PLC0415
+
+    grid = Grid(tuple(tokens), tuple(shares), repeat)
+    with _bars(grid.ticks) as (progress, tick):
+        figures = session.scaling(_spec(model, dtype), grid, budget=budget, progress=progress, tick=tick)
+    if plot is not None:
+        from agentmesh.plots import plot_scaling  # noqa: PLC0415  # matplotlib is slow to import
+
+        plot_scaling(figures, plot)
+    _show(figures, format, scaling_table(figures))
+
+
 @app.command("throughput")
 def throughput(
     config: Config,
@@ -199,7 +232,7 @@ def throughput(
 
     Example: agentmesh bench throughput math-fully-connected --data gsm8k.jsonl --warmup 8 --limit 16
     """
-    widths, names = _widths(concurrency), _names(presets)
+    widths, names = _counts("--concurrency", concurrency, "1,4,16"), _names(presets)
 
     def mesh_of(width: int) -> LoadedMesh:
         return load_mesh(config, overrides=[*(set or ()), f"run.concurrency={width}"], libraries=library or ())
@@ -216,16 +249,33 @@ def throughput(
     _show(figures, format, throughput_table(figures), profiles)
 
 
-def _widths(text: str) -> list[int]:
-    """Numbers of runs at once.
+def _counts(option: str, text: str, example: str) -> list[int]:
+    """Numbers from 1 on, each once.
 
     Raises:
         InputError: something else.
     """
     found = parts(text)
     if not found or not all(part.isdecimal() and int(part) for part in found):
-        raise InputError(f"--concurrency {text!r}: expected numbers from 1 on, separated by commas, such as 1,4,16")
+        raise InputError(f"{option} {text!r}: expected numbers from 1 on, separated by commas, such as {example}")
     return list(dict.fromkeys(int(part) for part in found))
+
+
+def _shares(text: str) -> list[float]:
+    """Shares of a whole, each once.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        found = [float(part) for part in parts(text)]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= share < 1 for share in found):
+        raise InputError(
+            f"--placed {text!r}: expected shares from 0 to below 1, separated by commas, such as 0,0.5,0.9"
+        )
+    return list(dict.fromkeys(found))
 
 
 def _names(text: str) -> list[str]:

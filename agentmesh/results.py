@@ -78,7 +78,8 @@ class Profile(Frozen):
 
     ``waited_s`` is what ``waited`` requests waited for the thread, side by side. ``outside`` is the share of decoding
     steps that is not spent in the model's own kernels, the operations that its code calls (matrix products, attention,
-    norms, activations): Python, sampling, KV writes, masks and views; ``None`` where nothing was decoded.
+    norms, activations): Python, sampling, KV writes, masks and views; ``None`` where nothing was decoded. ``left_out``
+    spans and operations are not in the trace, which is bounded.
     """
 
     wall_s: float
@@ -88,3 +89,4 @@ class Profile(Frozen):
     prefills: Looked
     steps: Looked
     outside: float | None
+    left_out: int

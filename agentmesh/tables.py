@@ -132,4 +132,6 @@ def profile_table(profile: Profile, title: str) -> Group:
             "\nOutside the model's own kernels (matrix products, attention, norms, activations): "
             f"{profile.outside:.1%} of decoding steps at a mean batch of {steps.mean_rows:.1f}."
         )
+    if profile.left_out:
+        notes += f"\nThe trace leaves out {profile.left_out:,} later spans and operations; the table does not."
     return Group(table, Text(notes))

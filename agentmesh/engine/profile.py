@@ -28,6 +28,7 @@ def figures(seen: Recorded) -> Profile:
         prefills=_looked(seen.forwards[Part.PREFILL]),
         steps=_looked(seen.forwards[Part.DECODE]),
         outside=_outside(seen),
+        left_out=seen.left_out,
     )
 
 

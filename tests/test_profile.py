@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from agentmesh.config.load import mesh_from_dict
 from agentmesh.config.mesh import ModelSpec
 from agentmesh.engine.composition import Composition, Parts
+from agentmesh.engine.forward import PlainRunner
 from agentmesh.engine.loading import load
 from agentmesh.engine.loop import Engine, Generation, Spent
 from agentmesh.engine.operations import FORWARD, PREFIX, Work, sort
-from agentmesh.engine.probe import probe
+from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.profile import Profiles, figures
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.spans import Limits, Part, Recorded
@@ -180,6 +182,19 @@ def test_what_is_kept_and_looked_at_stays_bounded_however_long_it_goes_on(engine
     assert all(len(forwards.operations) <= 60 for forwards in seen.forwards.values())
     assert figures(seen).left_out > 100
     assert seen.parts[Part.SAMPLE].calls == 119  # sums go on
+
+
+def test_a_model_that_runs_whole_has_a_profile_too(engine: Engine) -> None:
+    model = engine.loaded.model
+    with Engine(engine.loaded, replace(engine.support, level=Level.DENSE, runner=PlainRunner(model))) as plain:
+        plain.begin_profile()
+        answer(plain, prompts=2, tokens=6)
+        found = figures(plain.end_profile())
+
+    kinds = {part.name: part.seconds for part in found.parts if part.of == "decoding steps"}
+    assert kinds["matrix products"] > 0
+    assert kinds["KV writes"] == 0  # transformers' own cache does what it does inside the model
+    assert (found.steps.count, found.steps.mean_rows) == (5, 2)
 
 
 def test_a_mesh_that_shares_shows_its_own_parts_and_an_audit_is_one_part() -> None:

@@ -144,8 +144,8 @@ class Evaluation:
         ready.communicator.freeze()
         if self._plan.warm and name != "dense":
             # The mesh's fixed texts are kept before the first measured sample, in every process that goes on.
-            mesh = Mesh.from_loaded(loaded, model=ready)
-            asyncio.run(mesh.arun(self._inputs(mesh.blueprint, self._plan.warm[0])))
+            mesh = Mesh.from_blueprint(blueprint, model=ready)
+            await mesh.arun(self._inputs(blueprint, self._plan.warm[0]))
         return ready
 
     async def _one(self, mesh: Mesh, preset: str, sample: Sample, epoch: int) -> None:

@@ -56,8 +56,8 @@ class Paired(Frozen):
     """Two presets on the samples that both answered: the first minus the second, in the primary metric.
 
     ``p_mcnemar`` is exact, and ``None`` where values are not 0 or 1. ``same_answer``: share of samples with the same
-    extracted answer; ``same_text`` with the same text; ``first_divergence``: median number of the first word that
-    differs, over answers that differ, and ``None`` where none does.
+    extracted answer; ``same_text`` with the same text; ``first_divergence``: median of the words in common before two
+    answers differ, over answers that do, and ``None`` where none does.
     """
 
     n: int
@@ -126,25 +126,25 @@ def summarise(
 
 def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> Paired:
     """Compare two sets of rows on the samples and epochs that both have without an error."""
-    both = _both(ours, theirs)
-    if not both:
+    shared = both(ours, theirs)
+    if not shared:
         return Paired(n=0, delta=0, ci95=(0, 0), p_mcnemar=None, same_answer=0, same_text=0, first_divergence=None)
-    metric = next(iter(both[0][0].scores), "")
-    a = list(_by_sample([row for row, _ in both], metric).values())
-    b = list(_by_sample([row for _, row in both], metric).values())
-    differing = [_divergence(one.answer, other.answer) for one, other in both if one.answer != other.answer]
+    metric = next(iter(shared[0][0].scores), "")
+    a = list(_by_sample([row for row, _ in shared], metric).values())
+    b = list(_by_sample([row for _, row in shared], metric).values())
+    differing = [words_before(one.answer, other.answer) for one, other in shared if one.answer != other.answer]
     return Paired(
         n=len(a),
         delta=mean(a) - mean(b),
         ci95=paired_interval(a, b),
         p_mcnemar=mcnemar(a, b),
-        same_answer=mean(_found(one) == _found(other) for one, other in both),
-        same_text=1 - len(differing) / len(both),
+        same_answer=mean(_found(one) == _found(other) for one, other in shared),
+        same_text=1 - len(differing) / len(shared),
         first_divergence=median(differing) if differing else None,
     )
 
 
-def _both(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
+def both(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Rows of the samples and epochs that both sides have without an error."""
     left = {(row.sample, row.epoch): row for row in ours if not row.error}
     right = {(row.sample, row.epoch): row for row in theirs if not row.error}
@@ -217,14 +217,14 @@ def _found(row: Row) -> str:
     return next(iter(row.extracted.values()), "") or row.answer
 
 
-def _divergence(one: str, other: str) -> int:
-    """Number of the first word in which two texts differ."""
+def words_before(one: str, other: str) -> int:
+    """How many words two texts have in common before they differ."""
     left, right = WORD.findall(one), WORD.findall(other)
     return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def _judged(ours: Sequence[Row], theirs: Sequence[Row], judges: Mapping[str, Sequence[str]]) -> Judged:
-    same = [_chosen(one, judges) == _chosen(other, judges) for one, other in _both(ours, theirs)]
+    same = [_chosen(one, judges) == _chosen(other, judges) for one, other in both(ours, theirs)]
     return Judged(n=len(same), same_choice=mean(same) if same else 0.0)
 
 

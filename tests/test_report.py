@@ -295,6 +295,9 @@ def test_the_breakdown_says_what_was_reused_where_time_went_and_who_parted_first
         ]
     )
 
+    documents = [exact.model_copy(update={"segment": f"document {name}"}) for name in "ab"]
+    read = break_down([row("dense", "x", ("", ""), documents, 1.0)])
+    assert {name: one.tokens for name, one in read.by_text["dense"].items()} == {"documents": 12}
     assert list(found.by_agent["linear"]) == ["a.2", "a.10"]
     question = found.by_text["linear"]["question"]
     assert [(part.reason, part.tokens) for part in question.parts] == [

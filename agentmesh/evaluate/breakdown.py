@@ -13,9 +13,11 @@ from agentmesh.config.base import Frozen
 from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.results import both, words_before
 from agentmesh.events import CallRecord, PlanRow, Reason, Treatment
+from agentmesh.prompt import ContentKind
 
 T = TypeVar("T")
 QUEUE = "queue"
+DOCUMENTS = "documents"
 KINDS = tuple(Treatment)
 
 
@@ -65,7 +67,7 @@ class Parting(Frozen):
 
 
 class Breakdown(Frozen):
-    """By preset, then by agent or by text (a slot's origin, or ``fixed``); ``parting`` by pair as in ``Results``."""
+    """By preset, then by agent or by text (``fixed``, ``documents``, a slot); ``parting`` by pair as in ``Results``."""
 
     by_agent: dict[str, dict[str, Reuse]]
     by_text: dict[str, dict[str, Reuse]]
@@ -94,7 +96,7 @@ def break_down(rows: Iterable[Row]) -> Breakdown:
     pairs = [(a, b) for b, a in combinations(by_preset, 2)]
     return Breakdown(
         by_agent={name: _in_order(_reuse(found, lambda call, _: call.node)) for name, found in calls.items()},
-        by_text={name: _reuse(found, lambda _, row: row.segment) for name, found in calls.items()},
+        by_text={name: _reuse(found, lambda _, row: _kind_of(row.segment)) for name, found in calls.items()},
         waits={name: _waits(found) for name, found in calls.items()},
         parting={f"{a} vs {b}": _parting(by_preset[a], by_preset[b]) for a, b in pairs},
     )
@@ -107,6 +109,11 @@ def _reuse(calls: Sequence[CallRecord], name_of: Callable[[CallRecord, PlanRow],
             if row.tokens:
                 found.setdefault(name_of(call, row), Counter())[row.kind, row.reason] += row.tokens
     return {name: _ordered(counts) for name, counts in found.items()}
+
+
+def _kind_of(segment: str) -> str:
+    """A text by its name; documents, of which every sample has others, are one."""
+    return DOCUMENTS if segment.startswith(f"{ContentKind.DOCUMENT} ") else segment
 
 
 def _ordered(counts: Mapping[tuple[Treatment, Reason], int]) -> Reuse:
@@ -138,7 +145,7 @@ def _in_order(found: Mapping[str, T]) -> dict[str, T]:
 def _parting(ours: Sequence[Row], theirs: Sequence[Row]) -> Parting:
     pairs = both(ours, theirs)
     differing = [(one.answer, other.answer) for one, other in pairs if one.answer != other.answer]
-    firsts = Counter(_first_differing(one, other) for one, other in pairs)
+    firsts = Counter(first_differing(one, other) for one, other in pairs)
     del firsts[""]
     return Parting(
         n=len(pairs),
@@ -148,7 +155,7 @@ def _parting(ours: Sequence[Row], theirs: Sequence[Row]) -> Parting:
     )
 
 
-def _first_differing(one: Row, other: Row) -> str:
+def first_differing(one: Row, other: Row) -> str:
     """The first node that said something else; empty where there is none, or where other nodes spoke."""
     if [(said.node, said.round) for said in one.messages] != [(said.node, said.round) for said in other.messages]:
         return ""

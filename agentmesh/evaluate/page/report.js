@@ -58,9 +58,10 @@ function presetView(row, sample) {
     node.append(make("pre", {}, row.error));
     return node;
   }
-  const found = row.extracted.filter(Boolean).join(", ");
+  const found = Object.entries(row.extracted).filter(([, answer]) => answer);
   const scores = Object.entries(row.scores).map(([name, value]) => `${name} ${Number(value.toFixed(3))}`);
-  const facts = [found ? `answer found: ${found}` : "no answer found", ...scores, `${row.wall_s.toFixed(1)} s`];
+  const answers = found.length ? found.map(([scorer, answer]) => `${scorer} found: ${answer}`) : ["no answer found"];
+  const facts = [...answers, ...scores, `${row.wall_s.toFixed(1)} s`];
   node.append(make("p", { class: "small" }, facts.join(" · ")));
   for (const note of Object.values(row.notes)) node.append(make("p", { class: "small" }, note));
   for (const agent of row.agents) node.append(...agentView(agent, row, sample));
@@ -128,17 +129,17 @@ function messageView(agent, row, sample) {
   const first = sample.rows.find((one) => !one.error);
   const same = (one) => one.node === agent.node && one.round === agent.round;
   const other = row === first ? undefined : first.agents.find(same);
-  if (!other) return [make("p", { class: "small" }, "wrote"), make("pre", { class: "said-text" }, said)];
+  if (!other) return [make("p", { class: "small" }, "wrote"), make("pre", { class: "box said-text", tabindex: 0 }, said)];
   const name = data.presets[first.preset];
   if (other.said === agent.said) {
-    return [make("p", { class: "small" }, `wrote the same text as under ${name}`), make("pre", { class: "said-text" }, said)];
+    return [make("p", { class: "small" }, `wrote the same text as under ${name}`), make("pre", { class: "box said-text", tabindex: 0 }, said)];
   }
   const theirs = text(other.said);
   let at = 0;
   while (at < said.length && said[at] === theirs[at]) at += 1;
   return [
     make("p", { class: "small" }, `wrote; marked from where it parts from ${name}`),
-    make("pre", { class: "said-text" }, said.slice(0, at), make("mark", {}, said.slice(at))),
+    make("pre", { class: "box said-text", tabindex: 0 }, said.slice(0, at), make("mark", {}, said.slice(at))),
   ];
 }
 

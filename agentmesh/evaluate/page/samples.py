@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, final
 
+from agentmesh.evaluate.breakdown import first_differing
 from agentmesh.evaluate.journal import Row
 from agentmesh.events import CallRecord, MessageRecord, PlanRow, Reason, Treatment
 
@@ -90,7 +91,7 @@ class Samples:
             "expected": self._texts.number(next((row.expected for row in ordered if row.expected), "")),
             "inputs": [self._run_of(name, runs) for name, runs in inputs if name != FIXED and _text(runs)],
             "differ": len({(*row.extracted.values(), *row.scores.values()) for row in good}) > 1,
-            "parted": len({row.answer for row in good}) > 1,
+            "parted": any(row.answer != good[0].answer or first_differing(good[0], row) for row in good),
             "wrong": wrong,
             "failed": len(good) < len(ordered),
             "cut": full,
@@ -108,7 +109,7 @@ class Samples:
             "error": row.error,
             "answer": self._texts.number(row.answer),
             "scores": row.scores,
-            "extracted": list(row.extracted.values()),
+            "extracted": row.extracted,
             "notes": row.notes,
             "wall_s": round(row.ended - row.begun, 3),
             "agents": [self._agent(said, calls.get((said.node, said.round)), cut=cut) for said in row.messages],

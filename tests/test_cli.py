@@ -55,7 +55,7 @@ def test_run_prints_one_json_object_with_the_stable_keys(mesh: Path, tmp_path: P
     call = result["calls"][0]
     keys = "node round preset prompt_tokens placed_exact placed_realigned computed output_tokens ttft_ms decode_ms plan"
     assert set(call) >= set(keys.split())
-    assert set(call["plan"][0]) == {"segment", "kind", "tokens", "source", "reason"}
+    assert set(call["plan"][0]) == {"segment", "kind", "tokens", "source", "reason", "text"}
     for call in result["calls"]:
         assert call["placed_exact"] + call["placed_realigned"] + call["computed"] == call["prompt_tokens"]
     record = runs(tmp_path / "runs")[0]

@@ -47,6 +47,7 @@ def test_calls_add_up_and_usage_is_by_agent() -> None:
     for call in result.calls:
         assert call.placed_exact + call.placed_realigned + call.computed == call.prompt_tokens
         assert sum(row.tokens for row in call.plan) == call.prompt_tokens
+        assert "What?" in "".join(row.text for row in call.plan)
     assert result.usage.calls == 3
     assert result.usage.output_tokens == 6
     assert result.usage_by_agent["agent.3"].output_tokens == 3

@@ -1,4 +1,4 @@
-"""``agentmesh eval`` and ``agentmesh score``: a suite's samples through a mesh, under several presets."""
+"""``agentmesh eval``, ``score`` and ``report``: a suite's samples through a mesh, under several presets."""
 
 from __future__ import annotations
 
@@ -108,6 +108,26 @@ def score(
     _show(asyncio.run(rescore(path, allow_code=allow_code_execution, data=data)), format)
 
 
+def report(
+    run: Run = "last",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="The page's file, instead of report.html in the folder.")
+    ] = None,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+) -> None:
+    """Write an evaluation as one HTML page that opens anywhere, and as Markdown.
+
+    The page shows scores with their intervals, presets compared in pairs, what was reused and why, where the time went,
+    and every sample with its prompts coloured by what was placed and what was computed.
+
+    Example: agentmesh report last --output compared.html
+    """
+    from agentmesh.evaluate.page import write_report  # noqa: PLC0415  # keeps `agentmesh --help` fast
+
+    for path in write_report(find_run(runs_dir, run), output):
+        typer.echo(path)
+
+
 def _show(report: Report, format: Format) -> None:
     from agentmesh.evaluate.tables import results_table  # noqa: PLC0415  # as above
 
@@ -116,3 +136,4 @@ def _show(report: Report, format: Format) -> None:
     else:
         Console().print(results_table(report.results))
         typer.echo(f"folder: {report.path}")
+        typer.echo(f"a page with every sample: agentmesh report {report.path}")

@@ -6,8 +6,12 @@
     session     runs what is not done yet
     statistics  intervals and paired tests
     results     from rows to figures
+    breakdown   what lies behind them: reuse, time and differences by agent and by text
+    findings    both of them, from a folder
     folder      the record of an evaluation
     tables      figures for people
+    summary     the same in words, as Markdown
+    page        all of it as one HTML page, with every sample
     report      the way in: evaluate, score again, read a report
 
 From Python, for notebooks and a user's own tests:

@@ -6,12 +6,14 @@ samples.jsonl           one line for each sample under each preset (the journal)
 learned-PRESET.safetensors   what the warm-up taught
 results.json            the figures
 summary.md              the same for people
+report.html             everything on one page, once `agentmesh report` has made it
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from agentmesh.config.base import Frozen
 from agentmesh.errors import InputError, RecordError
 from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.results import Results
-from agentmesh.evaluate.tables import results_markdown
 from agentmesh.record import disk, new_folder, write_whole
 from agentmesh.suites.samples import Sample, read_samples
 from agentmesh.suites.task import Task, load_task
@@ -112,12 +113,31 @@ def samples_for(settings: Settings, rows: Iterable[Row], data: Path | None) -> t
     return task, samples
 
 
-def write_results(path: Path, results: Results) -> None:
-    """Write figures and summary into the folder.
+def made_by(path: Path) -> tuple[str, dict[str, Any]]:
+    """The command that made an evaluation, empty where it was made from Python, and its manifest.
+
+    Raises:
+        RecordError: the manifest cannot be read.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        words = manifest.get("argv", [])
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecordError(f"{path / 'manifest.json'} cannot be read: {error}") from error
+    return (shlex.join(["agentmesh", *words]) if words[:1] == ["eval"] else ""), manifest
+
+
+def finished(path: Path) -> bool:
+    """Whether an evaluation came to its end."""
+    return (path / "results.json").is_file()
+
+
+def write_results(path: Path, results: Results, summary: str) -> None:
+    """Write figures and summary into the folder of an evaluation that has come to its end.
 
     Raises:
         RecordError: it cannot be written.
     """
     with disk(path):
         write_whole(path / "results.json", results.model_dump_json(indent=2) + "\n")
-        write_whole(path / "summary.md", results_markdown(results))
+        write_whole(path / "summary.md", summary)

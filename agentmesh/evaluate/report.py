@@ -11,11 +11,22 @@ from typing import TYPE_CHECKING, final
 
 from agentmesh.errors import InputError, UsageError, listing
 from agentmesh.evaluate.export import sample_table
-from agentmesh.evaluate.folder import Settings, check_resumed, create, digest, read_settings, samples_for, write_results
-from agentmesh.evaluate.journal import Journal, Row, read_rows
-from agentmesh.evaluate.results import PresetResult, Results, summarise
+from agentmesh.evaluate.findings import Findings, read_findings
+from agentmesh.evaluate.folder import (
+    Settings,
+    check_resumed,
+    create,
+    digest,
+    made_by,
+    read_settings,
+    samples_for,
+    write_results,
+)
+from agentmesh.evaluate.journal import Journal, Row
+from agentmesh.evaluate.results import PresetResult, Results
 from agentmesh.evaluate.session import Evaluation, Plan, judges, scored
 from agentmesh.evaluate.subjects import Request, Subject, engine_of, find_subjects
+from agentmesh.evaluate.summary import summary_markdown
 from agentmesh.mesh import Progress
 from agentmesh.suites.samples import Sample, part, read_samples
 from agentmesh.suites.scorers import SCORERS
@@ -165,16 +176,15 @@ def read_report(path: Path) -> Report:
     Raises:
         RecordError: it is no folder of an evaluation.
     """
-    settings = read_settings(path)
-    rows = list(read_rows(path).values())
-    return Report(path, _summary(settings, rows), rows)
+    found = read_findings(path)
+    return Report(path, found.results, found.rows)
 
 
 def finish(path: Path, settings: Settings, rows: Sequence[Row]) -> Report:
     """Work out the figures, and write them into the folder."""
-    results = _summary(settings, rows)
-    write_results(path, results)
-    return Report(path, results, rows)
+    found = Findings.of(settings, rows)
+    write_results(path, found.results, summary_markdown(found, made_by(path)[0]))
+    return Report(path, found.results, rows)
 
 
 def open_scorers(task: Task, stack: ExitStack, *, allow_code: bool) -> dict[str, Scorer]:
@@ -193,12 +203,6 @@ def open_scorers(task: Task, stack: ExitStack, *, allow_code: bool) -> dict[str,
     for scorer in found.values():
         stack.callback(scorer.close)
     return found
-
-
-def _summary(settings: Settings, rows: Sequence[Row]) -> Results:
-    order = {name: place for place, name in enumerate(settings.presets)}
-    ordered = sorted(rows, key=lambda row: order.get(row.preset, len(order)))
-    return summarise(ordered, settings.task, settings.mesh, settings.model, settings.judges)
 
 
 def _settings(request: Request, subjects: Mapping[str, Subject], used: Sequence[Sample]) -> Settings:

@@ -57,8 +57,8 @@ class Paired(Frozen):
 
     ``n`` samples have that metric under both (there is no recall where no passage is named); figures are about them.
     ``p_mcnemar`` is exact, and ``None`` where values are not 0 or 1. ``same_answer``: share of samples with the same
-    extracted answer; ``same_text`` with the same text; ``first_divergence``: median number of the first word that
-    differs, over answers that differ, and ``None`` where none does.
+    extracted answer; ``same_text`` with the same text; ``first_divergence``: median of the words in common before two
+    answers differ, over answers that do, and ``None`` where none does.
     """
 
     n: int
@@ -135,25 +135,25 @@ def summarise(
 
 def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> Paired:
     """Compare two sets of rows on the samples and epochs that both have, without an error, in the primary metric."""
-    metric = next(iter(_metric_names([row for pair in _both(ours, theirs) for row in pair])), "")
-    both = [pair for pair in _both(ours, theirs) if all(metric in row.scores for row in pair)]
-    if not both:
+    metric = next(iter(_metric_names([row for pair in both(ours, theirs) for row in pair])), "")
+    shared = [pair for pair in both(ours, theirs) if all(metric in row.scores for row in pair)]
+    if not shared:
         return Paired(n=0, delta=0, ci95=(0, 0), p_mcnemar=None, same_answer=0, same_text=0, first_divergence=None)
-    a = list(_by_sample([row for row, _ in both], metric).values())
-    b = list(_by_sample([row for _, row in both], metric).values())
-    differing = [_divergence(one.answer, other.answer) for one, other in both if one.answer != other.answer]
+    a = list(_by_sample([row for row, _ in shared], metric).values())
+    b = list(_by_sample([row for _, row in shared], metric).values())
+    differing = [words_before(one.answer, other.answer) for one, other in shared if one.answer != other.answer]
     return Paired(
         n=len(a),
         delta=mean(a) - mean(b),
         ci95=paired_interval(a, b),
         p_mcnemar=mcnemar(a, b),
-        same_answer=mean(_found(one) == _found(other) for one, other in both),
-        same_text=1 - len(differing) / len(both),
+        same_answer=mean(_found(one) == _found(other) for one, other in shared),
+        same_text=1 - len(differing) / len(shared),
         first_divergence=median(differing) if differing else None,
     )
 
 
-def _both(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
+def both(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Rows of the samples and epochs that both sides have without an error."""
     left = {(row.sample, row.epoch): row for row in ours if not row.error}
     right = {(row.sample, row.epoch): row for row in theirs if not row.error}
@@ -232,16 +232,16 @@ def _found(row: Row) -> str:
     return next(iter(row.extracted.values()), "") or row.answer
 
 
-def _divergence(one: str, other: str) -> int:
-    """Number of the first word in which two texts differ."""
+def words_before(one: str, other: str) -> int:
+    """How many words two texts have in common before they differ."""
     left, right = WORD.findall(one), WORD.findall(other)
     return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def _judged(ours: Sequence[Row], theirs: Sequence[Row]) -> Judged:
-    both = _both(ours, theirs)
-    plain = [(one.chosen, other.chosen) for one, other in both if one.chosen and other.chosen]
-    again = [(one.chosen_shuffled, other.chosen_shuffled) for one, other in both]
+    pairs = both(ours, theirs)
+    plain = [(one.chosen, other.chosen) for one, other in pairs if one.chosen and other.chosen]
+    again = [(one.chosen_shuffled, other.chosen_shuffled) for one, other in pairs]
     shuffled = [(one, other) for one, other in again if one and other]
     return Judged(
         n=len(plain),

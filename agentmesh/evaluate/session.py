@@ -151,7 +151,8 @@ class Evaluation:
     async def _one(self, mesh: Mesh, preset: str, sample: Sample, epoch: int) -> None:
         """Run, score and note one sample."""
         seed = self._plan.seed + epoch
-        about = {"preset": preset, "sample": sample.id, "epoch": epoch, "seed": seed}
+        expected = sample.answer or sample.tests
+        about = {"preset": preset, "sample": sample.id, "epoch": epoch, "seed": seed, "expected": expected}
         try:
             begun = time.time()
             inputs, check = self._inputs(mesh.blueprint, sample), self._plan.judge_check

@@ -27,11 +27,11 @@ def results_table(results: Results) -> Group:
 def results_markdown(results: Results) -> str:
     """The same tables as Markdown."""
     lines = [f"# {results.task}, {results.mesh}, {results.model}: {results.n} samples", ""]
-    lines += _markdown(*_presets(results))
+    lines += markdown(*_presets(results))
     if results.paired:
-        lines += ["", "Paired, first minus second:", "", *_markdown(*_pairs(results))]
+        lines += ["", "Paired, first minus second:", "", *markdown(*_pairs(results))]
     if results.judge is not None and any(one.n for one in results.judge.values()):
-        lines += ["", "The judge, under both presets:", "", *_markdown(*_judge(results.judge))]
+        lines += ["", "The judge, under both presets:", "", *markdown(*_judge(results.judge))]
     lines += [f"\n{line}" for line in filter(None, [_stable(results)])]
     refused = {name: one.reasons for name, one in results.presets.items() if one.reasons}
     if refused:
@@ -124,6 +124,7 @@ def _table(title: str, head: Sequence[str], cells: Cells) -> Table:
     return table
 
 
-def _markdown(head: Sequence[str], cells: Cells) -> list[str]:
+def markdown(head: Sequence[str], cells: Cells) -> list[str]:
+    """A table's lines."""
     rows = [head, ["---"] * len(head), *cells]
     return [f"| {' | '.join(row)} |" for row in rows]

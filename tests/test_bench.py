@@ -14,7 +14,7 @@ import pytest
 from agentmesh.bench import session, ttft
 from agentmesh.bench.data import Question
 from agentmesh.bench.figures import ScalingPoint
-from agentmesh.bench.scaling import fit_of
+from agentmesh.bench.scaling import Grid, fit_of
 from agentmesh.bench.ttft import Layout, Setting, round_of_calls
 from agentmesh.config.load import load_mesh
 
@@ -283,15 +283,19 @@ def test_a_fit_finds_what_times_were_made_of() -> None:
     assert fitted == pytest.approx([one.ttft_ms for one in points])
 
 
+def test_what_scaling_measures_by_default_can_be_measured() -> None:
+    assert Grid((512, 1024, 2048, 4096, 7680), (0.0, 0.5, 0.9), 3).ticks == 5 + 3 * 15
+
+
 def test_scaling_says_what_it_cannot_measure(tmp_path: Path) -> None:
     tiny = ["bench", "scaling", "--model", "random:tiny-llama", "--repeat", "1"]
     few = command(*tiny, "--lengths", "256,512", "--placed", "0.5", cwd=tmp_path)
-    short = command(*tiny, "--lengths", "100,512,1024", "--placed", "0.5", cwd=tmp_path)
+    short = command(*tiny, "--lengths", "90,512,1024", "--placed", "0.5", cwd=tmp_path)
     shares = command(*tiny, "--placed", "half", cwd=tmp_path)
     long = command(*tiny, "--lengths", "256,512,90000", "--placed", "0.5", cwd=tmp_path)
 
     assert "make 4 points, too few for a fit of 4 coefficients" in few.stderr
-    assert "is a block of 50 tokens" in short.stderr
+    assert "is a block of 45 tokens" in short.stderr
     assert "expected shares from 0 to below 1" in shares.stderr
     assert "the prompt has 90,000 tokens" in long.stderr
     assert {few.returncode, short.returncode, shares.returncode} == {2}

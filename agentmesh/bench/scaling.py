@@ -26,7 +26,7 @@ from agentmesh.prompt import ChatTokenizer, Content, ContentKind, Prompt, Reader
 OWN = 32
 """Tokens of fixed text that each agent's prompt begins with."""
 
-LEAST = 64
+LEAST = 48
 """Tokens of the shortest block, and of the shortest text that is not in it."""
 
 WARMUP, WARMUP_TOKENS = 5, 256

@@ -25,6 +25,9 @@ SENTENCES = (
 
 
 WORDS_A_SENTENCE = 16
+SENTENCES_AT_ONCE = 160
+"""Tokenizers warn of texts that are longer than their model's context."""
+
 PARAGRAPH = 2
 """Sentences in a paragraph; models write lines of about this length when they reason step by step."""
 
@@ -53,7 +56,8 @@ def english(seed: str, sentences: int) -> str:
 
 def english_tokens(tokenizer: ChatTokenizer, seed: str, tokens: int) -> tuple[int, ...]:
     """So many tokens of English."""
-    found = tokenizer.encode(english(seed, 2 + tokens // WORDS_A_SENTENCE), control=False)
+    sentences = min(2 + tokens // WORDS_A_SENTENCE, SENTENCES_AT_ONCE)
+    found = tokenizer.encode(english(seed, sentences), control=False)
     while len(found) < tokens:
         found += tokenizer.encode(" " + english(f"{seed} {len(found)}", 8), control=False)
     return tuple(found[:tokens])

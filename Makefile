@@ -2,9 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+MINUTES ?= 60
+SOAK ?=
 QUESTION ?= A box holds 6 eggs. How many eggs are in 5 boxes?
 
-.PHONY: run test check bench wheel clean
+.PHONY: run test check bench soak wheel clean
 
 run: $(READY)   ## three agents on a small question, with the embedded model
 	$(BIN)/agentmesh run configs/demo.yaml -i question="$(QUESTION)"
@@ -21,6 +23,9 @@ check: $(READY) ## lint, types, architecture
 bench: $(READY) ## the figures that README quotes
 	$(BIN)/agentmesh bench prefix
 	$(BIN)/agentmesh bench decode
+
+soak: $(READY)  ## many runs at once for MINUTES, a line a minute; SOAK="--model smollm2-135m --deterministic" for others
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(SOAK)
 
 wheel: $(READY) ## build the wheel and run it from an empty folder
 	rm -rf dist

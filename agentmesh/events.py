@@ -190,6 +190,23 @@ class MessageRecord(Frozen):
     tokens: int
 
 
+class CheckRecord(Frozen):
+    """What a judge said when it was asked once more with its inbox in another order.
+
+    ``order``: for each message as it was shown then, its place in the inbox before. ``placed`` and ``computed`` count
+    the prompt's tokens, ``ms`` is how long it took. A check that failed has an ``error`` and no text.
+    """
+
+    node: str
+    round: int
+    order: tuple[int, ...]
+    text: str = ""
+    placed: int = 0
+    computed: int = 0
+    ms: float = 0.0
+    error: str = ""
+
+
 class EventBase(Frozen):
     """Fields of every event: ``seq`` counts from 0 within a run, ``ts`` is Unix time in seconds."""
 
@@ -303,6 +320,13 @@ class Warned(EventBase):
     text: str
 
 
+class JudgeChecked(EventBase):
+    """A judge was asked once more, when the run's messages were all there; no part of messages, calls and answer."""
+
+    type: Literal["judge.checked"] = "judge.checked"
+    check: CheckRecord
+
+
 class RunFinished(EventBase):
     """A run ended with an answer."""
 
@@ -339,6 +363,7 @@ Event = Annotated[
     | TokenText
     | ModelFinished
     | Warned
+    | JudgeChecked
     | RunFinished
     | RunFailed
     | RunCancelled,

@@ -168,7 +168,7 @@ def read_events(path: Path) -> Iterator[Event]:
         RecordError: a damaged line elsewhere.
     """
     file = path / "events.jsonl"
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
     for number, line in enumerate(lines, 1):
         event = _event(line)
         if event is not None:

@@ -1,9 +1,12 @@
-"""What a run gives back."""
+"""What a run gives back, gathered from its events."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
 from agentmesh.config.base import Frozen
-from agentmesh.events import CallRecord, MessageRecord
+from agentmesh.events import CallRecord, CheckRecord, Event, JudgeChecked, MessageRecord, ModelFinished, NodeFinished
 
 
 class Usage(Frozen):
@@ -28,12 +31,14 @@ class RunResult(Frozen):
     """A finished run.
 
     ``messages`` are in the order of the unrolled graph, ``calls`` (model calls only) in the order they ended.
+    ``checks``: what judges said when they were asked once more; no part of anything else here, ``wall_s`` included.
     """
 
     answer: str
     messages: tuple[MessageRecord, ...]
     calls: tuple[CallRecord, ...]
     wall_s: float
+    checks: tuple[CheckRecord, ...] = ()
 
     @property
     def usage(self) -> Usage:
@@ -50,3 +55,28 @@ class RunResult(Frozen):
         for call in self.calls:
             found[call.node] = found.get(call.node, Usage()).plus(call)
         return found
+
+
+@dataclass
+class Gathered:
+    """What the events of one run say of its result; give ``take`` to the run as a sink."""
+
+    _calls: list[CallRecord] = field(default_factory=list)
+    _messages: dict[tuple[str, int], MessageRecord] = field(default_factory=dict)
+    _checks: list[CheckRecord] = field(default_factory=list)
+
+    def take(self, event: Event) -> None:
+        """Follow one event."""
+        if isinstance(event, ModelFinished):
+            self._calls.append(event.call)
+        elif isinstance(event, NodeFinished):
+            self._messages[event.message.node, event.message.round] = event.message
+        elif isinstance(event, JudgeChecked):
+            self._checks.append(event.check)
+
+    def result(self, answer: str, order: Iterable[tuple[str, int]], wall_s: float) -> RunResult:
+        """The result; ``order`` names node and round of each message."""
+        messages = tuple(self._messages[key] for key in order)
+        return RunResult(
+            answer=answer, messages=messages, calls=tuple(self._calls), wall_s=wall_s, checks=tuple(self._checks)
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -257,6 +258,25 @@ class Rationed(Whole):
     def closed(self) -> None:
         if self in self.live:
             self.live.remove(self)
+
+
+def test_what_must_be_done_on_the_thread_is_done_even_if_nobody_waits_any_more(tiny_engine: Engine) -> None:
+    done: list[str] = []
+
+    async def given_up() -> None:
+        busy, begun = threading.Event(), asyncio.ensure_future(tiny_engine.do(lambda: busy.wait(20)))
+        waiting = asyncio.ensure_future(tiny_engine.do(lambda: done.append("released")))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert not done
+        busy.set()
+        await begun
+        await tiny_engine.do(lambda: None)
+
+    asyncio.run(given_up())
+
+    assert done == ["released"]
 
 
 def test_requests_wait_for_memory_in_the_order_of_their_arrival(tiny_engine: Engine) -> None:

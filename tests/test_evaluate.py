@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from agentmesh.cli import invoke
 from agentmesh.errors import InputError, NodeError, RecordError, UsageError
 from agentmesh.evaluate import evaluate as agentmesh_evaluate
 from agentmesh.evaluate.journal import Journal, Row
-from agentmesh.evaluate.report import Report, Request, evaluate, read_report
+from agentmesh.evaluate.report import Report, evaluate, read_report
 from agentmesh.evaluate.results import summarise
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval
-from agentmesh.events import MessageRecord
+from agentmesh.evaluate.subjects import Request
 
 MESH = """
 version: 1
@@ -61,7 +60,7 @@ def mesh(tmp_path: Path) -> Path:
 
 def a_request(mesh: Path, **changes: Any) -> Request:
     plain: dict[str, Any] = {"warmup": 3, "limit": "4", "runs_dir": mesh.parent / "runs"}
-    return Request(config=str(mesh), task=str(mesh.parent / "task"), **{**plain, **changes})
+    return Request(mesh=str(mesh), task=str(mesh.parent / "task"), **{**plain, **changes})
 
 
 def outcome(report: Report) -> list[tuple[Any, ...]]:
@@ -100,27 +99,25 @@ def test_nothing_is_learned_from_measured_samples(mesh: Path) -> None:
     assert placed[0][1] > 0
 
 
-def test_an_evaluation_that_was_killed_goes_on_to_the_same_figures(mesh: Path) -> None:
+def test_the_command_goes_on_with_an_evaluation_that_was_killed(mesh: Path) -> None:
+    """Test_kills.py kills more often, without the command line."""
     whole = evaluate(a_request(mesh, presets=("dense", "linear")))
     runs_dir = mesh.parent / "killed"
-    line = [sys.executable, "-m", "agentmesh", "eval", str(mesh), "--task", str(mesh.parent / "task"), "--warmup", "3"]
-    line += ["--limit", "4", "--presets", "dense,linear", "--runs-dir", str(runs_dir)]
-    draw = random.Random(0)
-    path = None
-    for _ in range(4):
-        more = [] if path is None else ["--resume", path.name]
-        with subprocess.Popen([*line, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            deadline = time.monotonic() + 60
-            while path is None and time.monotonic() < deadline:
-                path = next((p.parent for p in runs_dir.glob("*/samples.jsonl")), None)
-                time.sleep(0.02)
-            time.sleep(draw.uniform(0.0, 4.0))
-            process.send_signal(signal.SIGKILL)
-            process.communicate(timeout=60)
-    assert path is not None
-    resumed = evaluate(a_request(mesh, presets=("dense", "linear"), resume=path))
+    line = ["eval", str(mesh), "--task", str(mesh.parent / "task"), "--warmup", "3", "--limit", "4"]
+    line += ["--presets", "dense,linear", "--runs-dir", str(runs_dir)]
+    command = [sys.executable, "-m", "agentmesh", *line]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not list(runs_dir.glob("*/samples.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    path = next(runs_dir.iterdir())
+    assert not (path / "results.json").exists()
 
-    assert outcome(resumed) == outcome(whole)
+    assert invoke([*line, "--resume", path.name]) == 0
+
+    assert outcome(read_report(path)) == outcome(whole)
     assert len((path / "samples.jsonl").read_text().splitlines()) == 8
 
 
@@ -231,7 +228,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     mesh: Path, changes: dict[str, Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agentmesh.local.load", None)
-    values = {"config": str(mesh), "task": str(mesh.parent / "task"), "runs_dir": mesh.parent / "runs", **changes}
+    values = {"mesh": str(mesh), "task": str(mesh.parent / "task"), "runs_dir": mesh.parent / "runs", **changes}
 
     with pytest.raises(UsageError, match=found):
         evaluate(Request(**values))
@@ -262,21 +259,26 @@ def test_paired_figures_know_how_many_samples_differ() -> None:
     assert 0 < low < 0.05 < high
 
 
-def test_a_judge_that_chooses_somebody_else_is_seen() -> None:
-    def row(preset: str, judge: str) -> Row:
-        said = {"debater.1": "It is 4.", "debater.2": "It is 5.", "judge": judge}
-        messages = tuple(MessageRecord(node=n, role=n, round=0, text=t, tokens=3) for n, t in said.items())
-        return Row(preset=preset, sample="a", answer=judge, scores={"flexible": 1.0}, messages=messages)
+def test_the_primary_metric_is_compared_where_a_sample_has_it() -> None:
+    def rows(preset: str, *recalls: float | None) -> list[Row]:
+        return [
+            Row(
+                preset=preset,
+                sample=str(number),
+                answer=preset if recall is None else "same",
+                scores={**({} if recall is None else {"recall": recall}), "has_answer": 1.0},
+            )
+            for number, recall in enumerate(recalls)
+        ]
 
-    judges = {"judge": ["debater.1", "debater.2"]}
-    same = summarise([row("dense", "So 4."), row("linear", "The answer is 4")], "t", "m", "x", judges)
-    other = summarise([row("dense", "So 4."), row("linear", "The answer is 5")], "t", "m", "x", judges)
+    found = summarise([*rows("dense", None, 0.5, 1.0, None), *rows("linear", None, 0.5, 0.5, None)], "t", "m", "x")
 
-    assert same.judge is not None
-    assert other.judge is not None
-    assert same.judge["linear vs dense"].same_choice == 1.0
-    assert other.judge["linear vs dense"].same_choice == 0.0
-    assert same.paired["linear vs dense"].first_divergence == 0
+    pair = found.paired["linear vs dense"]
+    assert (pair.n, pair.delta, pair.same_text) == (2, -0.25, 1.0)
+    assert list(found.presets["dense"].metrics) == ["recall", "has_answer"]
+    assert found.presets["dense"].metrics["recall"].value == 0.75
+    none = summarise([*rows("dense", None), *rows("linear", None)], "t", "m", "x").paired["linear vs dense"]
+    assert (none.n, none.delta) == (1, 0)
 
 
 def test_the_command_lists_what_it_needs(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,10 +44,11 @@ class PrefixFigures(Frozen):
 
 
 class DecodeFigures(Frozen):
-    """Decoding of one sequence, tokens a second (medians)."""
+    """Decoding of one sequence, tokens a second (medians). ``decode``: the weights that the arena's figure used."""
 
     model: str
     dtype: str
+    decode: str
     prompt_tokens: int
     output_tokens: int
     repeats: int
@@ -140,6 +141,7 @@ def decode(
     return DecodeFigures(
         model=model.name,
         dtype=model.dtype.value,
+        decode=model.decode.value,
         prompt_tokens=prompt,
         output_tokens=output,
         repeats=repeats,

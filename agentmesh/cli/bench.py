@@ -16,7 +16,7 @@ from rich.table import Table
 from agentmesh.cli.options import Config, Format, FormatOption, Libraries, Sets, parts
 from agentmesh.config.base import Frozen
 from agentmesh.config.load import LoadedMesh, load_mesh
-from agentmesh.config.mesh import Dtype, ModelSpec
+from agentmesh.config.mesh import Decode, Dtype, ModelSpec
 from agentmesh.config.presets import PRESETS
 from agentmesh.display import fetching
 from agentmesh.errors import InputError, did_you_mean, listing
@@ -61,15 +61,16 @@ def decode(
     dtype: DtypeOption = Dtype.FLOAT32,
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
     output: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
+    decode: Annotated[Decode, typer.Option(help="Weights that decode: the model's own, or int8 copies.")] = Decode.SAME,
     repeat: Repeat = 5,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """Decoding speed of one sequence: arena against transformers' generate."""
+    """Decoding speed of one sequence: arena against transformers' generate, with the model's own weights."""
     from agentmesh.bench import speed  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
     with _bars(repeat + 1) as (progress, tick):
         figures = speed.decode(
-            _spec(model, dtype), prompt=prompt, output=output, repeats=repeat, progress=progress, tick=tick
+            _spec(model, dtype, decode), prompt=prompt, output=output, repeats=repeat, progress=progress, tick=tick
         )
     _show(figures, format, _rows(figures))
 
@@ -216,9 +217,9 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _spec(model: str, dtype: Dtype) -> ModelSpec:
+def _spec(model: str, dtype: Dtype, decode: Decode = Decode.SAME) -> ModelSpec:
     try:
-        return ModelSpec(name=model, dtype=dtype)
+        return ModelSpec(name=model, dtype=dtype, decode=decode)
     except ValidationError as error:
         raise InputError("--model is empty; give a model's name, such as smollm2-135m") from error
 

@@ -39,6 +39,14 @@ def evaluate(
     fail_on_error: Annotated[
         bool, typer.Option("--fail-on-error", help="End when a sample fails, instead of going on without it.")
     ] = False,
+    judge_check: Annotated[
+        bool,
+        typer.Option(
+            help="Ask each judge once more when a sample is done, with its inbox in another order: does its choice "
+            "depend on the order? Costs one call of each judge a sample, and the others wait for it: measure times "
+            "with --no-judge-check."
+        ),
+    ] = True,
     resume: Annotated[str | None, typer.Option(help="Go on with an evaluation that was cut off.")] = None,
     set: Sets = None,
     library: Libraries = None,
@@ -49,12 +57,12 @@ def evaluate(
 
     Example: agentmesh eval math-fully-connected --task math-mini --presets dense,linear --limit 20
     """
-    from agentmesh.evaluate.report import Request  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
-    from agentmesh.evaluate.report import evaluate as work  # noqa: PLC0415
+    from agentmesh.evaluate.report import evaluate as work  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.evaluate.subjects import Request  # noqa: PLC0415
 
     overrides = [*(set or ()), *([f"run.concurrency={concurrency}"] if concurrency else ())]
     request = Request(
-        config=config,
+        mesh=config,
         task=task,
         data=data,
         presets=parts(presets),
@@ -64,6 +72,7 @@ def evaluate(
         epochs=epochs,
         allow_code=allow_code_execution,
         fail_on_error=fail_on_error,
+        judge_check=judge_check,
         resume=None if resume is None else find_run(runs_dir, resume),
         runs_dir=runs_dir,
         overrides=overrides,

@@ -47,7 +47,7 @@ def run(
     given = read_inputs(input or ())
     loaded = load_mesh(config, overrides=overrides, libraries=library or ())
     with Mesh.from_loaded(loaded) as mesh:
-        mesh.blueprint.check_inputs(given)
+        mesh.blueprint.all_inputs(given)
         with fetching(errors, quiet=display is Display.NONE) as progress:
             backend = mesh.load(progress)
         facts = {"seed": mesh.blueprint.run.seed if seed is None else seed, "model": backend.describe()}

@@ -7,6 +7,7 @@ probe accepts; ``PlainRunner`` serves the others whole, over the cache that tran
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from agentmesh.engine.batch import BatchCache
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.masks import MaskPlan, Masks
+from agentmesh.engine.quantized import Switch
 from agentmesh.kv.arena import Arena, ArenaPool, KVShape
 from agentmesh.kv.rope import Rope
 
@@ -34,6 +36,7 @@ class ArenaRunner:
         masks: which attention masks the model wants for scattered positions.
         rope: how it rotates keys; ``None`` where that could not be established.
         batches: whether several sequences can decode in one forward.
+        switch: throws the model's int8 copies, where it has them.
         spare: arenas that were given back.
     """
 
@@ -42,6 +45,7 @@ class ArenaRunner:
     masks: MaskPlan
     rope: Rope | None
     batches: bool = False
+    switch: Switch | None = None
     spare: ArenaPool = field(default_factory=ArenaPool)
 
     def open(self, capacity: int) -> ArenaCache:
@@ -99,8 +103,12 @@ class ArenaRunner:
         Returns:
             Logits ``[B, V]``.
         """
-        if not self.batches:
-            return _one_by_one(self.forward, caches, tokens, positions)
+        with nullcontext() if self.switch is None else self.switch.decoding(len(caches) if self.batches else 1):
+            if not self.batches:
+                return _one_by_one(self.forward, caches, tokens, positions)
+            return self._together(caches, tokens, positions)
+
+    def _together(self, caches: Sequence[ArenaCache], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         for cache, position in zip(caches, positions, strict=True):
             cache.arena.aim(slice(position, position + 1), position + 1)
         batch = BatchCache([cache.arena for cache in caches])

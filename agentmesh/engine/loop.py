@@ -211,8 +211,8 @@ class Engine:
         return self.support.runner.spare.clear()
 
     async def do(self, work: Callable[[], Result]) -> Result:
-        """Run something on the engine's thread, between its forwards."""
-        return await self._on_thread(work)
+        """Run something on the engine's thread, between its forwards; it runs even if nobody waits for it any more."""
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from pydantic import ValidationError
 
 from agentmesh.config.base import Frozen
 from agentmesh.errors import InputError, RecordError
+from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.results import Results
 from agentmesh.record import disk, new_folder, write_whole
-from agentmesh.suites.samples import Sample
+from agentmesh.suites.samples import Sample, read_samples
+from agentmesh.suites.task import Task, load_task
 
 
 class Settings(Frozen):
@@ -42,6 +44,7 @@ class Settings(Frozen):
     seed: int
     epochs: int
     judges: dict[str, tuple[str, ...]]
+    judge_check: bool = False
 
 
 def digest(samples: Sequence[Sample]) -> str:
@@ -107,6 +110,26 @@ def made_by(path: Path) -> tuple[str, dict[str, Any]]:
 def finished(path: Path) -> bool:
     """Whether an evaluation came to its end."""
     return (path / "results.json").is_file()
+
+
+def samples_for(settings: Settings, rows: Iterable[Row], data: Path | None) -> tuple[Task, dict[str, Sample]]:
+    """An evaluation's task and its samples by id.
+
+    Args:
+        settings: what it was asked for.
+        rows: whose samples must be there.
+        data: where its samples are now, if they were moved.
+
+    Raises:
+        UsageError: the task is not there any more, or one of the samples.
+    """
+    task = load_task(settings.task)
+    where = data if data is not None or settings.data is None else Path(settings.data)
+    samples = {sample.id: sample for sample in read_samples(task, where)}
+    for row in rows:
+        if row.sample not in samples:
+            raise InputError(f"sample {row.sample!r} is no longer in {where or task.folder}; give it with --data")
+    return task, samples
 
 
 def write_results(path: Path, results: Results, summary: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from agentmesh.evaluate.results import Comparison, Paired, PresetResult, Results
+from agentmesh.evaluate.results import Comparison, Judged, Paired, PresetResult, Results
 
 Cells = list[tuple[str, ...]]
 
@@ -16,10 +16,12 @@ Cells = list[tuple[str, ...]]
 def results_table(results: Results) -> Group:
     """Presets, and their paired comparisons."""
     head, cells = _presets(results)
-    parts = [_table(f"{results.task}, {results.mesh}, {results.model}: {results.n} samples", head, cells)]
+    parts: list[Table] = [_table(f"{results.task}, {results.mesh}, {results.model}: {results.n} samples", head, cells)]
     if results.paired:
         parts.append(_table("paired, first minus second", *_pairs(results)))
-    return Group(*parts)
+    if results.judge is not None and any(one.n for one in results.judge.values()):
+        parts.append(_table("the judge, under both presets", *judge_cells(results.judge)))
+    return Group(*parts, *filter(None, [stable(results)]))
 
 
 def results_markdown(results: Results) -> str:
@@ -28,6 +30,9 @@ def results_markdown(results: Results) -> str:
     lines += markdown(*_presets(results))
     if results.paired:
         lines += ["", "Paired, first minus second:", "", *markdown(*_pairs(results))]
+    if results.judge is not None and any(one.n for one in results.judge.values()):
+        lines += ["", "The judge, under both presets:", "", *markdown(*judge_cells(results.judge))]
+    lines += [f"\n{line}" for line in filter(None, [stable(results)])]
     refused = {name: one.reasons for name, one in results.presets.items() if one.reasons}
     if refused:
         lines += ["", "Shareable tokens that were computed, by reason:", ""]
@@ -37,15 +42,16 @@ def results_markdown(results: Results) -> str:
 
 def comparison_table(found: Comparison) -> Table:
     """Two evaluations, preset by preset."""
-    head = ("preset", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word")
+    head = ("preset", "n", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word")
     cells: Cells = [(name, *_pair(one)) for name, one in found.presets.items()]
     return _table(f"{found.task}: {found.first} minus {found.second}", head, cells)
 
 
 def _presets(results: Results) -> tuple[Sequence[str], Cells]:
     metrics = list(dict.fromkeys(name for one in results.presets.values() for name in one.metrics))
-    head = ("preset", *metrics, "errors", "calls shared", "placed", "TTFT p50", "p90", "tokens/s", "wall s")
-    return head, [(name, *_preset(one, metrics)) for name, one in results.presets.items()]
+    head = ["preset", *metrics, "errors", "calls shared", "placed", "TTFT p50", "p90", "tokens/s", "wall s"]
+    cells = [(name, *_preset(one, metrics)) for name, one in results.presets.items()]
+    return head, cells
 
 
 def _preset(one: PresetResult, metrics: Sequence[str]) -> list[str]:
@@ -65,16 +71,42 @@ def _preset(one: PresetResult, metrics: Sequence[str]) -> list[str]:
 
 
 def _pairs(results: Results) -> tuple[Sequence[str], Cells]:
-    head = ["pair", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word"]
+    head = ["pair", "n", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word"]
     cells = [(name, *_pair(one)) for name, one in results.paired.items()]
-    if results.judge is not None:
-        head.append("judge chose the same")
-        cells = [(*row, f"{results.judge[row[0]].same_choice:.0%}") for row in cells]
     return head, cells
+
+
+def judge_cells(judged: Mapping[str, Judged]) -> tuple[Sequence[str], Cells]:
+    """Head and rows of the table about judges."""
+    head = ("pair", "n", "same choice", "chose nobody", "n, other order", "same choice then")
+    return head, [
+        (
+            name,
+            str(one.n),
+            _percent(one.same_choice),
+            str(one.undecided),
+            str(one.n_shuffled),
+            _percent(one.same_choice_shuffled),
+        )
+        for name, one in judged.items()
+        if one.n
+    ]
+
+
+def stable(results: Results) -> str:
+    """How often judges chose the same whatever the order; empty where none was asked twice."""
+    found = {name: one.order_stable for name, one in results.presets.items() if one.order_stable is not None}
+    shares = ", ".join(f"{name} {_percent(share)}" for name, share in found.items())
+    return f"same choice in both orders, by preset: {shares}" if shares else ""
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _pair(one: Paired) -> tuple[str, ...]:
     return (
+        str(one.n),
         f"{one.delta:+.3f}",
         f"[{one.ci95[0]:+.3f}, {one.ci95[1]:+.3f}]",
         "" if one.p_mcnemar is None else f"{one.p_mcnemar:.2f}",

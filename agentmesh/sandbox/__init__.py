@@ -9,7 +9,8 @@
 
 Linux gives the most: own user id (as root), own network, process and file system namespaces. Elsewhere limits, a
 fresh folder and an empty environment remain; ``containment`` says which. This is no virtual machine: the kernel
-is shared, memory is limited per process, and code that attacks the kernel may get out.
+is shared, and code that attacks it may get out. Without another user id and without namespaces the code can do what
+its caller can: read and write the caller's files, kill the caller's processes, and leave some of its own behind.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 It reads one job (JSON) from stdin and becomes up to three processes:
 
-    supervisor   stays outside; ends everything below it when the code ends or at SIGTERM
+    supervisor   stays outside; ends everything below it when the code ends, at SIGTERM, or where all of it together
+                 takes too much
     init         only with namespaces: first process of the new process namespace; its end is the end of all others
     code         limits, other user, no privileges, then the code
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import functools
 import json
 import os
 import resource
@@ -23,6 +23,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -37,10 +38,12 @@ NEW_MOUNT, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x
 READ_ONLY, NO_SUID, NO_DEVICE, NO_EXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 DETACH = 2
 # linux/prctl.h, linux/capability.h, linux/sockios.h
-PARENT_DEATH_SIGNAL, SUBREAPER, NO_NEW_PRIVILEGES = 1, 36, 38
+PARENT_DEATH_SIGNAL, DUMPABLE, SUBREAPER, NO_NEW_PRIVILEGES = 1, 4, 36, 38
 CAPABILITY_VERSION = 0x20080522
 SET_INTERFACE_FLAGS, INTERFACE_UP = 0x8914, 1
 OPEN_FILES = 256
+ENTRIES, DEPTH = 4096, 100  # files and folders that one run may make, and folders in each other
+LOOK_SECONDS = 0.05  # between two looks at what a run takes; longer where a look takes long
 
 
 def libc(name: str, *arguments: Any) -> None:
@@ -86,6 +89,7 @@ def end_user(user: int) -> None:
 
 def sweep(user: int | None) -> None:
     """Kills everything below this process; stops all first, since a stopped process starts no other."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
     if user is not None:
         end_user(user)
     stopped: set[int] = set()
@@ -111,14 +115,71 @@ def wait_for(child: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def supervise(child: int, user: int | None) -> None:
+def family(process: int) -> list[int]:
+    """Process ids of everything below a process, by the kernel's own lists: cheaper than ``descendants``."""
+    found, at = [process], 0
+    while at < len(found):
+        for task in Path(f"/proc/{found[at]}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, task.read_text(encoding="ascii").split())
+        at += 1
+    return found[1:]
+
+
+def memory_of(processes: list[int]) -> int:
+    """Bytes of memory that processes hold and that no file stands behind; shared pages count for each."""
+    pages = 0
+    for process in processes:
+        with contextlib.suppress(OSError, ValueError):
+            _, resident, shared = Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[:3]
+            pages += int(resident) - int(shared)
+    return pages * resource.getpagesize()
+
+
+def overfull(folder: str, size: int) -> bool:
+    """Whether a folder holds more than ``size`` bytes of the disk, ``ENTRIES`` entries or ``DEPTH`` levels."""
+    used, entries, folders = 0, 0, [(folder, 0)]
+    while folders:
+        path, depth = folders.pop()
+        if used > size or entries > ENTRIES or depth > DEPTH:
+            return True
+        with contextlib.suppress(OSError), os.scandir(path) as listing:
+            for entry in listing:
+                entries += 1
+                with contextlib.suppress(OSError):
+                    used += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append((entry.path, depth + 1))
+    return used > size or entries > ENTRIES
+
+
+def excess(job: dict[str, Any]) -> str:
+    """What a run takes too much of; empty where it keeps its limits."""
+    if memory_of(family(os.getpid())) > 2 * job["limits"]["RLIMIT_AS"]:
+        return "memory"
+    seen = not job["view"]  # a view that was made here has limits of its own, and cannot be looked into from outside
+    return "disk" if seen and overfull(job["folder"], job["limits"]["RLIMIT_FSIZE"]) else ""
+
+
+def supervise(child: int, user: int | None, job: dict[str, Any]) -> None:
     """Waits for the child, ends everything else and leaves with the child's exit code."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         sweep(user)
         os._exit(128 + signal.SIGTERM)
 
+    def look(_signal: int, _frame: FrameType | None) -> None:
+        begun = time.monotonic()
+        if what := excess(job):
+            sweep(user)
+            os.write(2, f"ended by the sandbox: all processes and files together take too much {what}\n".encode())
+            os._exit(128 + signal.SIGKILL)
+        signal.setitimer(signal.ITIMER_REAL, max(LOOK_SECONDS, 5 * (time.monotonic() - begun)))
+
     signal.signal(signal.SIGTERM, stop)
+    if LINUX:
+        signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS)
     code = wait_for(child)
     sweep(user)
     os._exit(code)
@@ -147,7 +208,7 @@ def build_view(base: Path, binds: list[str], size: int) -> None:
     mount("tmpfs", str(base), "tmpfs", NO_SUID | NO_DEVICE, "mode=755,size=1m")
     for name in ("tmp", "dev/shm"):
         (base / name).mkdir(parents=True)
-        mount("tmpfs", str(base / name), "tmpfs", NO_SUID | NO_DEVICE, f"mode=1777,size={size},nr_inodes=16k")
+        mount("tmpfs", str(base / name), "tmpfs", NO_SUID | NO_DEVICE, f"mode=1777,size={size},nr_inodes={ENTRIES}")
     for path in binds:
         show(Path(path), base / path.lstrip("/"))
     (base / "proc").mkdir()
@@ -209,6 +270,7 @@ def confine(limits: dict[str, int], user: int | None) -> None:
         header, nothing = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
         libc("capset", header, nothing)
         libc("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+        libc("prctl", DUMPABLE, 0, 0, 0, 0)  # nobody attaches to it or reads its memory, its own children neither
 
 
 def print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -221,17 +283,20 @@ def print_error(kind: type[BaseException], error: BaseException, trace: Tracebac
 def run(job: dict[str, Any]) -> None:
     """Runs the code and then writes the seal, unless this is a copy of the process that the code forked."""
     Path(PROGRAM).write_bytes(job.pop("code").encode("utf-8", "surrogatepass"))
-    owner, report = os.getpid(), os.dup(job["report"])  # the copy is not inherited by programs that the code starts
+    owner, write, report = os.getpid(), os.write, os.dup(job["report"])  # the copy is not inherited by other programs
     os.close(job["report"])
-    os.write(report, job["started"].encode())
+    write(report, job["started"].encode())
     sys.excepthook = print_error
     sys.argv = [PROGRAM]
-    program = functools.partial(runpy.run_path, PROGRAM, run_name="__main__")
-    # The seal is in no variable that the code's callers hold: only the loop's iterator reaches it.
-    for step in (program, functools.partial(os.write, report, job.pop("seal").encode())):
-        step()
+
+    def to_the_end() -> bytes:
+        runpy.run_path(PROGRAM, run_name="__main__")
         if os.getpid() != owner:
-            return
+            raise SystemExit
+        return b""
+
+    # The seal waits on the interpreter's stack: in no variable, and in nothing that the garbage collector lists.
+    write(report, job.pop("seal").encode() + to_the_end())
 
 
 def main() -> None:
@@ -246,14 +311,14 @@ def main() -> None:
     if job["namespaces"]:
         enter_namespaces()
         if child := os.fork():
-            supervise(child, None)  # the end of init is the end of all
+            supervise(child, None, job)  # the end of init is the end of all
         libc("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         if job["view"]:
             build_view(Path(job["base"]), job["binds"], job["limits"]["RLIMIT_FSIZE"])
         if child := os.fork():
             os._exit(wait_for(child))
     elif child := os.fork():
-        supervise(child, job["user"])
+        supervise(child, job["user"], job)
     os.environ.pop("PWD", None)  # bubblewrap sets it
     os.chdir(job["folder"])  # before the other user, who may not get through the folders above
     confine(job["limits"], job["user"])

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import secrets
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ STARTED = "started\n"  # in the report: all steps before the code itself went we
 VIEW_FOLDER = "/tmp"  # noqa: S108 - in a file system view of its own
 USERS = range(60_600, 61_100)  # ids that distributions leave free, below the 65,536 that containers map
 SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/alternatives")
+OPEN_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - they are only looked through
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
@@ -87,13 +90,13 @@ class Launch:
 @contextlib.contextmanager
 def prepare(plan: Plan, code: str, limits: Limits) -> Iterator[Launch]:
     """Makes the folder and the report pipe of one run and removes both at the end."""
-    with (
-        tempfile.TemporaryDirectory(prefix="agentmesh-", ignore_cleanup_errors=True) as base,
-        contextlib.ExitStack() as stack,
-    ):
+    with contextlib.ExitStack() as stack:
+        base = tempfile.mkdtemp(prefix="agentmesh-")
+        stack.callback(_remove, base)
         user = _take_user(stack) if plan.other_user else None
         if user is not None:
             os.chown(base, user, user)
+            stack.callback(_remove_litter, user)
         report_in, report_out = os.pipe()
         stack.callback(os.close, report_in)
         stack.callback(os.close, report_out)
@@ -114,6 +117,25 @@ def prepare(plan: Plan, code: str, limits: Limits) -> Iterator[Launch]:
         }
         environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
         yield Launch(_command(plan, limits), json.dumps(job).encode(), environment, seal, report_in, report_out)
+
+
+def _remove(path: str) -> None:
+    """Removes a folder or file; links themselves and not what they lead to."""
+    with contextlib.suppress(OSError, RecursionError):  # Python goes as deep into itself as folders lie in each other
+        shutil.rmtree(path)
+    if os.path.lexists(path):
+        if os.getuid() != 0 and not Path(path).is_symlink():  # the code may have closed its folders
+            subprocess.run(["chmod", "-R", "u+rwX", "--", path], check=False, capture_output=True)  # noqa: S603, S607
+        subprocess.run(["rm", "-rf", "--", path], check=False, capture_output=True)  # noqa: S603, S607
+
+
+def _remove_litter(user: int) -> None:
+    """Removes what the code left in the folders that every user may write to."""
+    for folder in (folder for folder in {*OPEN_FOLDERS, tempfile.gettempdir()} if Path(folder).is_dir()):
+        for path in Path(folder).iterdir():
+            with contextlib.suppress(FileNotFoundError):  # others come and go
+                if path.lstat().st_uid == user:
+                    _remove(str(path))
 
 
 def _take_user(stack: contextlib.ExitStack) -> int:

@@ -8,9 +8,10 @@ import os
 import signal
 import time
 from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
 
 from agentmesh.errors import SandboxError
-from agentmesh.sandbox.launch import Launch, prepare
+from agentmesh.sandbox.launch import Launch, Plan, prepare
 from agentmesh.sandbox.plans import choose_plan
 from agentmesh.sandbox.values import CodeResult, Limits
 
@@ -28,7 +29,7 @@ async def run_code(code: str, limits: Limits | None = None) -> CodeResult:
         SandboxError: the code could not be started.
     """
     plan = await asyncio.to_thread(choose_plan)
-    with prepare(plan, code, limits or Limits()) as launch:
+    async with _prepared(plan, code, limits or Limits()) as launch:
         begun = time.perf_counter()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -37,6 +38,17 @@ async def run_code(code: str, limits: Limits | None = None) -> CodeResult:
         except OSError as error:
             raise SandboxError(f"{launch.command[0]} could not be started: {error}; see `agentmesh doctor`") from error
         return await _watch(process, launch, limits or Limits(), begun)
+
+
+@contextlib.asynccontextmanager
+async def _prepared(plan: Plan, code: str, limits: Limits) -> AsyncIterator[Launch]:
+    """One run's folder and pipe; removing thousands of files holds nobody up."""
+    with contextlib.ExitStack() as stack:
+        launch = stack.enter_context(prepare(plan, code, limits))
+        try:
+            yield launch
+        finally:
+            await asyncio.to_thread(stack.close)
 
 
 async def _watch(process: Process, launch: Launch, limits: Limits, begun: float) -> CodeResult:

@@ -14,9 +14,10 @@ class Limits:
 
     Attributes:
         time_s: wall-clock seconds, the start of the interpreter included.
-        memory_bytes: address space of each process.
+        memory_bytes: address space of each process; all of them together are ended where they hold twice as much
+            memory.
         output_bytes: bytes kept of stdout, and of stderr; the run is ended where either gets longer.
-        file_bytes: size of the largest file, and of all files together where the file system view is the run's own.
+        file_bytes: size of the largest file, and of all files together.
         processes: processes and threads at one time.
     """
 
@@ -45,8 +46,8 @@ class CodeResult:
         truncated: the output limit ended the run.
         completed: the last line of the code was passed, shown by a random seal that is written after it: leaving
             early with ``sys.exit(0)`` or ``os._exit(0)`` does not count. The seal lies in the same process as the
-            code, on the interpreter's stack: code that searches the garbage collector or its own memory for it
-            can forge it.
+            code, on the interpreter's stack, where neither variables nor the garbage collector lead to it: code that
+            reads its own memory byte by byte can forge it.
     """
 
     stdout: str

@@ -1,8 +1,9 @@
 """``code``: whether a program passes its tests in the sandbox, and the estimator of pass@k.
 
 A program is judged by its own process, and what runs there can forge anything it looks for hard enough: a value that
-equals everything, a search through memory for the seal. What a model does without meaning to cheat cannot pass:
-ending early, redefining ``check`` or a builtin that the tests use, text that swallows the tests.
+equals everything, a function of a library that it replaced, the text of the tests. What a model does without meaning to
+cheat cannot pass: ending early, redefining ``check`` or a builtin that the tests use, text that swallows the tests.
+Nor can a debugger's jump over the tests, or what searches frames and the garbage collector for the signs of success.
 """
 
 from __future__ import annotations
@@ -26,21 +27,29 @@ LONGEST = 100_000  # characters of a solution; a longer one is no answer
 CHECK = re.compile(r"^def check\(", re.MULTILINE)
 
 # The tests get the solution's names, but no builtin that it redefined, neither in its module nor in ``builtins``.
-# The token is written by this program alone, after the tests.
+# The steps are in the loop's iterator alone, out of reach of frames and variables; what could get at them all the same
+# (tracing, the garbage collector, ctypes) is refused. The token is written by this program alone, after the tests.
 PROGRAM = """
-def main():
-    import builtins, os, sys, types
+def steps():
+    import builtins, functools, os, sys, types
+    def refuse(event, _arguments):
+        if event.startswith(("sys.settrace", "sys.setprofile", "sys.monitoring", "sys._current", "gc.get_", "ctypes.")):
+            raise PermissionError(event + " is not for programs that are tested")
+    def judge(code, names, genuine, run):
+        vars(builtins).update(genuine)
+        given = {{name: value for name, value in names.items() if name not in genuine or name == {entry!r}}}
+        run(code, {{**given, "__name__": "tests", "__builtins__": builtins}})
     module = sys.modules["solution"] = types.ModuleType("solution")
-    names, common, run, write = vars(module), vars(builtins), exec, os.write
-    genuine = dict(common)
     solution = compile({solution!r}, "solution.py", "exec")
     tests = compile({tests!r}, "tests.py", "exec")
-    run(solution, names)
-    common.update(genuine)
-    given = {{name: value for name, value in names.items() if name not in genuine or name == {entry!r}}}
-    run(tests, {{**given, "__name__": "tests", "__builtins__": builtins}})
-    write(1, {token!r}.encode())
-main()
+    sys.addaudithook(refuse)
+    return iter((
+        functools.partial(exec, solution, vars(module)),
+        functools.partial(judge, tests, vars(module), dict(vars(builtins)), exec),
+        functools.partial(os.write, 1, {token!r}.encode()),
+    ))
+for step in steps():
+    step()
 """
 
 
@@ -74,6 +83,11 @@ class CodeScorer(Scorer):
         passed = result.completed and token in result.stdout
         note = "" if passed else one_line(_ending(result, self._limits))
         return Scored(values={"pass@1": float(passed)}, extracted=block, note=note)
+
+    async def answer(self, sample: Sample, text: str) -> str:
+        """The program without its comments and layout; nothing is run."""
+        tree = _tree(complete(written(text, sample), sample) or "")
+        return ast.unparse(tree) if isinstance(tree, ast.Module) else ""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -80,3 +80,43 @@ class Gathered:
         return RunResult(
             answer=answer, messages=messages, calls=tuple(self._calls), wall_s=wall_s, checks=tuple(self._checks)
         )
+
+
+class PartTime(Frozen):
+    """What the engine's thread spent on one part, or on one kind of work ``of`` a part.
+
+    Kinds of work have no calls: they are shares of the forwards that were looked at, carried over to all of them.
+    """
+
+    name: str
+    of: str = ""
+    seconds: float
+    share: float
+    calls: int = 0
+
+
+class Looked(Frozen):
+    """How many forwards of one kind there were, their mean rows (tokens or sequences), and how many were looked at."""
+
+    count: int
+    mean_rows: float
+    looked_at: int
+
+
+class Profile(Frozen):
+    """Where the engine's thread spent ``wall_s`` seconds: its parts add up to them.
+
+    ``waited_s`` is what ``waited`` requests waited for the thread, side by side. ``outside`` is the share of decoding
+    steps that is not spent in the model's own kernels, the operations that its code calls (matrix products, attention,
+    norms, activations): Python, sampling, KV writes, masks and views; ``None`` where nothing was decoded. ``left_out``
+    spans and operations are not in the trace, which is bounded.
+    """
+
+    wall_s: float
+    waited_s: float
+    waited: int
+    parts: tuple[PartTime, ...]
+    prefills: Looked
+    steps: Looked
+    outside: float | None
+    left_out: int

@@ -19,7 +19,7 @@ from agentmesh.evaluate.findings import read_findings
 from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.page import Origin, html, plots, write_report
 from agentmesh.evaluate.report import Request, evaluate
-from agentmesh.events import CallRecord, MessageRecord, PlanRow, Reason, Treatment
+from agentmesh.events import CallRecord, CheckRecord, MessageRecord, PlanRow, Reason, Treatment
 
 MESH = """
 version: 1
@@ -373,13 +373,26 @@ def test_a_judges_agreement_and_failed_samples_are_in_the_page(folder: Path) -> 
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["eval"]["judges"] = {"agent.2": ["agent.1"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    rows = [
+        row.model_copy(
+            update={
+                "chosen": {"agent.2": ("agent.1",)},
+                "checks": (CheckRecord(node="agent.2", round=0, order=(1, 0), text="once more"),),
+            }
+        )
+        for row in read_findings(folder).rows
+    ]
+    (folder / "samples.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows))
     with (folder / "samples.jsonl").open("a") as journal:
         journal.write(Row(preset="linear", sample="s3", error="NodeError: <b>too long</b>").model_dump_json() + "\n")
 
     page = page_of(folder)
 
-    assert "judge: same choice" in page
-    failed = [sample["id"] for sample in data_of(page)["samples"] if sample["failed"]]
+    judged = [row for row in Cells(page).rows if row[0] == "linear vs dense"][1]
+    assert judged[1:4] == ["3", "100%", "0"]
+    data = data_of(page)
+    assert data["texts"][data["samples"][1]["rows"][0]["agents"][1]["again"]] == "once more"
+    failed = [sample["id"] for sample in data["samples"] if sample["failed"]]
     assert failed == ["s3"]
     assert "<b>too long</b>" not in page
 

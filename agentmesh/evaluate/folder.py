@@ -93,6 +93,25 @@ def check_resumed(path: Path, wanted: Settings) -> None:
         )
 
 
+def made_by(path: Path) -> tuple[str, dict[str, Any]]:
+    """The command that made an evaluation, empty where it was made from Python, and its manifest.
+
+    Raises:
+        RecordError: the manifest cannot be read.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        words = manifest.get("argv", [])
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecordError(f"{path / 'manifest.json'} cannot be read: {error}") from error
+    return (shlex.join(["agentmesh", *words]) if words[:1] == ["eval"] else ""), manifest
+
+
+def finished(path: Path) -> bool:
+    """Whether an evaluation came to its end."""
+    return (path / "results.json").is_file()
+
+
 def samples_for(settings: Settings, rows: Iterable[Row], data: Path | None) -> tuple[Task, dict[str, Sample]]:
     """An evaluation's task and its samples by id.
 
@@ -111,25 +130,6 @@ def samples_for(settings: Settings, rows: Iterable[Row], data: Path | None) -> t
         if row.sample not in samples:
             raise InputError(f"sample {row.sample!r} is no longer in {where or task.folder}; give it with --data")
     return task, samples
-
-
-def made_by(path: Path) -> tuple[str, dict[str, Any]]:
-    """The command that made an evaluation, empty where it was made from Python, and its manifest.
-
-    Raises:
-        RecordError: the manifest cannot be read.
-    """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        words = manifest.get("argv", [])
-    except (OSError, ValueError, AttributeError) as error:
-        raise RecordError(f"{path / 'manifest.json'} cannot be read: {error}") from error
-    return (shlex.join(["agentmesh", *words]) if words[:1] == ["eval"] else ""), manifest
-
-
-def finished(path: Path) -> bool:
-    """Whether an evaluation came to its end."""
-    return (path / "results.json").is_file()
 
 
 def write_results(path: Path, results: Results, summary: str) -> None:

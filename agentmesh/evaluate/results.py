@@ -239,9 +239,9 @@ def words_before(one: str, other: str) -> int:
 
 
 def _judged(ours: Sequence[Row], theirs: Sequence[Row]) -> Judged:
-    pairs = both(ours, theirs)
-    plain = [(one.chosen, other.chosen) for one, other in pairs if one.chosen and other.chosen]
-    again = [(one.chosen_shuffled, other.chosen_shuffled) for one, other in pairs]
+    shared = both(ours, theirs)
+    plain = [(one.chosen, other.chosen) for one, other in shared if one.chosen and other.chosen]
+    again = [(one.chosen_shuffled, other.chosen_shuffled) for one, other in shared]
     shuffled = [(one, other) for one, other in again if one and other]
     return Judged(
         n=len(plain),

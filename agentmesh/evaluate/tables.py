@@ -20,8 +20,8 @@ def results_table(results: Results) -> Group:
     if results.paired:
         parts.append(_table("paired, first minus second", *_pairs(results)))
     if results.judge is not None and any(one.n for one in results.judge.values()):
-        parts.append(_table("the judge, under both presets", *_judge(results.judge)))
-    return Group(*parts, *filter(None, [_stable(results)]))
+        parts.append(_table("the judge, under both presets", *judge_cells(results.judge)))
+    return Group(*parts, *filter(None, [stable(results)]))
 
 
 def results_markdown(results: Results) -> str:
@@ -31,8 +31,8 @@ def results_markdown(results: Results) -> str:
     if results.paired:
         lines += ["", "Paired, first minus second:", "", *markdown(*_pairs(results))]
     if results.judge is not None and any(one.n for one in results.judge.values()):
-        lines += ["", "The judge, under both presets:", "", *markdown(*_judge(results.judge))]
-    lines += [f"\n{line}" for line in filter(None, [_stable(results)])]
+        lines += ["", "The judge, under both presets:", "", *markdown(*judge_cells(results.judge))]
+    lines += [f"\n{line}" for line in filter(None, [stable(results)])]
     refused = {name: one.reasons for name, one in results.presets.items() if one.reasons}
     if refused:
         lines += ["", "Shareable tokens that were computed, by reason:", ""]
@@ -76,7 +76,8 @@ def _pairs(results: Results) -> tuple[Sequence[str], Cells]:
     return head, cells
 
 
-def _judge(judged: Mapping[str, Judged]) -> tuple[Sequence[str], Cells]:
+def judge_cells(judged: Mapping[str, Judged]) -> tuple[Sequence[str], Cells]:
+    """Head and rows of the table about judges."""
     head = ("pair", "n", "same choice", "chose nobody", "n, other order", "same choice then")
     return head, [
         (
@@ -92,7 +93,7 @@ def _judge(judged: Mapping[str, Judged]) -> tuple[Sequence[str], Cells]:
     ]
 
 
-def _stable(results: Results) -> str:
+def stable(results: Results) -> str:
     """How often judges chose the same whatever the order; empty where none was asked twice."""
     found = {name: one.order_stable for name, one in results.presets.items() if one.order_stable is not None}
     shares = ", ".join(f"{name} {_percent(share)}" for name, share in found.items())

@@ -21,6 +21,7 @@ from agentmesh.evaluate.folder import finished, made_by
 from agentmesh.evaluate.page import plots
 from agentmesh.evaluate.page.samples import Samples
 from agentmesh.evaluate.summary import sentences, summary_markdown
+from agentmesh.evaluate.tables import judge_cells, stable
 from agentmesh.events import Reason
 from agentmesh.record import disk, write_whole
 
@@ -97,7 +98,8 @@ def html(found: Findings, origin: Origin, limit: int = PROMPTS_LIMIT) -> str:
     """
     results = found.results
     metric = next((name for one in results.presets.values() for name in one.metrics), "")
-    samples = Samples(found.rows, list(results.presets), limit)
+    samples = Samples(found.rows, list(results.presets), metric, limit)
+    judged_head, judged_rows = judge_cells(results.judge or {})
     reach, intervals = plots.spans(results.paired)
     here = files(__name__)
     environment = Environment(
@@ -123,7 +125,9 @@ def html(found: Findings, origin: Origin, limit: int = PROMPTS_LIMIT) -> str:
         intervals=intervals,
         plots=plots,
         metrics=plots.names({name: one.metrics for name, one in results.presets.items()}),
-        judged={name: one.model_dump(include=set(CHOICES)) for name, one in (results.judge or {}).items()},
+        judged_head=judged_head,
+        judged_rows=judged_rows,
+        stable=stable(results),
         about={str(reason): reason.about for reason in Reason},
         used={str(row.reason) for one in found.rows for call in one.calls for row in call.plan if row.tokens},
         part_words=PARTS,

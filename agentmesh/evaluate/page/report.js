@@ -26,7 +26,7 @@ function question(sample) {
 
 function chip(row, name) {
   if (row.error) return make("span", { class: "chip bad" }, `${name}failed`);
-  const [score] = Object.values(row.scores);
+  const score = row.scores[data.metric];
   if (score === undefined) return make("span", { class: "chip" }, `${name}not scored`);
   const word = score === 1 ? "right" : score === 0 ? "wrong" : score.toFixed(2);
   return make("span", { class: `chip ${score === 1 ? "good" : "bad"}` }, `${name}${word}`);
@@ -72,7 +72,12 @@ function agentView(agent, row, sample) {
   const round = agent.round ? `, round ${agent.round}` : "";
   const nodes = [make("h5", {}, `${agent.node}${agent.role && agent.role !== agent.node ? ` (${agent.role})` : ""}${round}`)];
   if (agent.call) nodes.push(...callView(agent.call, sample));
-  return [...nodes, ...messageView(agent, row, sample)];
+  nodes.push(...messageView(agent, row, sample));
+  if (text(agent.again)) {
+    nodes.push(make("p", { class: "small" }, "asked once more, with its inbox in another order, it wrote"));
+    nodes.push(make("pre", { class: "box said-text", tabindex: 0 }, text(agent.again).trimEnd()));
+  }
+  return nodes;
 }
 
 function callView(call, sample) {

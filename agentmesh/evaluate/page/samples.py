@@ -49,11 +49,13 @@ class Samples:
     Args:
         rows: what each sample gave.
         presets: in the order in which they are shown.
+        metric: the primary one, which says what is right; empty where there is none.
         limit: characters that texts and prompts may take; later samples are then shown without their prompts.
     """
 
-    def __init__(self, rows: Sequence[Row], presets: Sequence[str], limit: int) -> None:
+    def __init__(self, rows: Sequence[Row], presets: Sequence[str], metric: str, limit: int) -> None:
         self._presets = presets
+        self._metric = metric
         self._limit = limit
         self._texts = Words()
         self._names = Words([""])
@@ -69,6 +71,7 @@ class Samples:
         """Plain data for the page: texts by number, names (of segments and sources) by number, and the samples."""
         return {
             "presets": list(self._presets),
+            "metric": self._metric,
             "kinds": [str(kind) for kind in Treatment],
             "reasons": [[str(reason), reason.about] for reason in Reason],
             "texts": self._texts.all(),
@@ -84,7 +87,7 @@ class Samples:
         self.without_prompts += full
         calls = next((row.calls for row in good if row.calls), ())
         inputs = [] if full or not calls else _segments(calls[0].plan)
-        wrong = any(next(iter(row.scores.values()), 1.0) < 1.0 for row in good)
+        wrong = any(row.scores.get(self._metric, 1.0) < 1.0 for row in good)
         return {
             "id": ordered[0].sample,
             "epoch": ordered[0].epoch,
@@ -104,6 +107,7 @@ class Samples:
     def _row(self, row: Row, *, cut: bool) -> dict[str, Any]:
         """One preset's answer, and its agents in the order of the graph."""
         calls = {(call.node, call.round): call for call in row.calls}
+        checks = {(check.node, check.round): check.text for check in row.checks if not check.error}
         return {
             "preset": self._presets.index(row.preset),
             "error": row.error,
@@ -112,7 +116,13 @@ class Samples:
             "extracted": row.extracted,
             "notes": row.notes,
             "wall_s": round(row.ended - row.begun, 3),
-            "agents": [self._agent(said, calls.get((said.node, said.round)), cut=cut) for said in row.messages],
+            "agents": [
+                {
+                    **self._agent(said, calls.get((said.node, said.round)), cut=cut),
+                    "again": self._texts.number(checks.get((said.node, said.round), "")),
+                }
+                for said in row.messages
+            ],
         }
 
     def _agent(self, said: MessageRecord, call: CallRecord | None, *, cut: bool) -> dict[str, Any]:

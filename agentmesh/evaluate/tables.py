@@ -15,8 +15,8 @@ Cells = list[tuple[str, ...]]
 
 def results_table(results: Results) -> Group:
     """Presets, and their paired comparisons."""
-    head, cells = _presets(results)
-    parts: list[Table] = [_table(f"{results.task}, {results.mesh}, {results.model}: {results.n} samples", head, cells)]
+    title = f"{results.task}, {results.mesh}, {results.model}: {results.n} samples"
+    parts: list[Table] = [_table(title, *_scores(results)), _table("reuse and time", *_costs(results))]
     if results.paired:
         parts.append(_table("paired, first minus second", *_pairs(results)))
     if results.judge is not None and any(one.n for one in results.judge.values()):
@@ -27,7 +27,7 @@ def results_table(results: Results) -> Group:
 def results_markdown(results: Results) -> str:
     """The same tables as Markdown."""
     lines = [f"# {results.task}, {results.mesh}, {results.model}: {results.n} samples", ""]
-    lines += markdown(*_presets(results))
+    lines += [*markdown(*_scores(results)), "", "Reuse and time:", "", *markdown(*_costs(results))]
     if results.paired:
         lines += ["", "Paired, first minus second:", "", *markdown(*_pairs(results))]
     if results.judge is not None and any(one.n for one in results.judge.values()):
@@ -47,20 +47,25 @@ def comparison_table(found: Comparison) -> Table:
     return _table(f"{found.task}: {found.first} minus {found.second}", head, cells)
 
 
-def _presets(results: Results) -> tuple[Sequence[str], Cells]:
+def _scores(results: Results) -> tuple[Sequence[str], Cells]:
+    """Metrics with their intervals, the primary one first."""
     metrics = list(dict.fromkeys(name for one in results.presets.values() for name in one.metrics))
-    head = ["preset", *metrics, "errors", "calls shared", "placed", "TTFT p50", "p90", "tokens/s", "wall s"]
-    cells = [(name, *_preset(one, metrics)) for name, one in results.presets.items()]
-    return head, cells
+    cells = []
+    for name, one in results.presets.items():
+        found = [one.metrics.get(metric) for metric in metrics]
+        shown = [f"{m.value:.3f} [{m.ci95[0]:.3f}, {m.ci95[1]:.3f}]" if m else "" for m in found]
+        cells.append((name, *shown, str(one.errors)))
+    return ["preset", *metrics, "errors"], cells
 
 
-def _preset(one: PresetResult, metrics: Sequence[str]) -> list[str]:
-    found = [one.metrics.get(name) for name in metrics]
-    shown = [f"{m.value:.3f} [{m.ci95[0]:.3f}, {m.ci95[1]:.3f}]" if m else "" for m in found]
+def _costs(results: Results) -> tuple[Sequence[str], Cells]:
+    head = ("preset", "calls shared", "placed", "TTFT p50 ms", "p90", "tokens/s", "wall s")
+    return head, [(name, *_cost(one)) for name, one in results.presets.items()]
+
+
+def _cost(one: PresetResult) -> list[str]:
     placed = f"{one.placed_slots / one.slot_tokens:.0%}" if one.slot_tokens else "-"
     return [
-        *shown,
-        str(one.errors),
         f"{one.calls_shared}/{one.calls_shareable}",
         placed,
         f"{one.ttft_ms.p50:.0f}",

@@ -37,9 +37,6 @@ PARTS: Mapping[str, str] = MappingProxyType(
 )
 """The parts of a time to first token, in words."""
 
-CHOICES = frozenset({"same_choice", "same_choice_shuffled"})
-"""Shares of a judge's figures."""
-
 PROMPTS_LIMIT = 8_000_000
 """Characters that texts and prompts of samples may take in a page."""
 

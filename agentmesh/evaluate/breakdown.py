@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from agentmesh.config.base import Frozen
 from agentmesh.evaluate.journal import Row
@@ -137,9 +137,12 @@ def _wait(calls: Sequence[CallRecord]) -> Wait:
 
 
 def _in_order(found: Mapping[str, T]) -> dict[str, T]:
-    """By name, ``agent.2`` before ``agent.10``."""
-    pieces = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in found}
-    return {name: found[name] for name in sorted(found, key=pieces.__getitem__)}
+    return {name: found[name] for name in sorted(found, key=natural)}
+
+
+def natural(name: str) -> list[Any]:
+    """What names are sorted by, so that ``agent.2`` comes before ``agent.10``."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _parting(ours: Sequence[Row], theirs: Sequence[Row]) -> Parting:

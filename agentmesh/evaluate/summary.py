@@ -66,8 +66,9 @@ def _score(pair: Paired, one: PresetResult, other: PresetResult, first: str) -> 
 def _texts(pair: Paired) -> str:
     if pair.first_divergence is None:
         return "All answers are the same text."
+    words = "word" if pair.first_divergence == 1 else "words"
     return (
-        f"{pair.same_text:.0%} of the answers are the same text; the others part after {pair.first_divergence:g} words "
+        f"{pair.same_text:.0%} of the answers are the same text; the others part after {pair.first_divergence:g} {words} "
         "(median)."
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, final
 
-from agentmesh.evaluate.breakdown import first_differing
+from agentmesh.evaluate.breakdown import first_differing, natural
 from agentmesh.evaluate.journal import Row
 from agentmesh.events import CallRecord, MessageRecord, PlanRow, Reason, Treatment
 
@@ -65,7 +65,8 @@ class Samples:
         by_sample: dict[tuple[str, int], dict[str, Row]] = {}
         for row in rows:
             by_sample.setdefault((row.sample, row.epoch), {})[row.preset] = row
-        self._samples = [self._sample(found) for found in by_sample.values()]
+        order = sorted(by_sample, key=lambda key: (natural(key[0]), key[1]))
+        self._samples = [self._sample(by_sample[key]) for key in order]
 
     def data(self) -> dict[str, Any]:
         """Plain data for the page: texts by number, names (of segments and sources) by number, and the samples."""

@@ -66,11 +66,8 @@ def _score(pair: Paired, one: PresetResult, other: PresetResult, first: str) -> 
 def _texts(pair: Paired) -> str:
     if pair.first_divergence is None:
         return "All answers are the same text."
-    words = "word" if pair.first_divergence == 1 else "words"
-    return (
-        f"{pair.same_text:.0%} of the answers are the same text; the others part after {pair.first_divergence:g} {words} "
-        "(median)."
-    )
+    common = f"{pair.first_divergence:g} word{'' if pair.first_divergence == 1 else 's'}"
+    return f"{pair.same_text:.0%} of the answers are the same text; the others part after {common} (median)."
 
 
 def _reuse(breakdown: Breakdown) -> tuple[list[str], list[tuple[str, ...]]]:

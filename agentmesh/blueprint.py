@@ -58,7 +58,8 @@ class Blueprint:
         name: the mesh's name.
         topology: its graph.
         members: node → agent.
-        inputs: names of the inputs a run must give.
+        inputs: names of the inputs that agents read.
+        defaults: texts of inputs that a run does not give.
         model: which model.
         communicator: how KV is reused.
         run: retries, time limits, seed.
@@ -69,6 +70,7 @@ class Blueprint:
     topology: Topology
     members: Mapping[str, Member]
     inputs: tuple[str, ...]
+    defaults: Mapping[str, str] = field(default_factory=dict)
     model: ModelSpec = field(default_factory=ModelSpec)
     communicator: CommunicatorSpec = field(default_factory=CommunicatorSpec)
     run: RunSpec = field(default_factory=RunSpec)
@@ -89,8 +91,8 @@ class Blueprint:
                 found[node] = hashlib.sha256(text.encode()).hexdigest()
         return found
 
-    def check_inputs(self, given: Mapping[str, str]) -> None:
-        """Compare a run's inputs with what the mesh reads.
+    def all_inputs(self, given: Mapping[str, str]) -> dict[str, str]:
+        """A run's inputs, completed with the defaults.
 
         Raises:
             InputError: one is missing, unknown, empty or not text.
@@ -99,22 +101,25 @@ class Blueprint:
             if name not in self.inputs:
                 hint = did_you_mean(name, self.inputs)
                 raise InputError(f"no input {name!r}; this mesh reads {listing(self.inputs)}.{hint}")
+        found = {**self.defaults, **given}
         for name in self.inputs:
-            text = given.get(name)
+            text = found.get(name)
             if text is None:
                 raise InputError(f"input {name!r} is missing; give it with -i {name}=… (or @FILE to read a file)")
             if not text.strip():
                 raise InputError(f"input {name!r} is empty; give it some text")
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise InputError(f"input {name!r} holds bytes that are not UTF-8; save it as UTF-8")
+        return found
 
 
-def draft(loaded: LoadedMesh, graph: Topology | None = None) -> Blueprint:
+def draft(loaded: LoadedMesh, graph: Topology | None = None, objects: Mapping[str, Agent] | None = None) -> Blueprint:
     """Check a mesh as a whole: graph, agents, roles, templates, preset.
 
     Args:
         loaded: the mesh.
         graph: a topology built in Python, instead of the one the mesh names.
+        objects: group or node → an agent that takes the place of what the mesh says.
 
     Raises:
         ConfigError: a mistake, with its position.
@@ -140,12 +145,20 @@ def draft(loaded: LoadedMesh, graph: Topology | None = None) -> Blueprint:
     reserved = sorted(set(spec.inputs) & set(SCOPE_NAMES))
     if reserved:
         raise ConfigError(f"{loaded.position(('inputs',))}: {listing(reserved)} has a meaning of its own in templates")
-    members = _members(loaded, topology)
+    for name in spec.defaults:
+        if name not in spec.inputs:
+            raise ConfigError(
+                f"{loaded.position(('defaults', name))}: no input {name!r}; this mesh reads {listing(spec.inputs)}."
+                f"{did_you_mean(name, spec.inputs)}"
+            )
+    members = _with_objects(_members(loaded, topology), topology, objects or {})
     _check_templates(loaded, spec.inputs)
     _check_input_names(loaded)
     folder = Path() if loaded.document is None else Path(loaded.document.name).parent
     name = spec.name or (loaded.topology_name if loaded.document is None else Path(loaded.document.name).stem)
-    return Blueprint(name, topology, members, spec.inputs, spec.model, spec.communicator, spec.run, folder)
+    return Blueprint(
+        name, topology, members, spec.inputs, spec.defaults, spec.model, spec.communicator, spec.run, folder
+    )
 
 
 def _topology(loaded: LoadedMesh) -> Topology:
@@ -178,6 +191,16 @@ def _members(loaded: LoadedMesh, topology: Topology) -> dict[str, Member]:
         role = deal(agents[key].role, node.index if size > 1 else 0, size, loaded.position(("agents", key, "role")))
         members[node.name] = Member(node.name, role or node.name, spec=agents[key])
     return members
+
+
+def _with_objects(members: Mapping[str, Member], topology: Topology, objects: Mapping[str, Agent]) -> dict[str, Member]:
+    """Members, some of whose agents are objects; a node's own goes before its group's."""
+    found = dict(members)
+    for node in topology.nodes:
+        agent = objects.get(node.name, objects.get(node.group))
+        if agent is not None:
+            found[node.name] = Member(node.name, members[node.name].role, agent=agent)
+    return found
 
 
 def deal(roles: str | Sequence[str], index: int, size: int, place: str) -> str:

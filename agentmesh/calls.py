@@ -10,7 +10,7 @@ from agentmesh.agents.base import Turn
 from agentmesh.backend import Backend, Completion
 from agentmesh.config.mesh import GenerateSpec
 from agentmesh.events import CallRecord, Event, FirstToken, ModelFinished, PlanRow, TokenText, Treatment
-from agentmesh.prompt import Content, ContentKind, Exchange, PromptRenderer, RoleTemplate, Scope, said
+from agentmesh.prompt import Content, ContentKind, Exchange, PromptRenderer, RoleTemplate, Scope, said, texts_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Caller:
         label = said(ContentKind.MESSAGE, turn.node, turn.round)
         prompt = replace(prompt, reader=replace(turn.reader, writes=label, seed=seed))
         done = await self.backend.complete(prompt, generate, seed, listener)
-        self.emit(ModelFinished(call=_record(turn, done)))
+        texts = texts_of(prompt, [row.tokens for row in done.rows], self.renderer.tokenizer)
+        rows = tuple(row.model_copy(update={"text": text}) for row, text in zip(done.rows, texts, strict=True))
+        self.emit(ModelFinished(call=_record(turn, replace(done, rows=rows))))
         reply = Content(done.text, ContentKind.MESSAGE, label, done.tokens)
         if history is not None:
             history.append(Exchange(pieces, reply, len(prompt.tokens)))

@@ -21,92 +21,73 @@ class Treatment(Choice):
 
 
 class Reason(Choice):
-    """Why tokens were placed or computed. Nothing falls back, and nothing is reused, without one of these."""
+    """Why tokens were placed or computed. Nothing falls back, and nothing is reused, without one of these.
 
-    IDENTICAL_PREFIX = "identical-prefix"
-    """Same tokens after the same history were computed before: placed, bit for bit."""
+    ``about`` says what it means.
+    """
 
-    SAME_HISTORY = "same-history"
-    """Same tokens after the same history, which holds realigned KV itself: placed as it is."""
+    about: str
 
-    READ_BEFORE = "read-before"
-    """An earlier agent of the run read it: placed from that agent's context."""
+    def __new__(cls, value: str, about: str) -> Reason:  # noqa: PYI034  # `Self` came with Python 3.11
+        """A reason and what it means."""
+        made = str.__new__(cls, value)
+        made._value_ = value
+        made.about = about
+        return made
 
-    WRITTEN_BEFORE = "written-before"
-    """An earlier agent of the run wrote it: placed from what it decoded."""
-
-    FROM_CORPUS = "from-corpus"
-    """A passage kept behind a neutral header: placed from there."""
-
-    ANCHORED = "anchored"
-    """Fixed text behind a slot, placed with the offsets of that slot's anchors (``kvcomm``)."""
-
-    PRESET_DENSE = "preset-dense"
-    """The preset computes everything."""
-
-    MODEL_UNSUPPORTED = "model-unsupported"
-    """The probe refused the model's attention."""
-
-    NOT_SEEN = "not-seen"
-    """This prefix was not computed before, or was evicted."""
-
-    BEHIND_PREFIX = "behind-prefix"
-    """Differs from what was seen from here on, or belongs to one prompt alone."""
-
-    FIXED_TEXT = "fixed-text"
-    """Fixed text of the agent's own template, behind its first slot."""
-
-    FIRST_READER = "first-reader"
-    """Nobody in this run has read or written it: its KV becomes the base for later readers."""
-
-    EVICTED = "evicted"
-    """Its KV was dropped to keep the budget."""
-
-    TOO_SHORT = "too-short"
-    """Shorter than ``min_tokens``."""
-
-    BLOCK_HEAD = "block-head"
-    LINE_BREAK = "line-break"
-    """The first tokens of a placed block, computed to anchor it in its new context."""
-
-    PICKED = "picked"
-    """Tokens of a placed block that a look at the cache picked to be computed."""
-
-    NO_KV = "no-kv"
-    """The last token of a message has no KV, because nothing was decoded after it."""
-
-    NOT_WARM = "not-warm"
-    """Too few observations of this slot: the whole call is computed, and observed."""
-
-    OBSERVING = "observing"
-    """Another slot of the call is not warm: the whole call is computed, so that what is observed is exact."""
-
-    PREDICTED_ERROR = "predicted-error"
-    """The realigner expects an error above ``max_kl``."""
-
-    BREAKER_OPEN = "breaker-open"
-    """Audits found an error above the limits: the slot is computed until it is learned again."""
-
-    TOO_DEEP = "too-deep"
-    """Its KV was placed more often than ``max_depth`` already."""
-
-    NO_ROOM = "no-room"
-    """The budget has no room for what must be learned of the slot."""
-
-    NOT_WORTH_IT = "not-worth-it"
-    """Placing it would cost more time than computing it."""
-
-    READS_EXACTLY = "reads-exactly"
-    """The agent reads exact KV only (``reads: exact``)."""
-
-    DELIVERED_AS_TEXT = "delivered-as-text"
-    """The edge says ``deliver: text``."""
-
-    NO_ANCHOR_AS_LONG = "no-anchor-as-long"
-    """Fewer than two anchors are as long as the slot's content (paper, eq. 5): the call is computed."""
-
-    ANCHORS_TOO_EVEN = "anchors-too-even"
-    """The entropy of the anchors' weights is above the limit (paper, eq. 5): the call is computed."""
+    IDENTICAL_PREFIX = (
+        "identical-prefix",
+        "Same tokens after the same history were computed before: placed, bit for bit.",
+    )
+    SAME_HISTORY = (
+        "same-history",
+        "Same tokens after the same history, which holds realigned KV itself: placed as it is.",
+    )
+    READ_BEFORE = "read-before", "An earlier agent of the run read it: placed from that agent's context."
+    WRITTEN_BEFORE = "written-before", "An earlier agent of the run wrote it: placed from what it decoded."
+    FROM_CORPUS = "from-corpus", "A passage kept behind a neutral header: placed from there."
+    ANCHORED = "anchored", "Fixed text behind a slot, placed with the offsets of that slot's anchors (`kvcomm`)."
+    PRESET_DENSE = "preset-dense", "The preset computes everything."
+    MODEL_UNSUPPORTED = "model-unsupported", "The probe refused the model's attention."
+    NOT_SEEN = "not-seen", "This prefix was not computed before, or was evicted."
+    BEHIND_PREFIX = "behind-prefix", "Differs from what was seen from here on, or belongs to one prompt alone."
+    FIXED_TEXT = "fixed-text", "Fixed text of the agent's own template, behind its first slot."
+    FIRST_READER = (
+        "first-reader",
+        "Nobody in this run has read or written it: its KV becomes the base for later readers.",
+    )
+    EVICTED = "evicted", "Its KV was dropped to keep the budget."
+    TOO_SHORT = "too-short", "Shorter than `min_tokens`."
+    BLOCK_HEAD = "block-head", "The first tokens of a placed block, computed to anchor it in its new context."
+    LINE_BREAK = (
+        "line-break",
+        "A line break at the end of a placed block, computed to anchor the block in its new context.",
+    )
+    PICKED = "picked", "Tokens of a placed block that a look at the cache picked to be computed."
+    NO_KV = "no-kv", "The last token of a message has no KV, because nothing was decoded after it."
+    NOT_WARM = "not-warm", "Too few observations of this slot: the whole call is computed, and observed."
+    OBSERVING = (
+        "observing",
+        "Another slot of the call is not warm: the whole call is computed, so that what is observed is exact.",
+    )
+    PREDICTED_ERROR = "predicted-error", "The realigner expects an error above `max_kl`."
+    BREAKER_OPEN = (
+        "breaker-open",
+        "Audits found an error above the limits: the slot is computed until it is learned again.",
+    )
+    TOO_DEEP = "too-deep", "Its KV was placed more often than `max_depth` already."
+    NO_ROOM = "no-room", "The budget has no room for what must be learned of the slot."
+    NOT_WORTH_IT = "not-worth-it", "Placing it would cost more time than computing it."
+    READS_EXACTLY = "reads-exactly", "The agent reads exact KV only (`reads: exact`)."
+    DELIVERED_AS_TEXT = "delivered-as-text", "The edge says `deliver: text`."
+    NO_ANCHOR_AS_LONG = (
+        "no-anchor-as-long",
+        "Fewer than two anchors are as long as the slot's content (paper, eq. 5): the call is computed.",
+    )
+    ANCHORS_TOO_EVEN = (
+        "anchors-too-even",
+        "The entropy of the anchors' weights is above the limit (paper, eq. 5): the call is computed.",
+    )
 
 
 FALLBACKS = frozenset(
@@ -147,7 +128,7 @@ class PlanRow(Frozen):
     """One run of a prompt's tokens with one treatment.
 
     ``segment`` names the text (``fixed``, ``question``, ``message solver.1@0``), ``kind`` the treatment, ``source``
-    where placed KV came from.
+    where placed KV came from. The ``text`` is there when the call has ended; the texts of a call's rows are its prompt.
     """
 
     segment: str
@@ -155,6 +136,7 @@ class PlanRow(Frozen):
     tokens: int
     source: str = ""
     reason: Reason
+    text: str = ""
 
 
 class Audit(Frozen):
@@ -206,6 +188,23 @@ class MessageRecord(Frozen):
     round: int
     text: str
     tokens: int
+
+
+class CheckRecord(Frozen):
+    """What a judge said when it was asked once more with its inbox in another order.
+
+    ``order``: for each message as it was shown then, its place in the inbox before. ``placed`` and ``computed`` count
+    the prompt's tokens, ``ms`` is how long it took. A check that failed has an ``error`` and no text.
+    """
+
+    node: str
+    round: int
+    order: tuple[int, ...]
+    text: str = ""
+    placed: int = 0
+    computed: int = 0
+    ms: float = 0.0
+    error: str = ""
 
 
 class EventBase(Frozen):
@@ -321,6 +320,13 @@ class Warned(EventBase):
     text: str
 
 
+class JudgeChecked(EventBase):
+    """A judge was asked once more, when the run's messages were all there; no part of messages, calls and answer."""
+
+    type: Literal["judge.checked"] = "judge.checked"
+    check: CheckRecord
+
+
 class RunFinished(EventBase):
     """A run ended with an answer."""
 
@@ -357,6 +363,7 @@ Event = Annotated[
     | TokenText
     | ModelFinished
     | Warned
+    | JudgeChecked
     | RunFinished
     | RunFailed
     | RunCancelled,

@@ -116,6 +116,7 @@ class LocalBackend:
             "source": loaded.source,
             "fingerprint": loaded.fingerprint,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "decode": loaded.decode.value,
             "device": str(loaded.model.device),
             "reuse": support.level.value,
             "reuse_limit": support.reason,
@@ -263,11 +264,15 @@ class _Planned:
 
     def prefilled(self, arena: Arena) -> None:
         """Let the preset keep what later prompts may use."""
+        if self._prompt.reader.aside:
+            return
         self._preset.prefilled(self._prompt, self.decided, arena)
         self._settle()
 
     def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
         """Let the preset keep the message, learn, and check the call."""
+        if self._prompt.reader.aside:
+            return
         self.audit = self._preset.finished(self._prompt, self.decided, arena, tokens, logits)
         self._settle()
         self._backend.note_bytes()

@@ -17,26 +17,19 @@ import networkx as nx
 
 from agentmesh.agents.base import Agent
 from agentmesh.backend import Backend
-from agentmesh.blueprint import Blueprint, Member, draft
+from agentmesh.blueprint import Blueprint, draft
 from agentmesh.calls import Caller
+from agentmesh.checks import Checks
 from agentmesh.config.load import LoadedMesh, load_mesh, mesh_from_dict
 from agentmesh.config.mesh import LlmAgentSpec
 from agentmesh.errors import RecordError, RunError, TemplateError, UsageError
-from agentmesh.events import (
-    Event,
-    ModelFinished,
-    NodeFinished,
-    RunCancelled,
-    RunFailed,
-    RunFinished,
-    RunStarted,
-)
+from agentmesh.events import Event, RunCancelled, RunFailed, RunFinished, RunStarted
 from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate, Scope
-from agentmesh.results import RunResult
+from agentmesh.results import Gathered, RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
-from agentmesh.turns import Turns, together
+from agentmesh.turns import Turns, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
 
 Progress = Callable[[str, int, int], None]
@@ -51,7 +44,7 @@ class Mesh:
         topology: a shipped topology's name, a dict as in a mesh file, a ``Topology``, or a networkx digraph.
         model: a name, a dict as in a mesh file, or a backend such as ``testing.ScriptedModel``.
         communicator: a preset's name or a dict as in a mesh file.
-        inputs: names of the inputs a run gives.
+        inputs: names of the inputs a run gives, or name → its default (``None``: a run must give it).
         run: as ``run:`` in a mesh file.
         name: for people.
 
@@ -66,7 +59,7 @@ class Mesh:
         topology: str | Mapping[str, Any] | Topology | nx.DiGraph,
         model: str | Mapping[str, Any] | Backend = "smollm2-135m",
         communicator: str | Mapping[str, Any] = "prefix",
-        inputs: Sequence[str] = ("question",),
+        inputs: Sequence[str] | Mapping[str, str | None] = ("question",),
         run: Mapping[str, Any] | None = None,
         name: str = "mesh",
     ) -> None:
@@ -80,11 +73,12 @@ class Mesh:
             "model": model if given else {},
             "topology": topology if graph is None else {"nodes": {"node": {}}, "output": "node"},
             "inputs": list(inputs),
+            "defaults": {k: v for k, v in inputs.items() if v is not None} if isinstance(inputs, Mapping) else {},
             "agents": {**written, **{key: {"prompt": "an object"} for key in objects}},
             "communicator": communicator,
             "run": dict(run or {}),
         }
-        self._setup(_blueprint(data, graph, objects), None if given else model)
+        self._setup(draft(mesh_from_dict(data), graph, objects), None if given else model)
 
     @classmethod
     def from_yaml(
@@ -113,12 +107,13 @@ class Mesh:
         cls, loaded: LoadedMesh, *, model: Backend | None = None, agents: Mapping[str, Agent] | None = None
     ) -> Mesh:
         """A mesh from a file that was read already; see ``from_yaml``. ``agents`` take the place of the file's."""
-        checked = draft(loaded)
-        members = {
-            node: _with_object(member, checked.topology, agents or {}) for node, member in checked.members.items()
-        }
+        return cls.from_blueprint(draft(loaded, objects=agents), model=model)
+
+    @classmethod
+    def from_blueprint(cls, blueprint: Blueprint, *, model: Backend | None = None) -> Mesh:
+        """A mesh that was checked already, such as another mesh's ``blueprint``; agent objects are shared with it."""
         mesh = cls.__new__(cls)
-        Mesh._setup(mesh, replace(checked, members=members), model)
+        Mesh._setup(mesh, blueprint, model)
         return mesh
 
     def _setup(self, blueprint: Blueprint, backend: Any) -> None:
@@ -139,6 +134,11 @@ class Mesh:
     def graph(self) -> nx.MultiDiGraph:
         """The communication graph as a plain networkx graph."""
         return self.blueprint.topology.graph
+
+    @property
+    def backend(self) -> Backend | None:
+        """The model at work: the one that was given or loaded; ``None`` before it is loaded."""
+        return self._backend
 
     def load(self, progress: Progress | None = None) -> Backend:
         """Load the model now instead of at the first run.
@@ -176,7 +176,11 @@ class Mesh:
 
         Returns:
             How many were kept; the others are too short, beyond the budget, or the preset places no documents.
+
+        Raises:
+            UsageError: an event loop is running here already.
         """
+        refuse_inside_loop("`await asyncio.to_thread(mesh.ingest)` instead of `mesh.ingest()`")
         backend = self.load()
         contents = [content for worker in self._workers.values() for content in worker.agent.corpus()]
 
@@ -192,8 +196,7 @@ class Mesh:
 
     def run(self, inputs: Mapping[str, str] | None = None, **named: Any) -> RunResult:
         """Run once and wait for the result; inputs as a dict or by name. Other arguments as ``arun``."""
-        if _loop_is_running():
-            raise UsageError("an event loop is running here already; use `await mesh.arun(…)` instead of `mesh.run(…)`")
+        refuse_inside_loop("`await mesh.arun(…)` instead of `mesh.run(…)`")
         return asyncio.run(self.arun(inputs, **named))
 
     async def arun(
@@ -203,6 +206,7 @@ class Mesh:
         seed: int | None = None,
         sample: str = "",
         sinks: Sequence[Sink] = (),
+        check_judges: bool = False,
         **named: str,
     ) -> RunResult:
         """Run once; runs beyond ``run.concurrency`` of one mesh wait for their turn.
@@ -212,6 +216,8 @@ class Mesh:
             seed: of this run; the mesh's own where not given.
             sample: a name for this run in its events.
             sinks: called with every event, in order.
+            check_judges: whether each judge acts once more when the run is over, with its inbox in an order drawn from
+                seed and sample; what it says then is in the result's ``checks`` alone.
             named: more inputs.
 
         Raises:
@@ -219,10 +225,9 @@ class Mesh:
             NodeError: an agent failed for good.
             RunError: the run has no answer.
         """
-        given = {**(inputs or {}), **named}
-        self.blueprint.check_inputs(given)
+        given = self.blueprint.all_inputs({**(inputs or {}), **named})
         async with self._turns.turn() as reader:
-            return await self._run(given, seed, sample, sinks, reader)
+            return await self._run(given, seed, sample, sinks, reader, check=check_judges)
 
     @property
     def width(self) -> int:
@@ -231,21 +236,28 @@ class Mesh:
         return self.load().width if wanted == "auto" else wanted
 
     async def _run(
-        self, given: Mapping[str, str], seed: int | None, sample: str, sinks: Sequence[Sink], reader: Reader
+        self,
+        given: Mapping[str, str],
+        seed: int | None,
+        sample: str,
+        sinks: Sequence[Sink],
+        reader: Reader,
+        *,
+        check: bool,
     ) -> RunResult:
         """One run from its first event to its result."""
-        backend = self.load()
-        calls: list[ModelFinished] = []
-        said: dict[tuple[str, int], NodeFinished] = {}
-        stream = EventStream((_collector(calls, said), *sinks), sample)
+        backend, gathered = self.load(), Gathered()
+        stream = EventStream((gathered.take, *sinks), sample)
         begun = time.perf_counter()
         stream.emit(self._started(backend, given))
         finished = False
         try:
             await backend.begin(reader)
-            messages = await self._walk(backend, given, stream, seed, reader)
+            walk = self._walk(backend, given, stream, seed, reader, check=check)
+            messages = await walk.run()
             answer = self._answer(messages)
             wall = time.perf_counter() - begun
+            await walk.check_judges()
             finished = True
             stream.emit(RunFinished(answer=answer, wall_s=wall))
         except RecordError:
@@ -260,8 +272,7 @@ class Mesh:
             await backend.release(reader.run)
             if not finished:
                 stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
-        records = tuple(said[message.node, message.round].message for message in messages)
-        return RunResult(answer=answer, messages=records, calls=tuple(event.call for event in calls), wall_s=wall)
+        return gathered.result(answer, ((message.node, message.round) for message in messages), wall)
 
     async def arun_all(
         self, samples: Iterable[Mapping[str, str]], tick: Callable[[], None] = lambda: None
@@ -297,16 +308,24 @@ class Mesh:
             task.cancel()
             await asyncio.wait({task})
 
-    async def _walk(
-        self, backend: Backend, given: Mapping[str, str], stream: EventStream, seed: int | None, reader: Reader
-    ) -> list[Message]:
+    def _walk(
+        self,
+        backend: Backend,
+        given: Mapping[str, str],
+        stream: EventStream,
+        seed: int | None,
+        reader: Reader,
+        *,
+        check: bool,
+    ) -> Walk:
         inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in given.items()}
         renderer = PromptRenderer(backend.tokenizer, self.blueprint.communicator.min_tokens)
         if self._leads is None:
             self._leads = self._find_leads(renderer)
         run_seed = self.blueprint.run.seed if seed is None else seed
         caller = Caller(backend, renderer, stream.emit, run_seed, self._leads)
-        walk = Walk(
+        checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{run_seed}") if check else None
+        return Walk(
             self.blueprint.topology,
             self._workers,
             inputs,
@@ -315,8 +334,8 @@ class Mesh:
             self._predicates,
             lambda text: len(backend.tokenizer.encode(text, control=False)),
             reader,
+            checks,
         )
-        return await walk.run()
 
     def _find_leads(self, renderer: PromptRenderer) -> tuple[tuple[int, ...], ...]:
         """How every agent's prompt begins, up to its first slot."""
@@ -357,38 +376,7 @@ class Mesh:
         return answer
 
 
-def _loop_is_running() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _as_topology(topology: Any) -> Topology | None:
     if isinstance(topology, Topology):
         return topology
     return Topology.from_graph(topology) if isinstance(topology, nx.Graph) else None
-
-
-def _blueprint(data: dict[str, Any], graph: Topology | None, objects: Mapping[str, Agent]) -> Blueprint:
-    """A blueprint from Python values: agent objects and graphs take the place of what a file would say."""
-    checked = draft(mesh_from_dict(data), graph)
-    members = {node: _with_object(member, checked.topology, objects) for node, member in checked.members.items()}
-    return replace(checked, members=members)
-
-
-def _with_object(member: Member, topology: Topology, objects: Mapping[str, Agent]) -> Member:
-    group = next(node.group for node in topology.nodes if node.name == member.node)
-    found = objects.get(member.node, objects.get(group))
-    return member if found is None else Member(member.node, member.role, agent=found)
-
-
-def _collector(calls: list[ModelFinished], said: dict[tuple[str, int], NodeFinished]) -> Sink:
-    def collect(event: Event) -> None:
-        if isinstance(event, ModelFinished):
-            calls.append(event)
-        elif isinstance(event, NodeFinished):
-            said[event.message.node, event.message.round] = event
-
-    return collect

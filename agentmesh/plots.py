@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from agentmesh.bench.figures import Fidelity, Times
+from agentmesh.bench.figures import Fidelity, Scaling, Times
 from agentmesh.errors import InputError
 
 PARTS = ("plan", "match", "realign", "compose", "forward")
@@ -57,6 +57,34 @@ def plot_ttft(figures: Times, path: Path) -> None:
     axes.set_xticks([agent + 0.4 for agent in agents], [str(agent + 1) for agent in agents])
     axes.set_title(f"{figures.model}, {figures.dtype}")
     axes.legend()
+    _save(figure, path)
+
+
+def plot_scaling(figures: Scaling, path: Path) -> None:
+    """TTFT against the length of the prompt, measured and fitted, and what placing costs as a share of dense.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    figure = Figure(figsize=(SIZE[0] * 1.5, SIZE[1]), layout="constrained")
+    times, shares = figure.subplots(1, 2, width_ratios=(3, 2))
+    colours = mpl.colormaps["tab10"]
+    for number, share in enumerate(sorted({point.share for point in figures.points})):
+        points = [point for point in figures.points if point.share == share]
+        lengths, colour = [point.prompt_tokens for point in points], colours(number)
+        label = f"{share:.0%} placed" if share else "dense"
+        times.plot(lengths, [point.ttft_ms for point in points], "o", color=colour, label=label)
+        times.plot(lengths, [point.fitted_ms for point in points], "--", color=colour)
+        if share:
+            shares.plot(lengths, [100 * point.realigning_share for point in points], "o-", color=colour)
+            shares.plot(lengths, [100 * point.matching_share for point in points], "x:", color=colour)
+    times.set(xlabel="tokens of the prompt", ylabel="time to first token, ms", ylim=(0, None))
+    times.set_title(
+        f"{figures.model}, {figures.dtype}; dashed: computed tokens + bytes placed, R² {figures.fit.r2:.4f}"
+    )
+    times.legend()
+    shares.set(xlabel="tokens of the prompt", ylabel="% of dense", ylim=(0, None))
+    shares.set_title("realigning and placing (●), matching (×)")
     _save(figure, path)
 
 

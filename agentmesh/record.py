@@ -6,6 +6,8 @@ events.jsonl    every event but streamed text, as it happened
 samples.jsonl   one line a finished sample, synced to disk
 results.json    the answer and the calls
 summary.md      the same for people
+profile.json    where the time went, if that was asked for
+trace.json      the same for a trace viewer
 """
 
 from __future__ import annotations
@@ -81,6 +83,15 @@ class Recorder:
                 os.fsync(stream.fileno())
             write_whole(self.path / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
             write_whole(self.path / "summary.md", summary(result))
+
+    def attach(self, name: str, text: str) -> None:
+        """Write one more file into the folder.
+
+        Raises:
+            RecordError: the disk is full or the folder is gone.
+        """
+        with disk(self.path):
+            write_whole(self.path / name, text)
 
     def close(self) -> None:
         """Close the files.
@@ -168,7 +179,7 @@ def read_events(path: Path) -> Iterator[Event]:
         RecordError: a damaged line elsewhere.
     """
     file = path / "events.jsonl"
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
     for number, line in enumerate(lines, 1):
         event = _event(line)
         if event is not None:

@@ -1,9 +1,12 @@
-"""What a run gives back."""
+"""What a run gives back, gathered from its events."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
 from agentmesh.config.base import Frozen
-from agentmesh.events import CallRecord, MessageRecord
+from agentmesh.events import CallRecord, CheckRecord, Event, JudgeChecked, MessageRecord, ModelFinished, NodeFinished
 
 
 class Usage(Frozen):
@@ -28,12 +31,14 @@ class RunResult(Frozen):
     """A finished run.
 
     ``messages`` are in the order of the unrolled graph, ``calls`` (model calls only) in the order they ended.
+    ``checks``: what judges said when they were asked once more; no part of anything else here, ``wall_s`` included.
     """
 
     answer: str
     messages: tuple[MessageRecord, ...]
     calls: tuple[CallRecord, ...]
     wall_s: float
+    checks: tuple[CheckRecord, ...] = ()
 
     @property
     def usage(self) -> Usage:
@@ -50,3 +55,68 @@ class RunResult(Frozen):
         for call in self.calls:
             found[call.node] = found.get(call.node, Usage()).plus(call)
         return found
+
+
+@dataclass
+class Gathered:
+    """What the events of one run say of its result; give ``take`` to the run as a sink."""
+
+    _calls: list[CallRecord] = field(default_factory=list)
+    _messages: dict[tuple[str, int], MessageRecord] = field(default_factory=dict)
+    _checks: list[CheckRecord] = field(default_factory=list)
+
+    def take(self, event: Event) -> None:
+        """Follow one event."""
+        if isinstance(event, ModelFinished):
+            self._calls.append(event.call)
+        elif isinstance(event, NodeFinished):
+            self._messages[event.message.node, event.message.round] = event.message
+        elif isinstance(event, JudgeChecked):
+            self._checks.append(event.check)
+
+    def result(self, answer: str, order: Iterable[tuple[str, int]], wall_s: float) -> RunResult:
+        """The result; ``order`` names node and round of each message."""
+        messages = tuple(self._messages[key] for key in order)
+        return RunResult(
+            answer=answer, messages=messages, calls=tuple(self._calls), wall_s=wall_s, checks=tuple(self._checks)
+        )
+
+
+class PartTime(Frozen):
+    """What the engine's thread spent on one part, or on one kind of work ``of`` a part.
+
+    Kinds of work have no calls: they are shares of the forwards that were looked at, carried over to all of them.
+    """
+
+    name: str
+    of: str = ""
+    seconds: float
+    share: float
+    calls: int = 0
+
+
+class Looked(Frozen):
+    """How many forwards of one kind there were, their mean rows (tokens or sequences), and how many were looked at."""
+
+    count: int
+    mean_rows: float
+    looked_at: int
+
+
+class Profile(Frozen):
+    """Where the engine's thread spent ``wall_s`` seconds: its parts add up to them.
+
+    ``waited_s`` is what ``waited`` requests waited for the thread, side by side. ``outside`` is the share of decoding
+    steps that is not spent in the model's own kernels, the operations that its code calls (matrix products, attention,
+    norms, activations): Python, sampling, KV writes, masks and views; ``None`` where nothing was decoded. ``left_out``
+    spans and operations are not in the trace, which is bounded.
+    """
+
+    wall_s: float
+    waited_s: float
+    waited: int
+    parts: tuple[PartTime, ...]
+    prefills: Looked
+    steps: Looked
+    outside: float | None
+    left_out: int

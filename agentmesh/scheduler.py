@@ -9,13 +9,16 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from agentmesh.agents.base import Agent, Answer, Generates, Turn
+from agentmesh.agents.base import Agent, Answer, Generates, Turn, contents_of
+from agentmesh.checks import Checks
 from agentmesh.config.topology import PythonRef
 from agentmesh.errors import NodeError, UsageError
 from agentmesh.events import (
     EdgeTaken,
     Event,
+    JudgeChecked,
     MessageRecord,
     NodeFailed,
     NodeFinished,
@@ -41,6 +44,7 @@ class Worker:
         kind: what its text is to its readers.
         exact: whether it may read exact KV only.
         remembers: whether its next prompt begins with this one.
+        judge: whether it chooses from what it reads.
     """
 
     agent: Agent
@@ -50,6 +54,7 @@ class Worker:
     kind: ContentKind = ContentKind.MESSAGE
     exact: bool = False
     remembers: bool = False
+    judge: bool = False
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Walk:
         predicates: edge conditions written in Python, by reference.
         count_tokens: length of a text in tokens, for text that no model generated.
         reader: names the run to those who keep KV for it.
+        checks: asks judges once more when the run is over; ``None`` for not at all.
     """
 
     topology: Topology
@@ -75,6 +81,7 @@ class Walk:
     predicates: Mapping[str, Callable[[Message], bool]]
     count_tokens: Callable[[str], int]
     reader: Reader = field(default_factory=Reader)
+    checks: Checks | None = None
     messages: dict[Key, Message] = field(default_factory=dict)
     _memory: dict[str, list[Exchange]] = field(default_factory=dict)
     _taken: Counter[int] = field(default_factory=Counter)
@@ -99,6 +106,14 @@ class Walk:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         order = [(visit.node, visit.round) for visit in visits]
         return [self.messages[key] for key in order if key in self.messages]
+
+    async def check_judges(self) -> None:
+        """Ask every judge once more about its last inbox, in another order; see ``checks``."""
+        if self.checks is None:
+            return
+        for turn in self.checks.turns():
+            check = await self.checks.ask(turn, partial(self._attempt, self.workers[turn.node]))
+            self.emit(JudgeChecked(check=check))
 
     async def _visit(self, visit: Visit) -> None:
         """Wait for what the visit depends on, then run it or skip it."""
@@ -165,6 +180,8 @@ class Walk:
     async def _attempts(self, visit: Visit, inbox: tuple[Message, ...]) -> Message:
         """Try a visit as often as its node allows."""
         worker = self.workers[visit.node]
+        if worker.judge and self.checks is not None:
+            self.checks.note(self._turn(visit, inbox, 0))
         for attempt in range(worker.retry + 1):
             role = worker.role
             self.emit(NodeStarted(node=visit.node, round=visit.round, role=role, attempt=attempt))
@@ -210,16 +227,13 @@ class Walk:
                 consumer=visit.node,
                 exact=self.workers[visit.node].exact,
                 awaited=self._awaited(visit),
+                held=frozenset() if self.checks is None else self.checks.held,
             ),
             self.model,
         )
 
     def _finish(self, visit: Visit, worker: Worker, answer: Answer) -> Message:
-        label = self._origin(visit.node, visit.round)
-        if isinstance(answer, str):
-            contents: tuple[Content, ...] = (Content(answer, worker.kind, label),)
-        else:
-            contents = (answer,) if isinstance(answer, Content) else tuple(answer)
+        contents = contents_of(answer, worker.kind, self._origin(visit.node, visit.round))
         message = Message(visit.node, worker.role, visit.round, contents)
         record = MessageRecord(
             node=visit.node, role=worker.role, round=visit.round, text=message.text, tokens=self._length(message)

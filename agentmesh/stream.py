@@ -15,12 +15,12 @@ class EventStream:
 
     def __init__(self, sinks: Sequence[Sink], sample: str = "") -> None:
         self._sinks = tuple(sinks)
-        self._sample = sample
+        self.sample = sample
         self._next = 0
 
     def emit(self, event: Event) -> None:
         """Number, stamp and deliver an event."""
-        stamped = event.model_copy(update={"seq": self._next, "ts": time.time(), "sample": self._sample})
+        stamped = event.model_copy(update={"seq": self._next, "ts": time.time(), "sample": self.sample})
         self._next += 1
         for sink in self._sinks:
             sink(stamped)

@@ -7,7 +7,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from agentmesh.bench.figures import Fidelity, Throughput, Times
+from agentmesh.bench.figures import Fidelity, Scaling, Throughput, Times
+from agentmesh.results import Profile
 
 
 def fidelity_table(figures: Fidelity) -> Group:
@@ -83,3 +84,54 @@ def throughput_table(figures: Throughput) -> Table:
             f"{run.ttft_ms.p50:.0f}",
         )
     return table
+
+
+def scaling_table(figures: Scaling) -> Group:
+    """Lengths of prompts and shares that are placed, by their time to first token."""
+    table = _table(
+        f"time to first token, ms: {figures.model}, {figures.dtype}",
+        ("placed", "computed", "TTFT", "fitted", "forward", "matching", "realigning"),
+        leading=("tokens",),
+    )
+    for point in figures.points:
+        faster = f" ({point.speedup:.1f}×)" if point.share else ""
+        table.add_row(
+            str(point.prompt_tokens),
+            str(point.placed),
+            str(point.computed),
+            f"{point.ttft_ms:.0f}{faster}",
+            f"{point.fitted_ms:.0f}",
+            f"{point.parts_ms['forward']:.0f}",
+            *(f"{share:.2%}" if point.share else "" for share in (point.matching_share, point.realigning_share)),
+        )
+    fit = figures.fit
+    return Group(
+        table,
+        Text(
+            "matching, realigning (and placing): shares of dense at the same length.\n"
+            f"fit: {fit.base_ms:.1f} ms + {fit.ms_per_token:.4f} a computed token + {fit.ms_per_million_pairs:.2f} a "
+            f"million attended pairs + {fit.ms_per_mib:.3f} a MiB placed; R² {fit.r2:.4f}, worst {fit.worst:.0%} off"
+        ),
+    )
+
+
+def profile_table(profile: Profile, title: str) -> Group:
+    """Where the engine's thread spent its time."""
+    table = _table(f"where the time went: {title}", ("s", "share", "calls"), leading=("part",))
+    for part in profile.parts:
+        name = f"  {part.name}" if part.of else part.name
+        table.add_row(name, f"{part.seconds:.3f}", f"{part.share:.1%}", str(part.calls) if part.calls else "")
+    table.add_row("in all", f"{profile.wall_s:.3f}", "100.0%", "")
+    steps, prefills = profile.steps, profile.prefills
+    notes = (
+        f"{profile.waited} requests waited {profile.waited_s:.1f} s for the engine, side by side. Kinds of work as in "
+        f"{prefills.looked_at} of {prefills.count} prefills and {steps.looked_at} of {steps.count} decoding steps."
+    )
+    if profile.outside is not None:
+        notes += (
+            "\nOutside the model's own kernels (matrix products, attention, norms, activations): "
+            f"{profile.outside:.1%} of decoding steps at a mean batch of {steps.mean_rows:.1f}."
+        )
+    if profile.left_out:
+        notes += f"\nThe trace leaves out {profile.left_out:,} later spans and operations; the table does not."
+    return Group(table, Text(notes))

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, final
 
+from agentmesh.errors import UsageError
 from agentmesh.prompt import Reader
 
 Result = TypeVar("Result")
@@ -17,13 +18,30 @@ LAG = 8
 
 
 async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Await everything at once, results in order; the first failure, or being cancelled, cancels the others."""
+    """Await everything at once, results in order; the first failure, or being cancelled, cancels the others.
+
+    None of them runs any more when it returns or raises, so what they use may be closed then.
+    """
     runs = [asyncio.ensure_future(one) for one in work]
     try:
         return await asyncio.gather(*runs)
     finally:
         for run in runs:
             run.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+
+
+def refuse_inside_loop(instead: str) -> None:
+    """Refuse to begin an event loop where one is running already, as in a notebook.
+
+    Raises:
+        UsageError: one is; says what to write instead.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise UsageError(f"an event loop is running here already; use {instead}")
 
 
 @final

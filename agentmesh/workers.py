@@ -77,13 +77,20 @@ def _worker(blueprint: Blueprint, member: Member) -> Worker:
     run = blueprint.run
     if member.spec is None:
         assert member.agent is not None, "a member has a specification or an object"
-        return Worker(member.agent, member.role, run.retry, run.timeout)
+        return Worker(member.agent, member.role, run.retry, run.timeout, judge=member.is_judge)
     make, kind = KINDS[type(member.spec)]
     retry = run.retry if member.spec.retry is None else member.spec.retry
     timeout = run.timeout if member.spec.timeout is None else member.spec.timeout
     remembers = isinstance(member.spec, LlmAgentSpec) and member.spec.memory is Memory.CONVERSATION
     return Worker(
-        make(member.spec, blueprint.folder), member.role, retry, timeout, kind, member.reads_exactly, remembers
+        make(member.spec, blueprint.folder),
+        member.role,
+        retry,
+        timeout,
+        kind,
+        member.reads_exactly,
+        remembers,
+        member.is_judge,
     )
 
 

@@ -9,7 +9,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from agentmesh.evaluate.report import Request, evaluate
+from agentmesh.evaluate.report import evaluate
+from agentmesh.evaluate.subjects import Request
 
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(["agentmesh.evaluate.report", "transformers.models.llama.modeling_llama"])

@@ -13,7 +13,7 @@ import agentmesh
 
 PACKAGE = Path(agentmesh.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config", "events", "library", "stream", "results"}),
+    frozenset({"errors", "config", "events", "jsonl", "library", "stream", "results"}),
     frozenset({"kv", "topology", "prompt"}),
     frozenset({"sharing", "backend", "graphview"}),
     frozenset({"engine"}),
@@ -27,6 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "scheduler",
             "turns",
             "calls",
+            "checks",
             "workers",
             "local",
             "mesh",

@@ -13,6 +13,8 @@ import pytest
 
 from agentmesh.bench import session, ttft
 from agentmesh.bench.data import Question
+from agentmesh.bench.figures import ScalingPoint
+from agentmesh.bench.scaling import Grid, fit_of
 from agentmesh.bench.ttft import Layout, Setting, round_of_calls
 from agentmesh.config.load import load_mesh
 
@@ -234,3 +236,66 @@ def test_ttft_of_passages_as_a_block_and_from_the_corpus(tmp_path: Path, corpus:
     assert (epic["placed"][0] > 60) == corpus  # two passages of 50, less the 16 first tokens of each
     assert epic["placed"][1] > 60
     assert (epic["ingest_ms"] > 0) == corpus
+
+
+def test_scaling_gives_the_documented_figures_a_fit_and_a_plot(tmp_path: Path) -> None:
+    sizes = ["--model", "random:tiny-llama", "--lengths", "256,512,1024", "--placed", "0,0.5,0.75", "--repeat", "2"]
+    found = figures("bench", "scaling", *sizes, "--plot", "s.png", cwd=tmp_path)
+
+    assert set(found) == {"model", "dtype", "settings", "points", "fit"}
+    assert set(found["fit"]) == {"base_ms", "ms_per_token", "ms_per_million_pairs", "ms_per_mib", "r2", "worst"}
+    points = {(point["prompt_tokens"], point["share"]): point for point in found["points"]}
+    assert list(points) == [(length, share) for length in (256, 512, 1024) for share in (0.0, 0.5, 0.75)]
+    for (length, share), point in points.items():
+        assert point["placed"] + point["computed"] == length
+        assert bool(share) == bool(point["bytes_placed"]) == bool(point["parts_ms"]["realign"])
+        assert share * length - 24 <= point["placed"] <= share * length  # first tokens and line breaks are computed
+        assert 0 < sum(point["parts_ms"].values()) <= 1.05 * point["ttft_ms"]
+        assert share or point["attended"] == length * (length + 1) // 2
+    assert points[1024, 0.75]["attended"] < points[1024, 0.5]["attended"] < points[1024, 0.0]["attended"]
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fit_finds_what_times_were_made_of() -> None:
+    def point(computed: int, attended: int, mib: int) -> ScalingPoint:
+        ms = 3 + 0.5 * computed + 7 * attended / 1e6 + 0.25 * mib
+        return ScalingPoint(
+            prompt_tokens=0,
+            share=0,
+            placed=0,
+            computed=computed,
+            attended=attended,
+            bytes_placed=mib * 2**20,
+            ttft_ms=ms,
+            parts_ms={},
+            speedup=1,
+            matching_share=0,
+            realigning_share=0,
+            fitted_ms=0,
+        )
+
+    points = [point(n, n * n // 2 + 90 * mib, mib) for n in (500, 1000, 4000, 8000) for mib in (0, 40, 300)]
+    fit, fitted = fit_of(points)
+
+    assert (fit.base_ms, fit.ms_per_token, fit.ms_per_million_pairs, fit.ms_per_mib) == pytest.approx((3, 0.5, 7, 0.25))
+    assert fit.r2 == pytest.approx(1)
+    assert fit.worst < 1e-6
+    assert fitted == pytest.approx([one.ttft_ms for one in points])
+
+
+def test_what_scaling_measures_by_default_can_be_measured() -> None:
+    assert Grid((512, 1024, 2048, 4096, 7680), (0.0, 0.5, 0.9), 3).ticks == 5 + 3 * 15
+
+
+def test_scaling_says_what_it_cannot_measure(tmp_path: Path) -> None:
+    tiny = ["bench", "scaling", "--model", "random:tiny-llama", "--repeat", "1"]
+    few = command(*tiny, "--lengths", "256,512", "--placed", "0.5", cwd=tmp_path)
+    short = command(*tiny, "--lengths", "90,512,1024", "--placed", "0.5", cwd=tmp_path)
+    shares = command(*tiny, "--placed", "half", cwd=tmp_path)
+    long = command(*tiny, "--lengths", "256,512,90000", "--placed", "0.5", cwd=tmp_path)
+
+    assert "make 4 points, too few for a fit of 4 coefficients" in few.stderr
+    assert "is a block of 45 tokens" in short.stderr
+    assert "expected shares from 0 to below 1" in shares.stderr
+    assert "the prompt has 90,000 tokens" in long.stderr
+    assert {few.returncode, short.returncode, shares.returncode} == {2}

@@ -55,7 +55,7 @@ def test_run_prints_one_json_object_with_the_stable_keys(mesh: Path, tmp_path: P
     call = result["calls"][0]
     keys = "node round preset prompt_tokens placed_exact placed_realigned computed output_tokens ttft_ms decode_ms plan"
     assert set(call) >= set(keys.split())
-    assert set(call["plan"][0]) == {"segment", "kind", "tokens", "source", "reason"}
+    assert set(call["plan"][0]) == {"segment", "kind", "tokens", "source", "reason", "text"}
     for call in result["calls"]:
         assert call["placed_exact"] + call["placed_realigned"] + call["computed"] == call["prompt_tokens"]
     record = runs(tmp_path / "runs")[0]
@@ -97,7 +97,7 @@ def test_presets_and_sets_change_the_run_but_not_the_tokens(mesh: Path, tmp_path
         (["validate", "broken.yaml"], 2, "broken.yaml:2:1: not valid YAML"),
         (["graph", "debat"], 2, "Did you mean 'debate'"),
         (["plan", "demo", "--preset", "linar"], 2, "Did you mean 'linear'"),
-        (["bench", "fidelity", "demo", "--data", "none.jsonl"], 2, "--data none.jsonl: cannot be read"),
+        (["bench", "fidelity", "demo", "--data", "none.jsonl"], 2, "none.jsonl: cannot be read"),
         (["bench", "ttft", "--presets", "linear,blen"], 2, "Did you mean 'blend'"),
         (["bench", "ttft", "--layout", "sideways"], 2, "expected role-first or role-last"),
         (["calibrate", "demo", "--data", "x.jsonl", "-o", "nowhere/r.safetensors"], 2, "does not exist"),

@@ -17,10 +17,10 @@ from agentmesh.cli import invoke
 from agentmesh.errors import InputError, NodeError, RecordError, UsageError
 from agentmesh.evaluate import evaluate as agentmesh_evaluate
 from agentmesh.evaluate.journal import Journal, Row
-from agentmesh.evaluate.report import Report, Request, evaluate, read_report
+from agentmesh.evaluate.report import Report, evaluate, read_report
 from agentmesh.evaluate.results import summarise
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval
-from agentmesh.events import MessageRecord
+from agentmesh.evaluate.subjects import Request
 
 MESH = """
 version: 1
@@ -60,7 +60,7 @@ def mesh(tmp_path: Path) -> Path:
 
 def a_request(mesh: Path, **changes: Any) -> Request:
     plain: dict[str, Any] = {"warmup": 3, "limit": "4", "runs_dir": mesh.parent / "runs"}
-    return Request(config=str(mesh), task=str(mesh.parent / "task"), **{**plain, **changes})
+    return Request(mesh=str(mesh), task=str(mesh.parent / "task"), **{**plain, **changes})
 
 
 def outcome(report: Report) -> list[tuple[Any, ...]]:
@@ -228,7 +228,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     mesh: Path, changes: dict[str, Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agentmesh.local.load", None)
-    values = {"config": str(mesh), "task": str(mesh.parent / "task"), "runs_dir": mesh.parent / "runs", **changes}
+    values = {"mesh": str(mesh), "task": str(mesh.parent / "task"), "runs_dir": mesh.parent / "runs", **changes}
 
     with pytest.raises(UsageError, match=found):
         evaluate(Request(**values))
@@ -259,21 +259,26 @@ def test_paired_figures_know_how_many_samples_differ() -> None:
     assert 0 < low < 0.05 < high
 
 
-def test_a_judge_that_chooses_somebody_else_is_seen() -> None:
-    def row(preset: str, judge: str) -> Row:
-        said = {"debater.1": "It is 4.", "debater.2": "It is 5.", "judge": judge}
-        messages = tuple(MessageRecord(node=n, role=n, round=0, text=t, tokens=3) for n, t in said.items())
-        return Row(preset=preset, sample="a", answer=judge, scores={"flexible": 1.0}, messages=messages)
+def test_the_primary_metric_is_compared_where_a_sample_has_it() -> None:
+    def rows(preset: str, *recalls: float | None) -> list[Row]:
+        return [
+            Row(
+                preset=preset,
+                sample=str(number),
+                answer=preset if recall is None else "same",
+                scores={**({} if recall is None else {"recall": recall}), "has_answer": 1.0},
+            )
+            for number, recall in enumerate(recalls)
+        ]
 
-    judges = {"judge": ["debater.1", "debater.2"]}
-    same = summarise([row("dense", "So 4."), row("linear", "The answer is 4")], "t", "m", "x", judges)
-    other = summarise([row("dense", "So 4."), row("linear", "The answer is 5")], "t", "m", "x", judges)
+    found = summarise([*rows("dense", None, 0.5, 1.0, None), *rows("linear", None, 0.5, 0.5, None)], "t", "m", "x")
 
-    assert same.judge is not None
-    assert other.judge is not None
-    assert same.judge["linear vs dense"].same_choice == 1.0
-    assert other.judge["linear vs dense"].same_choice == 0.0
-    assert same.paired["linear vs dense"].first_divergence == 0
+    pair = found.paired["linear vs dense"]
+    assert (pair.n, pair.delta, pair.same_text) == (2, -0.25, 1.0)
+    assert list(found.presets["dense"].metrics) == ["recall", "has_answer"]
+    assert found.presets["dense"].metrics["recall"].value == 0.75
+    none = summarise([*rows("dense", None), *rows("linear", None)], "t", "m", "x").paired["linear vs dense"]
+    assert (none.n, none.delta) == (1, 0)
 
 
 def test_the_command_lists_what_it_needs(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:

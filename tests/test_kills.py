@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from killing import killed
 
-from agentmesh.evaluate.report import Report, Request, evaluate
+from agentmesh.evaluate.report import Report, evaluate
+from agentmesh.evaluate.subjects import Request
 
 KILLS, SAMPLES, WARMUP = 50, 30, 4
 MESH = """
@@ -59,7 +60,7 @@ def request_of(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "mesh.yaml").write_text(MESH)
     (tmp_path / "gates.py").write_text(GATES)
     return {
-        "config": str(tmp_path / "mesh.yaml"),
+        "mesh": str(tmp_path / "mesh.yaml"),
         "task": str(folder),
         "presets": ("dense", "linear"),
         "warmup": WARMUP,

@@ -132,6 +132,16 @@ def test_links_are_saved_and_loaded_for_the_same_model_and_texts(tmp_path: Path)
         load(path, fresh, "model", {"b": "text"})
 
 
+def test_links_with_one_observation_each_are_saved(tmp_path: Path) -> None:
+    """They began as one value, and share what it has not learned yet."""
+    path, fresh = tmp_path / "r.safetensors", Linear.empty(SHAPE)
+    first, second = (fresh.learn(fresh.study(random_kv(n), shifted(random_kv(n)))) for n in (1, 2))
+
+    save(path, {"b read input": LinkState(first, fresh), "c read input": LinkState(second, fresh)}, "model", {})
+
+    assert {state.exact.observations for state in load(path, LinkState(fresh, fresh), "model", {}).values()} == {1}
+
+
 def anchor(seed: int, tokens: int) -> Anchor:
     base = random_kv(seed, tokens)
     return Anchor(base, offset(base, shifted(base)), None)

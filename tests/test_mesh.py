@@ -14,6 +14,7 @@ from agentmesh import Agent, Mesh, Turn, agent
 from agentmesh.errors import ConfigError, InputError, NodeError, NotFoundError, RunError, TopologyError, UsageError
 from agentmesh.events import Event
 from agentmesh.testing import ScriptedModel
+from agentmesh.turns import together
 
 ASK = {"prompt": "{{ question }}"}
 READ = {"prompt": "{{ question }}\n{% for m in inbox %}\n{{ m }}\n{% endfor %}"}
@@ -46,6 +47,7 @@ def test_calls_add_up_and_usage_is_by_agent() -> None:
     for call in result.calls:
         assert call.placed_exact + call.placed_realigned + call.computed == call.prompt_tokens
         assert sum(row.tokens for row in call.plan) == call.prompt_tokens
+        assert "What?" in "".join(row.text for row in call.plan)
     assert result.usage.calls == 3
     assert result.usage.output_tokens == 6
     assert result.usage_by_agent["agent.3"].output_tokens == 3
@@ -308,6 +310,20 @@ def test_bad_inputs_are_refused_before_anything_runs(inputs: dict[str, str], mes
         chain(["a"]).run(inputs)
 
 
+def test_an_input_that_a_run_does_not_give_has_its_default() -> None:
+    model = ScriptedModel(["fine", "fine"])
+    with_book = {"prompt": "{{ book }}\n{{ question }}"}
+    mesh = Mesh(
+        agents={"solver": with_book}, topology="single", model=model, inputs={"question": None, "book": "Rule one."}
+    )
+
+    mesh.run(question="What?")
+    mesh.run(question="What?", book="Rule two.")
+
+    assert ["Rule one." in call.text for call in model.calls] == [True, False]
+    assert "Rule two." in model.calls[1].text
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -320,6 +336,7 @@ def test_bad_inputs_are_refused_before_anything_runs(inputs: dict[str, str], mes
         ({"agents": {"agent": {**ASK, "role": ["a", "b", "c", "d"]}}}, ConfigError, "4 roles for 3"),
         ({"agents": {"agent": {"python": "nowhere:Role"}}}, NotFoundError, "cannot import 'nowhere'"),
         ({"inputs": ["inbox"]}, ConfigError, "inbox"),
+        ({"inputs": {"question": ""}}, ConfigError, "defaults.question"),
         ({"topology": nx.DiGraph([("a", "b"), ("b", "a")])}, TopologyError, "a → b → a|b → a → b|sinks"),
     ],
 )
@@ -390,3 +407,22 @@ def test_a_graph_file_and_roles_beside_the_mesh_run_on_a_tiny_model(tmp_path: Pa
 
     assert result.answer == "asker said 8 tokens!"
     assert result.calls[0].output_tokens == 8
+
+
+def test_when_one_of_many_runs_fails_the_others_have_ended_before_anybody_hears_of_it() -> None:
+    ended: list[int] = []
+
+    async def run(number: int) -> None:
+        try:
+            await asyncio.sleep(0 if number == 0 else 60)
+            raise RunError("on purpose")
+        finally:
+            await asyncio.sleep(0.01)  # freeing what it holds takes its time
+            ended.append(number)
+
+    async def all_of_them() -> None:
+        with pytest.raises(RunError, match="on purpose"):
+            await together(run(number) for number in range(3))
+        assert sorted(ended) == [0, 1, 2]
+
+    asyncio.run(all_of_them())

@@ -10,7 +10,18 @@ from agentmesh.engine.catalog import byte_tokenizer
 from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import TemplateError
-from agentmesh.prompt import Content, ContentKind, Exchange, Message, PromptRenderer, RoleTemplate, Scope
+from agentmesh.prompt import (
+    Content,
+    ContentKind,
+    Exchange,
+    Message,
+    Prompt,
+    PromptRenderer,
+    RoleTemplate,
+    Scope,
+    Segment,
+    texts_of,
+)
 from agentmesh.prompt.render import shared_beginnings
 from agentmesh.testing import ByteTokenizer
 
@@ -203,6 +214,40 @@ def test_pieces_tokenised_alone_decode_to_the_whole_text(family: str) -> None:
     tokens = [token for piece in pieces for token in tokenizer.encode(piece, control=True)]
 
     assert tokenizer.decode(tokens).lstrip(" ") == "".join(pieces)
+
+
+@given(st.text(max_size=12), st.lists(st.integers(1, 5), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_the_texts_of_a_prompts_parts_are_its_text_whatever_it_is_cut_between(text: str, sizes: list[int]) -> None:
+    text = text.encode("utf-8", "ignore").decode()
+    tokenizer = ByteTokenizer()
+    parts = [Segment("fixed", each, tuple(tokenizer.encode(each, control=False))) for each in ("Q: ", "", text)]
+    runs, left = [3, 0], len(parts[2].tokens)
+    for size in sizes:
+        runs += [min(size, left)] * bool(left)
+        left -= min(size, left)
+    runs += [left] * bool(left) or [0] * (not parts[2].tokens)
+
+    texts = texts_of(Prompt(tuple(parts)), runs, tokenizer)
+
+    assert "".join(texts) == "Q: " + text
+    assert len(texts) == len(runs)
+
+
+@pytest.mark.parametrize("family", ["byte", "metaspace"])
+def test_the_text_of_a_part_is_that_of_its_own_tokens(family: str) -> None:
+    tokenizer = HubTokenizer(byte_tokenizer()) if family == "byte" else metaspace_tokenizer()
+    tokens = tuple(tokenizer.encode("a big box", control=False))
+    prompt = Prompt((Segment("question", "a big box", tokens),))
+
+    assert texts_of(prompt, [2, 3, 4], tokenizer) == ["a ", "big", " box"]
+
+
+def test_a_character_is_in_the_part_that_finishes_it() -> None:
+    tokenizer = ByteTokenizer()
+    prompt = Prompt((Segment("question", "aé€", tuple(tokenizer.encode("aé€", control=False))),))
+
+    assert texts_of(prompt, [2, 1, 2, 1], tokenizer) == ["a", "é", "", "€"]
 
 
 @pytest.mark.model

@@ -330,6 +330,7 @@ CONTEXT = (
     Passage(title="One", text="First text."),
     Passage(title="Two", text=" Second text. "),
     Passage(title="Six", text=""),
+    Passage(title="One", text="Other text."),
 )
 
 
@@ -344,10 +345,14 @@ CONTEXT = (
         (("Six",), ("Six",), 0),
         (("One",), ("Nine",), 0),
         ((), ("One",), 0),
+        (("One\nFirst text.",), (0, 1), 0.5),
+        (("One\nOther text.",), (3,), 1),
+        (("One\nOther text.",), (0,), 0),
+        (("One\nOther text.",), ("One",), 1),
     ],
 )
 def test_recall_is_the_share_of_gold_passages_in_messages(
-    messages: tuple[str, ...], gold: tuple[str, ...], value: float
+    messages: tuple[str, ...], gold: tuple[int | str, ...], value: float
 ) -> None:
     assert score("recall", "First text.", *messages, context=CONTEXT, gold=gold).values == {"recall": value}
 
@@ -356,6 +361,8 @@ def test_recall_has_no_value_without_gold_and_names_what_is_missing() -> None:
     assert score("recall", "", "First text.", context=CONTEXT).values == {}
     scored = score("recall", "", "First text.", context=CONTEXT, gold=("One", "Two"))
     assert (scored.extracted, scored.note) == ("One", "not retrieved: Two")
+    scored = score("recall", "", "First text.", context=CONTEXT, gold=(0, 3))
+    assert (scored.extracted, scored.note) == ("One (passage 0)", "not retrieved: One (passage 3)")
 
 
 # ---- code ------------------------------------------------------------------------------------------------------

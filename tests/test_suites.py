@@ -10,7 +10,7 @@ import pytest
 from agentmesh import library
 from agentmesh.errors import ConfigError, InputError, NotFoundError, TemplateError, UsageError
 from agentmesh.suites.prompt import SamplePrompt
-from agentmesh.suites.samples import LINE_LIMIT, Sample, part, read_samples
+from agentmesh.suites.samples import Sample, part, read_samples
 from agentmesh.suites.task import Kind, Task, TaskSpec, load_task
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -68,7 +68,7 @@ def test_public_data_is_read_by_the_declared_fields(name: str) -> None:
     if task.spec.kind is Kind.RAG:
         assert all(sample.context for sample in samples)
     if name == "hotpotqa":
-        assert all(set(sample.gold) <= {p.title for p in sample.context} and sample.gold for sample in samples)
+        assert all(sample.gold and all(len(sample.named(gold)) == 1 for gold in sample.gold) for sample in samples)
     if name == "mmlu-rag":
         assert all(sample.answer in "ABCD" and len(sample.choices) == 4 for sample in samples)
 
@@ -93,22 +93,20 @@ def test_broken_data_names_its_line(tmp_path: Path, lines: str, found: str) -> N
         read_samples(task)
 
 
-def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path: Path) -> None:
+def test_passages_of_one_title_are_told_apart_where_the_data_gives_their_places(tmp_path: Path) -> None:
     task = a_task(tmp_path)
-    with (tmp_path / "samples.jsonl").open("wb") as stream:
-        stream.write(b'{"id": "a", "question": "q", "answer": "1"}\n{"question": "')
-        stream.truncate(2**30)  # the rest is a hole of a gigabyte
+    passages = [{"title": "One", "text": "a"}, {"title": "Two", "text": "b"}, {"title": "One", "text": "c"}]
+    lines = [
+        {"id": str(gold), "question": "q", "answer": "1", "context": passages, "gold": gold}
+        for gold in ([2, 1], ["One"])
+    ]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
-    with pytest.raises(InputError, match=rf":2: the line is longer than {LINE_LIMIT // 2**20} MiB"):
-        read_samples(task)
+    by_place, by_title = read_samples(task)
 
-
-def test_bytes_that_are_no_text_name_their_line(tmp_path: Path) -> None:
-    task = a_task(tmp_path)
-    (tmp_path / "samples.jsonl").write_bytes(b'{"id": "a", "question": "q\xff", "answer": "1"}\n')
-
-    with pytest.raises(InputError, match=r":1: not UTF-8"):
-        read_samples(task)
+    assert [p.text for gold in by_place.gold for p in by_place.named(gold)] == ["c", "b"]
+    assert [p.text for gold in by_title.gold for p in by_title.named(gold)] == ["a", "c"]
+    assert Sample.model_validate_json(by_place.model_dump_json()) == by_place
 
 
 def test_a_task_without_samples_asks_for_data() -> None:

@@ -21,7 +21,20 @@ def main(dist: Path) -> None:
         empty.mkdir()
         settings = {**os.environ, "PYTHONPATH": str(target)}
         mesh = ["run", "demo", "-i", "question=What?", "--set", "model=random:tiny-llama", "--display", "none"]
-        for arguments in (["ls"], ["graph", "debate"], ["validate", "demo"], mesh):
+        evaluation = [
+            "eval",
+            "math-single",
+            "--task",
+            "math-mini",
+            "--presets",
+            "dense",
+            "--warmup",
+            "0",
+            "--limit",
+            "1",
+        ]
+        evaluation += ["--set", "model=random:tiny-llama"]
+        for arguments in (["ls"], ["graph", "debate"], ["validate", "demo"], mesh, evaluation, ["report"]):
             subprocess.run([sys.executable, "-m", "agentmesh", *arguments], check=True, cwd=empty, env=settings)
     print("wheel ok")
 

@@ -17,14 +17,21 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, final
 
 from agentmesh.config.mesh import GenerateSpec
-from agentmesh.prompt import Content, Exchange, Message, Reader, RoleTemplate
+from agentmesh.prompt import Content, ContentKind, Exchange, Message, Reader, RoleTemplate
 
 Answer = str | Content | Sequence[Content]
 """What an agent may return: text, or contents that keep their token ids."""
+
+
+def contents_of(answer: Answer, kind: ContentKind, origin: str) -> tuple[Content, ...]:
+    """An answer as contents; plain text becomes one of a kind and origin."""
+    if isinstance(answer, str):
+        return (Content(answer, kind, origin),)
+    return (answer,) if isinstance(answer, Content) else tuple(answer)
 
 
 class Generates(Protocol):
@@ -91,6 +98,11 @@ class Turn:
         """As ``generate``, for a checked template; a ``history`` is continued and gets the new exchange."""
         return await self._model(self, template, generate, history)
 
+    def aside(self, inbox: tuple[Message, ...], model: Generates) -> Turn:
+        """The same turn once more, with another inbox, as no part of the run."""
+        reader = replace(self.reader, aside=True)
+        return replace(self, inbox=inbox, history=list(self.history), reader=reader, _model=model)
+
 
 class Agent(ABC):
     """Turns an inbox into a message. One object serves a node for the life of a mesh, runs may overlap in it."""
@@ -115,6 +127,7 @@ class FunctionAgent(Agent):
     def __init__(self, function: Callable[[Turn], Answer | Awaitable[Answer]]) -> None:
         self._function = function
         self.__doc__ = function.__doc__
+        self.name = f"{function.__module__}:{function.__qualname__}"
 
     async def act(self, turn: Turn) -> Answer:
         """Call the function, and wait for it where it is async."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import bm25s
 
 from agentmesh.agents.base import Agent, Answer, Turn
 from agentmesh.config.mesh import RetrieverAgentSpec
 from agentmesh.errors import InputError
+from agentmesh.jsonl import parse_objects, read_objects
 from agentmesh.prompt import Content, ContentKind
 
 SUFFIXES = (".txt", ".md")
+EXPECTED = '{"title": …, "text": …}'
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def read_documents(path: Path) -> list[Document]:
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
         found = [Document(file.stem, _text(file)) for file in files]
     elif path.is_file():
-        found = parse_documents(_text(path), str(path))
+        found = [_document(row, place) for place, row in read_objects(path, EXPECTED)]
     else:
         raise InputError(f"documents: {path} does not exist; expected a folder of .txt or .md files, or a JSONL file")
     if not found:
@@ -50,22 +51,25 @@ def parse_documents(text: str, place: str) -> list[Document]:
     Raises:
         InputError: a line that is no document.
     """
-    return [_parsed(line, f"{place}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [_document(row, at) for at, row in parse_objects(text, place, EXPECTED)]
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"documents: {path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"documents: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
-def _parsed(line: str, place: str) -> Document:
-    try:
-        data = json.loads(line)
-        return Document(str(data.get("title", "")), data["text"])
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f'documents: {place}: expected {{"text": …, "title": …}}, found {line[:60]!r}') from error
+def _document(row: Mapping[str, Any], place: str) -> Document:
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise InputError(
+            f"{place}: no text at 'text'; found the fields {', '.join(list(row)[:12])}; expected {EXPECTED}"
+        )
+    return Document(str(row.get("title", "")), text)
 
 
 class Collection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,11 @@ from agentmesh.bench.rig import Call, Recording
 from agentmesh.blueprint import Blueprint
 from agentmesh.config.mesh import RetrieverAgentSpec
 from agentmesh.errors import InputError
+from agentmesh.jsonl import read_objects
 from agentmesh.mesh import Mesh
 from agentmesh.prompt import ChatTokenizer, Content, ContentKind
+
+EXPECTED = '{"question": …, "context": [{"title": …, "text": …}]}'
 
 
 @dataclass(frozen=True)
@@ -86,23 +88,18 @@ def read_questions(path: Path, limit: int) -> list[Question]:
     Raises:
         InputError: the file cannot be read, a line is no question, or there are fewer.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--data {path}: cannot be read ({error}); expected a JSONL file in UTF-8") from error
-    found = [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_question(row, place) for place, row in read_objects(path, EXPECTED)]
     if len(found) < limit:
         raise InputError(f"--data {path} has {len(found)} questions, but {limit} are asked for; lower --limit/--warmup")
     return found
 
 
-def _parsed(line: str, place: str) -> Question:
+def _question(row: Mapping[str, Any], place: str) -> Question:
     try:
-        data: dict[str, Any] = json.loads(line)
-        context = tuple(f"{part.get('title', '')}\n{part['text']}".strip() for part in data.get("context") or ())
-        return Question(str(data["question"]), context)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{place}: expected {{"question": …, "context": […]}}, found {line[:60]!r}') from error
+        context = tuple(f"{part.get('title', '')}\n{part['text']}".strip() for part in row.get("context") or ())
+        return Question(str(row["question"]), context)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{place}: expected {EXPECTED}, found the fields {', '.join(list(row)[:12])}") from error
 
 
 @final

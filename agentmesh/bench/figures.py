@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentmesh.config.base import Frozen
+from agentmesh.results import Profile
 
 
 class AgentFidelity(Frozen):
@@ -120,7 +121,8 @@ class Load(Frozen):
     """One preset at one concurrency; rates as in ``Baseline``.
 
     The shares are of wall time: prefills with their planning, decoding steps, and keeping and learning.
-    ``peak_bytes`` of KV, in live sequences and in stores. ``placed_share`` of shareable slot tokens.
+    ``peak_bytes`` of KV, in live sequences and in stores. ``placed_share`` of shareable slot tokens. ``profile`` where
+    one was asked for; it makes everything a little slower.
     """
 
     preset: str
@@ -135,6 +137,7 @@ class Load(Frozen):
     peak_bytes: int
     ttft_ms: Percentiles
     wall_s: float
+    profile: Profile | None = None
 
 
 class Throughput(Frozen):
@@ -145,3 +148,49 @@ class Throughput(Frozen):
     settings: dict[str, Any]
     baseline: Baseline | None
     runs: tuple[Load, ...]
+
+
+class ScalingPoint(Frozen):
+    """One length of prompt and one share of it that was placed as one realigned block; times in milliseconds, medians.
+
+    ``attended`` is the number of pairs of a computed token and a token it attends to: half the square of the length
+    where everything is computed. ``matching_share`` (plan, match) and ``realigning_share`` (realign, compose) are of
+    ``dense``'s time at this length; ``fitted_ms`` is what ``Fit`` says.
+    """
+
+    prompt_tokens: int
+    share: float
+    placed: int
+    computed: int
+    attended: int
+    bytes_placed: int
+    ttft_ms: float
+    parts_ms: dict[str, float]
+    speedup: float
+    matching_share: float
+    realigning_share: float
+    fitted_ms: float
+
+
+class Fit(Frozen):
+    """Least squares over all points: milliseconds for a prompt, a computed token, attended pairs and placed KV.
+
+    ``worst`` is the largest distance from a measured time, as a share of it.
+    """
+
+    base_ms: float
+    ms_per_token: float
+    ms_per_million_pairs: float
+    ms_per_mib: float
+    r2: float
+    worst: float
+
+
+class Scaling(Frozen):
+    """How the time to first token grows with the prompt."""
+
+    model: str
+    dtype: str
+    settings: dict[str, Any]
+    points: tuple[ScalingPoint, ...]
+    fit: Fit

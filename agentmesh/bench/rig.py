@@ -6,9 +6,10 @@ then prefills these prompts and is made to say these messages.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import final
 
 import torch
@@ -117,6 +118,12 @@ class Rig:
             return Said(logits[None], cache.arena)
         rest = self.runner.run(cache, spoken, range(begin, begin + len(spoken)), keep=len(spoken))
         return Said(torch.cat([logits[None], rest]), cache.arena)
+
+
+def median_parts(timed: Sequence[Timed]) -> dict[str, float]:
+    """Medians of the parts of the time to first token, in milliseconds."""
+    parts = [asdict(one.plan.parts) for one in timed]
+    return {name: statistics.median(one[name] for one in parts) for name in parts[0]}
 
 
 def keep(preset: Preset, call: Call, plan: Plan, said: Said) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
 from agentmesh.bench import fidelity as fidelity_bench
+from agentmesh.bench import scaling as scaling_bench
 from agentmesh.bench import ttft as ttft_bench
 from agentmesh.bench.data import Passages, Question, dense_runs, stand_ins
-from agentmesh.bench.figures import Fidelity, Times
+from agentmesh.bench.figures import Fidelity, Scaling, Times
 from agentmesh.bench.rig import DENSE, Recording
 from agentmesh.blueprint import draft
 from agentmesh.config.load import LoadedMesh
@@ -77,10 +79,7 @@ def ttft(
         UnsupportedModelError: the model's KV cannot be moved.
         InputError: sizes beyond the model's context, or a budget that is no size.
     """
-    try:
-        base = CommunicatorSpec.model_validate({"preset": "dense", "budget": budget})
-    except ValidationError as error:
-        raise InputError(f"--budget {budget!r}: expected a size such as 4GiB") from error
+    base = _settings("dense", budget)
     backend = _backend(model, progress)
     try:
         longest = max(
@@ -89,6 +88,24 @@ def ttft(
         )
         backend.engine.check(longest)
         return ttft_bench.measure(backend, base, names, setting, warmup=warmup, repeat=repeat, tick=tick)
+    finally:
+        backend.close()
+
+
+def scaling(
+    model: ModelSpec, grid: scaling_bench.Grid, *, budget: str, progress: Progress | None, tick: Callable[[], None]
+) -> Scaling:
+    """Time prompts of growing length; see ``bench.scaling``.
+
+    Raises:
+        UnsupportedModelError: the model's KV cannot be moved.
+        InputError: lengths beyond the model's context, or a budget that is no size.
+    """
+    base = _settings("linear", budget).model_copy(update={"max_kl": math.inf, "audit": 0.0})
+    backend = _backend(model, progress)
+    try:
+        backend.engine.check(max(grid.lengths))
+        return scaling_bench.measure(backend, base, grid, tick)
     finally:
         backend.close()
 
@@ -108,6 +125,13 @@ def setting(
         return ttft_bench.Setting(agents, question, prefix, output, ttft_bench.Layout(layout), cut, corpus)
     except ValueError as error:
         raise InputError(f"--layout {layout!r}: expected role-first or role-last") from error
+
+
+def _settings(preset: str, budget: str) -> CommunicatorSpec:
+    try:
+        return CommunicatorSpec.model_validate({"preset": preset, "budget": budget})
+    except ValidationError as error:
+        raise InputError(f"--budget {budget!r}: expected a size such as 4GiB") from error
 
 
 def _backend(model: ModelSpec, progress: Progress | None) -> LocalBackend:

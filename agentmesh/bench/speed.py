@@ -6,7 +6,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,13 @@ from agentmesh.config.base import Frozen
 from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.embedded import Progress
+from agentmesh.engine.profile import Profiles
 from agentmesh.events import PlanRow
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, ContentKind, Prompt, Segment
+from agentmesh.results import Profile
 
+DECODING = "decoding"
 TEXT = (
     "The harbour town keeps a ledger of every boat that enters. Each line gives the day, the name of the boat, its "
     "captain, the weight of the cargo in tons and the number of crates. At the end of a month the clerk adds up the "
@@ -44,10 +47,14 @@ class PrefixFigures(Frozen):
 
 
 class DecodeFigures(Frozen):
-    """Decoding of one sequence, tokens a second (medians)."""
+    """Decoding of one sequence, tokens a second (medians).
+
+    ``decode``: the weights that the arena's figure used; ``profile`` of the measured rounds if asked for.
+    """
 
     model: str
     dtype: str
+    decode: str
     prompt_tokens: int
     output_tokens: int
     repeats: int
@@ -55,6 +62,7 @@ class DecodeFigures(Frozen):
     arena_tokens_per_s: float
     ratio: float
     same_tokens: bool
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,14 @@ def prefix(
 
 
 def decode(
-    model: ModelSpec, *, prompt: int, output: int, repeats: int, progress: Progress | None, tick: Callable[[], None]
+    model: ModelSpec,
+    *,
+    prompt: int,
+    output: int,
+    repeats: int,
+    profiles: Profiles | None = None,
+    progress: Progress | None,
+    tick: Callable[[], None],
 ) -> DecodeFigures:
     """Decoding speed over an arena against ``model.generate``, one sequence, greedy, the same prompt.
 
@@ -122,12 +137,15 @@ def decode(
         prompt: length of the prompt in tokens.
         output: tokens to generate.
         repeats: measured rounds; one more comes first and is not counted.
+        profiles: where a profile of the measured rounds goes; without it none is taken.
         progress: told how far fetching the model is.
         tick: called after each round.
     """
     ours, theirs, same = [], [], True
-    with _backends(model, progress) as (dense, _):
+    with _backends(model, progress) as (dense, _), ExitStack() as open_:
         for number in range(repeats + 1):
+            if number == 1 and profiles is not None:
+                open_.enter_context(profiles.of(dense.engine, DECODING))
             text = _prompt(dense, prompt // 2, prompt - prompt // 2, number)
             done = _complete(dense, text, output)
             seconds, tokens = _generate(dense, text.tokens, output)
@@ -140,6 +158,7 @@ def decode(
     return DecodeFigures(
         model=model.name,
         dtype=model.dtype.value,
+        decode=model.decode.value,
         prompt_tokens=prompt,
         output_tokens=output,
         repeats=repeats,
@@ -147,6 +166,7 @@ def decode(
         arena_tokens_per_s=arena,
         ratio=arena / plain,
         same_tokens=same,
+        profile=profiles.taken[DECODING] if profiles else None,
     )
 
 

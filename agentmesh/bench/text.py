@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+from agentmesh.prompt import ChatTokenizer
+
 BOATS = ("Heron", "Marigold", "Old Tom", "Swift", "Northern Star", "Patience", "Kestrel", "Blue Anchor", "Juniper")
 PEOPLE = ("Ada", "Bram", "Captain Voss", "the clerk", "Ines", "the harbour master", "old Pieter", "Ruth", "a sailor")
 GOODS = ("salt", "timber", "oranges", "wool", "copper wire", "tea", "slate", "barley", "lamp oil", "rope")
@@ -21,6 +23,10 @@ SENTENCES = (
     "Half of the {n} passengers of the {boat} came for the fair; the others looked for work at {place}.",
 )
 
+
+WORDS_A_SENTENCE = 16
+SENTENCES_AT_ONCE = 160
+"""Tokenizers warn of texts that are longer than their model's context."""
 
 PARAGRAPH = 2
 """Sentences in a paragraph; models write lines of about this length when they reason step by step."""
@@ -46,3 +52,12 @@ def english(seed: str, sentences: int) -> str:
         )
     whole = [sentence[0].upper() + sentence[1:] for sentence in found]
     return "\n".join(" ".join(whole[low : low + PARAGRAPH]) for low in range(0, len(whole), PARAGRAPH))
+
+
+def english_tokens(tokenizer: ChatTokenizer, seed: str, tokens: int) -> tuple[int, ...]:
+    """So many tokens of English."""
+    sentences = min(2 + tokens // WORDS_A_SENTENCE, SENTENCES_AT_ONCE)
+    found = tokenizer.encode(english(seed, sentences), control=False)
+    while len(found) < tokens:
+        found += tokenizer.encode(" " + english(f"{seed} {len(found)}", 8), control=False)
+    return tuple(found[:tokens])

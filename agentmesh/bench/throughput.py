@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from agentmesh.bench.baseline import GenerateBackend
@@ -20,6 +21,7 @@ from agentmesh.config.load import LoadedMesh
 from agentmesh.config.presets import settings, specs
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.loop import Spent
+from agentmesh.engine.profile import Profiles
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
 from agentmesh.results import RunResult
@@ -58,6 +60,7 @@ def measure(
     questions: Sequence[Question],
     plan: Plan,
     *,
+    profiles: Profiles | None = None,
     progress: Progress | None,
     tick: Callable[[], None],
 ) -> Throughput:
@@ -67,6 +70,7 @@ def measure(
         mesh_of: concurrency → the mesh.
         questions: the warm-up's first.
         plan: what is measured.
+        profiles: where profiles go; without it none are taken.
         progress: told how far fetching the model is.
         tick: called after each question.
     """
@@ -81,7 +85,8 @@ def measure(
             baseline = _baseline(mesh_of(1), GenerateBackend(loaded), timed[: plan.baseline], tick)
         for width in plan.widths:
             for name, spec in chosen.items():
-                runs.append(_load(mesh_of(width), LocalBackend(engine, spec), warm, timed, name, width, tick))
+                backend = LocalBackend(engine, spec)
+                runs.append(_load(mesh_of(width), backend, warm, timed, name, width, tick, profiles=profiles))
     return Throughput(
         model=loaded.name,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
@@ -115,12 +120,16 @@ def _load(
     name: str,
     width: int,
     tick: Callable[[], None],
+    *,
+    profiles: Profiles | None,
 ) -> Load:
-    mesh = Mesh.from_loaded(loaded, model=backend)
+    mesh, engine = Mesh.from_loaded(loaded, model=backend), backend.engine
     _answer(mesh, warm, tick)
-    backend.engine.spent, backend.peak_bytes = Spent(), 0
-    results, wall = _answer(mesh, timed, tick)
-    spent, calls = backend.engine.spent, [call for result in results for call in result.calls]
+    engine.spent, backend.peak_bytes = Spent(), 0
+    title = f"{name}, {width} at once"
+    with profiles.of(engine, title) if profiles else nullcontext():
+        results, wall = _answer(mesh, timed, tick)
+    spent, calls = engine.spent, [call for result in results for call in result.calls]
     placed, slots = sum(call.placed_slots for call in calls), sum(call.slot_tokens for call in calls)
     return Load(
         preset=name,
@@ -135,6 +144,7 @@ def _load(
         peak_bytes=backend.peak_bytes,
         ttft_ms=Percentiles.of([call.ttft_ms for call in calls]),
         wall_s=wall,
+        profile=profiles.taken[title] if profiles else None,
     )
 
 

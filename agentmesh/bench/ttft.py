@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from agentmesh.bench.data import Passages
 from agentmesh.bench.fidelity import documents
 from agentmesh.bench.figures import PresetTimes, Speedup, Times
-from agentmesh.bench.rig import Call, Rig, Timed
-from agentmesh.bench.text import english
+from agentmesh.bench.rig import Call, Rig, Timed, median_parts
+from agentmesh.bench.text import english_tokens
 from agentmesh.communicator import Preset, make
 from agentmesh.config.base import Choice
 from agentmesh.config.presets import CommunicatorSpec, settings, specs
@@ -26,7 +26,6 @@ from agentmesh.events import Treatment
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment, neutral_header
 
-WORDS_A_SENTENCE = 16
 COMMON_PREFIX = 32
 
 
@@ -127,17 +126,19 @@ def measure(
 def round_of_calls(tokenizer: ChatTokenizer, setting: Setting, layout: Layout, number: int) -> list[Call]:
     """The agents' calls on one question; only question and messages differ between rounds."""
     shared = [
-        Content("", ContentKind.DOCUMENT, f"document {one}", _text(tokenizer, f"passage {number} {one}", tokens))
+        Content(
+            "", ContentKind.DOCUMENT, f"document {one}", english_tokens(tokenizer, f"passage {number} {one}", tokens)
+        )
         for one, tokens in enumerate(setting.passages.sizes if setting.passages else (), 1)
     ]
-    question = _text(tokenizer, f"question {number}", setting.question)
+    question = english_tokens(tokenizer, f"question {number}", setting.question)
     shared.append(Content("", ContentKind.INPUT, "question", question))
     messages: list[Content] = []
     calls = []
     for agent in range(1, setting.agents + 1):
         name = f"agent.{agent}"
         label = f"message {name}@0"
-        said = _text(tokenizer, f"message {number} {agent}", setting.output)
+        said = english_tokens(tokenizer, f"message {number} {agent}", setting.output)
         prompt = _prompt(tokenizer, setting, layout, agent, [*shared, *messages])
         awaited = {content.origin: 1 for content in (*shared, *messages)} | {label: 1}
         reader = Reader(f"round {number}", number, None, name, awaited=awaited, writes=label, seed=number)
@@ -149,9 +150,9 @@ def round_of_calls(tokenizer: ChatTokenizer, setting: Setting, layout: Layout, n
 def _prompt(
     tokenizer: ChatTokenizer, setting: Setting, layout: Layout, agent: int, contents: Sequence[Content]
 ) -> Prompt:
-    own = _text(tokenizer, f"role {agent}", setting.prefix)
+    own = english_tokens(tokenizer, f"role {agent}", setting.prefix)
     first = layout is Layout.ROLE_FIRST
-    lead = own if first else _text(tokenizer, "team", COMMON_PREFIX)
+    lead = own if first else english_tokens(tokenizer, "team", COMMON_PREFIX)
     segments, points, at = [Segment("fixed", "", lead)], [len(lead)], len(lead)
     for content in contents:
         label = tuple(tokenizer.encode(_label(content), control=False))
@@ -179,14 +180,6 @@ def _ingest(preset: Preset, call: Call, header: tuple[int, ...]) -> float:
     return (time.perf_counter() - begun) * 1e3
 
 
-def _text(tokenizer: ChatTokenizer, seed: str, tokens: int) -> tuple[int, ...]:
-    """So many tokens of English."""
-    found = tokenizer.encode(english(seed, 2 + tokens // WORDS_A_SENTENCE), control=False)
-    while len(found) < tokens:
-        found += tokenizer.encode(" " + english(f"{seed} {len(found)}", 8), control=False)
-    return tuple(found[:tokens])
-
-
 def _layout(name: str, setting: Setting) -> Layout:
     _, _, layout = name.partition("@")
     return Layout(layout) if layout else setting.layout
@@ -195,7 +188,7 @@ def _layout(name: str, setting: Setting) -> Layout:
 def _summary(subject: _Subject, agents: int) -> PresetTimes:
     columns = [[timed[agent] for timed in subject.rounds] for agent in range(agents)]
     medians = tuple(statistics.median(one.ttft_ms for one in column) for column in columns)
-    parts = tuple(_parts(column) for column in columns)
+    parts = tuple(median_parts(column) for column in columns)
     return PresetTimes(
         by_agent_ms=medians,
         sum_ms=sum(medians),
@@ -209,11 +202,6 @@ def _summary(subject: _Subject, agents: int) -> PresetTimes:
         computed=tuple(column[-1].plan.count(Treatment.COMPUTED) for column in columns),
         calls_shared=tuple(sum(one.plan.placed_slots > 0 for one in column) for column in columns),
     )
-
-
-def _parts(column: Sequence[Timed]) -> dict[str, float]:
-    names = asdict(column[0].plan.parts)
-    return {name: statistics.median(asdict(one.plan.parts)[name] for one in column) for name in names}
 
 
 def _speedups(presets: Mapping[str, PresetTimes]) -> dict[str, Speedup]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
@@ -13,14 +13,28 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
-from agentmesh.cli.options import Config, Format, FormatOption, Libraries, Sets, parts
+from agentmesh.cli.options import (
+    DEFAULT_TRACE,
+    Config,
+    Format,
+    FormatOption,
+    Libraries,
+    ProfileOption,
+    Sets,
+    TraceOption,
+    parts,
+)
+from agentmesh.cli.profiling import profiling, show_profiles
 from agentmesh.config.base import Frozen
 from agentmesh.config.load import LoadedMesh, load_mesh
-from agentmesh.config.mesh import Dtype, ModelSpec
+from agentmesh.config.mesh import Decode, Dtype, ModelSpec
 from agentmesh.config.presets import PRESETS
 from agentmesh.display import fetching
 from agentmesh.errors import InputError, did_you_mean, listing
-from agentmesh.tables import fidelity_table, throughput_table, ttft_table
+from agentmesh.tables import fidelity_table, scaling_table, throughput_table, ttft_table
+
+if TYPE_CHECKING:
+    from agentmesh.engine.profile import Profiles
 
 app = typer.Typer(help="Measure the engine; ratios within one run, medians.", no_args_is_help=True)
 
@@ -61,17 +75,29 @@ def decode(
     dtype: DtypeOption = Dtype.FLOAT32,
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
     output: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
+    decode: Annotated[Decode, typer.Option(help="Weights that decode: the model's own, or int8 copies.")] = Decode.SAME,
     repeat: Repeat = 5,
+    profile: ProfileOption = False,
+    trace: TraceOption = DEFAULT_TRACE,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """Decoding speed of one sequence: arena against transformers' generate."""
-    from agentmesh.bench import speed  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    """Decoding speed of one sequence: arena against transformers' generate, with the model's own weights.
 
-    with _bars(repeat + 1) as (progress, tick):
+    Example: agentmesh bench decode --prompt 512 --output 64 --profile --trace decode.json
+    """
+    with profiling(trace if profile else None) as profiles, _bars(repeat + 1) as (progress, tick):
+        from agentmesh.bench import speed  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+
         figures = speed.decode(
-            _spec(model, dtype), prompt=prompt, output=output, repeats=repeat, progress=progress, tick=tick
+            _spec(model, dtype, decode),
+            prompt=prompt,
+            output=output,
+            repeats=repeat,
+            profiles=profiles,
+            progress=progress,
+            tick=tick,
         )
-    _show(figures, format, _rows(figures))
+    _show(figures, format, _rows(figures), profiles)
 
 
 @app.command("fidelity")
@@ -155,6 +181,39 @@ def ttft(
     _show(figures, format, ttft_table(figures))
 
 
+@app.command("scaling")
+def scaling(
+    model: Model = "smollm2-135m",
+    dtype: DtypeOption = Dtype.FLOAT32,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompts, separated by commas.")
+    ] = "512,1024,2048,4096,7680",
+    placed: Annotated[
+        str, typer.Option(help="Shares of each prompt that are placed as one block; none is always measured.")
+    ] = "0,0.5,0.9",
+    repeat: Repeat = 3,
+    budget: Annotated[str, typer.Option(help="Bytes that may be kept.")] = "4GiB",
+    plot: Plot = None,
+    format: FormatOption = Format.TEXT,
+) -> None:
+    """Time to first token against the prompt's length: what a computed token and a placed byte cost.
+
+    Example: agentmesh bench scaling --lengths 512,1024,2048,4096,7680 --placed 0,0.5,0.9 --plot scaling.png
+    """
+    tokens, shares = _counts("--lengths", lengths, "512,1024"), _shares(placed)
+    from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.bench.scaling import Grid  # noqa: PLC0415
+
+    grid = Grid(tuple(tokens), tuple(shares), repeat)
+    with _bars(grid.ticks) as (progress, tick):
+        figures = session.scaling(_spec(model, dtype), grid, budget=budget, progress=progress, tick=tick)
+    if plot is not None:
+        from agentmesh.plots import plot_scaling  # noqa: PLC0415  # matplotlib is slow to import
+
+        plot_scaling(figures, plot)
+    _show(figures, format, scaling_table(figures))
+
+
 @app.command("throughput")
 def throughput(
     config: Config,
@@ -164,6 +223,8 @@ def throughput(
     concurrency: Annotated[str, typer.Option(help="Runs at once, separated by commas.")] = "1,4,16",
     presets: Presets = "dense,linear",
     baseline: Annotated[int, typer.Option(min=0, help="Timed questions that the baseline answers; 0: none.")] = 4,
+    profile: ProfileOption = False,
+    trace: TraceOption = DEFAULT_TRACE,
     set: Sets = None,
     library: Libraries = None,
     format: FormatOption = Format.TEXT,
@@ -172,32 +233,50 @@ def throughput(
 
     Example: agentmesh bench throughput math-fully-connected --data gsm8k.jsonl --warmup 8 --limit 16
     """
-    widths, names = _widths(concurrency), _names(presets)
+    widths, names = _counts("--concurrency", concurrency, "1,4,16"), _names(presets)
 
     def mesh_of(width: int) -> LoadedMesh:
         return load_mesh(config, overrides=[*(set or ()), f"run.concurrency={width}"], libraries=library or ())
 
     mesh_of(widths[0])
-    from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
-    from agentmesh.bench import throughput as load  # noqa: PLC0415
+    with profiling(trace if profile else None) as profiles:
+        from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+        from agentmesh.bench import throughput as load  # noqa: PLC0415
 
-    found = questions_of.read_questions(data, warmup + limit)
-    plan = load.Plan(names, widths, warmup, limit, min(baseline, limit))
-    with _bars(plan.ticks) as (progress, tick):
-        figures = load.measure(mesh_of, found, plan, progress=progress, tick=tick)
-    _show(figures, format, throughput_table(figures))
+        found = questions_of.read_questions(data, warmup + limit)
+        plan = load.Plan(names, widths, warmup, limit, min(baseline, limit))
+        with _bars(plan.ticks) as (progress, tick):
+            figures = load.measure(mesh_of, found, plan, profiles=profiles, progress=progress, tick=tick)
+    _show(figures, format, throughput_table(figures), profiles)
 
 
-def _widths(text: str) -> list[int]:
-    """Numbers of runs at once.
+def _counts(option: str, text: str, example: str) -> list[int]:
+    """Numbers from 1 on, each once.
 
     Raises:
         InputError: something else.
     """
     found = parts(text)
     if not found or not all(part.isdecimal() and int(part) for part in found):
-        raise InputError(f"--concurrency {text!r}: expected numbers from 1 on, separated by commas, such as 1,4,16")
+        raise InputError(f"{option} {text!r}: expected numbers from 1 on, separated by commas, such as {example}")
     return list(dict.fromkeys(int(part) for part in found))
+
+
+def _shares(text: str) -> list[float]:
+    """Shares of a whole, each once.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        found = [float(part) for part in parts(text)]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= share < 1 for share in found):
+        raise InputError(
+            f"--placed {text!r}: expected shares from 0 to below 1, separated by commas, such as 0,0.5,0.9"
+        )
+    return list(dict.fromkeys(found))
 
 
 def _names(text: str) -> list[str]:
@@ -216,9 +295,9 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _spec(model: str, dtype: Dtype) -> ModelSpec:
+def _spec(model: str, dtype: Dtype, decode: Decode = Decode.SAME) -> ModelSpec:
     try:
-        return ModelSpec(name=model, dtype=dtype)
+        return ModelSpec(name=model, dtype=dtype, decode=decode)
     except ValidationError as error:
         raise InputError("--model is empty; give a model's name, such as smollm2-135m") from error
 
@@ -232,16 +311,18 @@ def _bars(rounds: int) -> Iterator[tuple[Callable[[str, int, int], None], Callab
         yield progress, lambda: bars.advance(task)
 
 
-def _show(figures: Frozen, format: Format, table: RenderableType) -> None:
+def _show(figures: Frozen, format: Format, table: RenderableType, profiles: Profiles | None = None) -> None:
     if format is Format.JSON:
         typer.echo(figures.model_dump_json(indent=2))
-    else:
-        Console().print(table)
+        return
+    Console().print(table)
+    if profiles is not None:
+        show_profiles(profiles, Console())
 
 
 def _rows(figures: Frozen) -> Table:
     """Figures without a table of their own, one a row."""
     table = Table(show_header=False)
-    for name, value in figures.model_dump().items():
+    for name, value in figures.model_dump(exclude={"profile"}).items():
         table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
     return table

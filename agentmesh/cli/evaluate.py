@@ -1,4 +1,4 @@
-"""``agentmesh eval`` and ``agentmesh score``: a suite's samples through a mesh, under several presets."""
+"""``agentmesh eval``, ``score`` and ``report``: a suite's samples through a mesh, under several presets."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ def evaluate(
     fail_on_error: Annotated[
         bool, typer.Option("--fail-on-error", help="End when a sample fails, instead of going on without it.")
     ] = False,
+    judge_check: Annotated[
+        bool,
+        typer.Option(
+            help="Ask each judge once more when a sample is done, with its inbox in another order: does its choice "
+            "depend on the order? Costs one call of each judge a sample, and the others wait for it: measure times "
+            "with --no-judge-check."
+        ),
+    ] = True,
     resume: Annotated[str | None, typer.Option(help="Go on with an evaluation that was cut off.")] = None,
     set: Sets = None,
     library: Libraries = None,
@@ -49,12 +57,12 @@ def evaluate(
 
     Example: agentmesh eval math-fully-connected --task math-mini --presets dense,linear --limit 20
     """
-    from agentmesh.evaluate.report import Request  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
-    from agentmesh.evaluate.report import evaluate as work  # noqa: PLC0415
+    from agentmesh.evaluate.report import evaluate as work  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+    from agentmesh.evaluate.subjects import Request  # noqa: PLC0415
 
     overrides = [*(set or ()), *([f"run.concurrency={concurrency}"] if concurrency else ())]
     request = Request(
-        config=config,
+        mesh=config,
         task=task,
         data=data,
         presets=parts(presets),
@@ -64,6 +72,7 @@ def evaluate(
         epochs=epochs,
         allow_code=allow_code_execution,
         fail_on_error=fail_on_error,
+        judge_check=judge_check,
         resume=None if resume is None else find_run(runs_dir, resume),
         runs_dir=runs_dir,
         overrides=overrides,
@@ -99,6 +108,26 @@ def score(
     _show(asyncio.run(rescore(path, allow_code=allow_code_execution, data=data)), format)
 
 
+def report(
+    run: Run = "last",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="The page's file, instead of report.html in the folder.")
+    ] = None,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+) -> None:
+    """Write an evaluation as one HTML page that opens anywhere, and as Markdown.
+
+    The page shows scores with their intervals, presets compared in pairs, what was reused and why, where the time went,
+    and every sample with its prompts coloured by what was placed and what was computed.
+
+    Example: agentmesh report last --output compared.html
+    """
+    from agentmesh.evaluate.page import write_report  # noqa: PLC0415  # keeps `agentmesh --help` fast
+
+    for path in write_report(find_run(runs_dir, run), output):
+        typer.echo(path)
+
+
 def _show(report: Report, format: Format) -> None:
     from agentmesh.evaluate.tables import results_table  # noqa: PLC0415  # as above
 
@@ -107,3 +136,4 @@ def _show(report: Report, format: Format) -> None:
     else:
         Console().print(results_table(report.results))
         typer.echo(f"folder: {report.path}")
+        typer.echo(f"a page with every sample: agentmesh report {report.path}")

@@ -27,6 +27,13 @@ Sets = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Change an entry, e.g. agents.agent.generate.max_tokens=32."),
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for programs.")]
+ProfileOption = Annotated[
+    bool, typer.Option("--profile", help="Say where the time goes, part by part, and write a trace. Costs some time.")
+]
+TraceOption = Annotated[
+    Path, typer.Option("--trace", help="Where --profile writes its trace; Perfetto and chrome://tracing open it.")
+]
+DEFAULT_TRACE = Path("trace.json")
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all run records.")]
 DEFAULT_RUNS = Path("runs")
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.rule import Rule
 
+from agentmesh.backend import Backend
 from agentmesh.cli.options import DEFAULT_RUNS, Config, Format, FormatOption, Libraries, RunsDir, Sets
+from agentmesh.cli.profiling import new_profiles, show_profiles
 from agentmesh.config.load import dump, load_mesh
 from agentmesh.display import Display, audits_line, calls_table, fetching, showing
 from agentmesh.errors import InputError
 from agentmesh.mesh import Mesh
 from agentmesh.record import Recorder
+
+if TYPE_CHECKING:
+    from agentmesh.engine.profile import Profiles
+
+RUN = "run"
 
 Inputs = Annotated[
     list[str] | None,
@@ -33,6 +41,9 @@ def run(
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
     display: Annotated[Display, typer.Option(help="How to show the run while it goes on.")] = Display.AUTO,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time went; profile.json and trace.json go into the record.")
+    ] = False,
     format: FormatOption = Format.TEXT,
     runs_dir: RunsDir = DEFAULT_RUNS,
     library: Libraries = None,
@@ -46,20 +57,26 @@ def run(
     errors = Console(stderr=True)
     given = read_inputs(input or ())
     loaded = load_mesh(config, overrides=overrides, libraries=library or ())
+    profiles = new_profiles() if profile else None
     with Mesh.from_loaded(loaded) as mesh:
-        mesh.blueprint.check_inputs(given)
+        mesh.blueprint.all_inputs(given)
         with fetching(errors, quiet=display is Display.NONE) as progress:
             backend = mesh.load(progress)
         facts = {"seed": mesh.blueprint.run.seed if seed is None else seed, "model": backend.describe()}
         recorder = Recorder(runs_dir, mesh.blueprint.name, dump(loaded.spec), facts)
         try:
-            with showing(display, errors) as sinks:
+            with showing(display, errors) as sinks, _profiled(backend, profiles):
                 result = mesh.run(given, seed=seed, sinks=(recorder.write, *sinks))
             recorder.finish(result)
+            if profiles is not None:
+                recorder.attach("profile.json", profiles.taken[RUN].model_dump_json(indent=2) + "\n")
+                recorder.attach("trace.json", profiles.trace())
         finally:
             recorder.close()
             if display is not Display.NONE:
                 errors.print(f"record: {recorder.path}", markup=False, highlight=False, soft_wrap=True)
+    if profiles is not None:
+        show_profiles(profiles, errors)
     if format is Format.JSON:
         typer.echo(result.model_dump_json(indent=2))
         return
@@ -70,6 +87,16 @@ def run(
         console.print(audits, markup=False, highlight=False, soft_wrap=True)
     console.print(Rule("answer"))
     console.print(result.answer, markup=False, highlight=False)
+
+
+def _profiled(backend: Backend, profiles: Profiles | None) -> AbstractContextManager[None]:
+    """Takes a profile of a run, where one is asked for."""
+    if profiles is None:
+        return nullcontext()
+    from agentmesh.local import LocalBackend  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+
+    assert isinstance(backend, LocalBackend), "a mesh file's model runs in this process"
+    return profiles.of(backend.engine, RUN)
 
 
 def read_inputs(texts: list[str] | tuple[str, ...]) -> dict[str, str]:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from agentmesh.cli.options import DEFAULT_RUNS, Format, FormatOption, RunsDir
+from agentmesh.config.base import Choice
 from agentmesh.display import calls_table
 from agentmesh.events import ModelFinished, NodeFinished, RunFailed, RunFinished
 from agentmesh.record import find_run, outcome, read_events
 from agentmesh.record import runs as run_folders
 
-app = typer.Typer(help="List and show recorded runs.", no_args_is_help=True)
+
+class Export(Choice):
+    """What an evaluation is written as."""
+
+    CSV = "csv"
+    JSONL = "jsonl"
+    EVALPLUS = "evalplus"
+
+
+app = typer.Typer(help="List, show, compare and export recorded runs.", no_args_is_help=True)
 
 
 @app.command("ls")
@@ -49,6 +60,50 @@ def compare(
         typer.echo(found.model_dump_json(indent=2))
     else:
         Console().print(comparison_table(found))
+
+
+@app.command("export")
+def export(
+    run: Annotated[str, typer.Argument(help="An evaluation's folder, its name or the end of it, or `last`.")] = "last",
+    format: Annotated[Export, typer.Option("--format", help="Tables, or evalplus' samples.")] = Export.CSV,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The folder to write to; `export` in the evaluation's if not given."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the samples are now, if they were moved (evalplus).")] = None,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+) -> None:
+    """Write an evaluation as tables that pandas and other programs read, or as programs that evalplus tests.
+
+    Example: agentmesh runs export last --format csv -o tables
+
+    csv, jsonl: samples.FORMAT has one row for each sample, preset and epoch:
+    preset, sample, epoch, seed, one column for each metric (0 to 1), answer,
+    extracted (what the first scorer took for the answer), note (why it is
+    wrong), error, calls, prompt_tokens, placed, computed, output_tokens and
+    ttft_ms (sums over its calls), wall_s, chosen and chosen_shuffled (the
+    candidates of each judge, as JSON).
+
+    calls.FORMAT has one row for each model call: preset, sample, epoch, node,
+    round, prompt_tokens = placed_exact + placed_realigned + computed,
+    slot_tokens (shareable), placed_slots, output_tokens, queue_ms, ttft_ms,
+    decode_ms, learn_ms, finish (stop, length or context), parts_ms (where TTFT
+    went, as JSON), audit_kl (nats), audit_flip.
+
+    evalplus: evalplus-PRESET.jsonl has task_id and solution, a whole program,
+    for each answer. Then: evalplus.evaluate --dataset humaneval --samples FILE
+    (it wants every problem of its data set).
+    """
+    from agentmesh.evaluate.export import write_programs, write_tables  # noqa: PLC0415  # keeps `agentmesh --help` light
+
+    path = find_run(runs_dir, run)
+    target = path / "export" if output is None else output
+    if format is Export.EVALPLUS:
+        files = write_programs(path, target, data)
+    else:
+        files = write_tables(path, target, "csv" if format is Export.CSV else "jsonl")
+    for file in files:
+        typer.echo(str(file))
 
 
 @app.command("show")

@@ -62,6 +62,6 @@ def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel, tenant: 
         return Prefix(PrefixStore(Budget(spec.budget)), root, spec.min_tokens, Reason.MODEL_UNSUPPORTED)
     if choice.realigner is RealignerKind.ANCHORS:
         assert runner.rope is not None, "the probe found it"
-        return KVComm(spec, root, runner.rope)
+        return KVComm(spec, root, runner.rope, runner.spans)
     empty = REALIGNERS[choice.realigner]
     return Slots(spec, choice, Scout(runner), root, lambda: empty(runner.shape), loaded.line_breaks)

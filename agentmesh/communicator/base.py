@@ -44,7 +44,8 @@ class Preset(ABC):
     Everything that it keeps counts in ``budget``, and so do live sequences.
 
     ``begin`` is called when a run begins and ``release`` when it ends. For each call ``plan``, ``prefilled`` and
-    ``finished`` are called in this order, and ``closed`` at last, whatever happened.
+    ``finished`` are called in this order, and ``closed`` at last, whatever happened. A call that is no part of its run
+    (``Reader.aside``) is planned and closed only: it is shared as any other, and leaves no trace.
     """
 
     budget: Budget

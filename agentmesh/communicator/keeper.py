@@ -18,6 +18,8 @@ from agentmesh.sharing.prefix import PrefixStore
 from agentmesh.sharing.segments import Reading, Rows, SegmentStore, Span
 
 LOW_WATERMARK = 0.9
+LAST = 1 << 20
+"""Visits until what is read when the run is over: more than any run has, so that visits go first."""
 
 PlanT = TypeVar("PlanT", bound="KeptPlan")
 
@@ -95,7 +97,8 @@ class Keeper:
         reader = prompt.reader
         if not reader.run:
             return
-        self.segments.pass_on(reader.run, reader.awaited)
+        wanted = {**dict.fromkeys(reader.held, LAST), **reader.awaited}
+        self.segments.pass_on(reader.run, wanted)
         spans = tuple(
             Span(self.segments.key(segment.tokens), segment.content.origin, start, start + len(segment.tokens))
             for segment, start in zip(prompt.segments, prompt.starts, strict=True)
@@ -109,7 +112,7 @@ class Keeper:
             stop = len(prompt.tokens) if prompt.continues else spans[-1].stop
             rows = (Rows(spans[0].start, arena.read_free(spans[0].start, stop, self.rope)),)
         reading = Reading(reader.run, reader.consumer, prompt.tokens, spans if read else (), rows, plan.depths)
-        number = self.segments.add(reading, reader.awaited)
+        number = self.segments.add(reading, wanted)
         if number is not None:
             self.segments.pin(number)
             plan.kept.append(number)

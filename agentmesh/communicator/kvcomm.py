@@ -32,6 +32,7 @@ from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Label, Labels, computed
 from agentmesh.config.presets import AnchorSpec, CommunicatorSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
+from agentmesh.engine.spans import Part, Spans
 from agentmesh.events import Audit, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.rope import Rope
@@ -131,10 +132,12 @@ class KVComm(Preset):
         spec: budget and anchor pools.
         root: what KV depends on besides tokens (model fingerprint, tenant).
         rope: the model's rotation.
+        spans: notes where the time goes.
     """
 
-    def __init__(self, spec: CommunicatorSpec, root: bytes, rope: Rope) -> None:
+    def __init__(self, spec: CommunicatorSpec, root: bytes, rope: Rope, spans: Spans) -> None:
         self._spec = spec
+        self._spans = spans
         self.keeper = Keeper(spec, root, rope)
         self.budget = self.keeper.budget
         self.pools = Pools(spec.anchors, self.budget)
@@ -160,13 +163,13 @@ class KVComm(Preset):
     def plan(self, prompt: Prompt) -> AnchoredPlan:
         """All slots and the fixed text behind them, or nothing but the prefix."""
         parts = Parts()
-        with parts.timed("match"):
+        with self._spans.part(Part.MATCH), parts.timed("match"):
             lead = self.keeper.lead(prompt)
             at = lead[-1].stop if lead else 0
             found = self._matcher.match(prompt, at)
             pools = self._pools(prompt.reader)
             slots = tuple(self._weighed(prompt, match, pools) for match in found.matches)
-        with parts.timed("plan"):
+        with self._spans.part(Part.PLAN), parts.timed("plan"):
             labels = Labels(prompt, found.missing, at)
             blocked = bool(found.missing) or any(isinstance(slot.weighing, Reason) for slot in slots)
             placed = list(lead)
@@ -201,11 +204,12 @@ class KVComm(Preset):
         reader = prompt.reader
         if reader.exact or not reader.run or not plan.teaches or self._frozen:
             return None
-        for slot in plan.slots:
-            if plan.dense and isinstance(slot.weighing, Reason):
-                self.pools.ledger.note(reader.run, self._name(prompt, slot.match), self._new(prompt, slot, arena))
-            elif not plan.dense and isinstance(slot.weighing, Weighing):
-                self.pools.ledger.note(reader.run, self._name(prompt, slot.match), slot.weighing.used)
+        with self._spans.part(Part.LEARN):
+            for slot in plan.slots:
+                if plan.dense and isinstance(slot.weighing, Reason):
+                    self.pools.ledger.note(reader.run, self._name(prompt, slot.match), self._new(prompt, slot, arena))
+                elif not plan.dense and isinstance(slot.weighing, Weighing):
+                    self.pools.ledger.note(reader.run, self._name(prompt, slot.match), slot.weighing.used)
         return None
 
     def closed(self, plan: Plan) -> None:
@@ -216,7 +220,8 @@ class KVComm(Preset):
     def release(self, run: str) -> None:
         """Free a run's segments, commit its anchors."""
         self.keeper.segments.release(run)
-        self.pools.ledger.end(run)
+        with self._spans.part(Part.LEARN):
+            self.pools.ledger.end(run)
         self._bases.pop(run, None)
 
     def observe_only(self, *, on: bool) -> None:

@@ -37,7 +37,8 @@ def save(path: Path, states: Mapping[str, LinkState], fingerprint: str, consumer
         links[name] = {part: realigner.observations for part, realigner in parts.items()}
         for part, realigner in parts.items():
             if realigner.observations:
-                tensors.update({f"{name}/{part}/{key}": t.contiguous() for key, t in realigner.pack().items()})
+                own = realigner.pack()  # clones: links with one observation share what nothing was learned of yet
+                tensors.update({f"{name}/{part}/{key}": t.clone().contiguous() for key, t in own.items()})
     about = {"version": VERSION, "fingerprint": fingerprint, "consumers": dict(consumers), "links": links}
     partial = path.with_name(path.name + ".partial")
     try:

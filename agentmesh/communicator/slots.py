@@ -21,6 +21,7 @@ from agentmesh.communicator.measures import Costs, divergence, draw
 from agentmesh.config.presets import CommunicatorSpec, Picking, PresetSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
 from agentmesh.engine.scout import Look, Scout
+from agentmesh.engine.spans import Part
 from agentmesh.events import Audit, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
@@ -82,6 +83,7 @@ class Slots(Preset):
         self._spec = spec
         self._choice = choice
         self._scout = scout
+        self._spans = scout.runner.spans
         self._line_breaks = line_breaks
         assert scout.runner.rope is not None, "slots are shared in models with a known rotation"
         self.keeper = Keeper(spec, root, scout.runner.rope)
@@ -108,18 +110,18 @@ class Slots(Preset):
     def plan(self, prompt: Prompt) -> SlotPlan:
         """Prefix, matches, gates, and the choice of computed tokens; see ``Preset.plan``."""
         parts = Parts()
-        with parts.timed("match"):
+        with self._spans.part(Part.MATCH), parts.timed("match"):
             lead = self.keeper.lead(prompt)
             at = lead[-1].stop if lead else 0
             found = self._matcher.match(prompt, at)
-        with parts.timed("plan"):
+        with self._spans.part(Part.PLAN), parts.timed("plan"):
             decisions = self._decide(prompt, found.matches)
             labels = Labels(prompt, found.missing, at)
             for number, decision in enumerate(decisions):
                 self._paint(labels, number, decision)
-        with parts.timed("match"):
+        with self._spans.part(Part.MATCH), parts.timed("match"):
             ready = self._pick(labels, lead, decisions)
-        with parts.timed("plan"):
+        with self._spans.part(Part.PLAN), parts.timed("plan"):
             labels.check(strict=self._spec.strict)
             composition = replace(self._composition(labels, lead, decisions), ready=ready)
             return self._plan(labels, composition, decisions, parts)
@@ -140,9 +142,13 @@ class Slots(Preset):
         if prompt.reader.exact or not prompt.reader.run or not plan.teaches:
             return None
         if not plan.approximate:
-            self._observe(prompt, plan, arena)
+            with self._spans.part(Part.LEARN):
+                self._observe(prompt, plan, arena)
             return None
-        return self._audit(prompt, plan, logits) if plan.audited else None
+        if not plan.audited:
+            return None
+        with self._spans.part(Part.AUDIT, whole=True):
+            return self._audit(prompt, plan, logits)
 
     def closed(self, plan: Plan) -> None:
         """Unpin what the call read and wrote, give the arena of its look back."""
@@ -153,7 +159,8 @@ class Slots(Preset):
     def release(self, run: str) -> None:
         """Free a run's segments, commit what it taught."""
         self.keeper.segments.release(run)
-        self.learner.end(run)
+        with self._spans.part(Part.LEARN):
+            self.learner.end(run)
 
     def ingest(self, contents: Sequence[Content], header: tuple[int, ...]) -> int:
         """Keep passages of a corpus; those that are too short, kept already, or beyond the budget are left out."""
@@ -161,7 +168,8 @@ class Slots(Preset):
         for content in contents:
             tokens = content.tokens or ()
             if len(tokens) >= self._spec.min_tokens and not self.keeper.knows(tokens):
-                with self._scout.dense((*header, *tokens)) as (_, arena):
+                ingesting = self._spans.part(Part.INGEST, whole=True)
+                with ingesting, self._scout.dense((*header, *tokens)) as (_, arena):
                     kept += self.keeper.keep_passage(content, len(header), arena)
         return kept
 

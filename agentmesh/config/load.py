@@ -126,11 +126,16 @@ def schema(kind: str = "mesh") -> dict[str, Any]:
 
 def dump(spec: Frozen) -> str:
     """A model as YAML that loads to the same model, defaults written out."""
+    return written(spec.model_dump(by_alias=True))
+
+
+def written(data: Any) -> str:
+    """Plain data as YAML, each text in a style that reads back as the same text."""
     yaml = YAML(pure=True)
     yaml.width = 2**20
     yaml.indent(mapping=2, sequence=4, offset=2)
     stream = StringIO()
-    yaml.dump(_styled(spec.model_dump(by_alias=True)), stream)
+    yaml.dump(_styled(data), stream)
     return stream.getvalue()
 
 

@@ -20,6 +20,17 @@ class Dtype(Choice):
     FLOAT16 = "float16"
 
 
+class Decode(Choice):
+    """Which weights decode messages on a CPU.
+
+    ``int8`` reads int8 copies while at most four sequences decode at once, which is faster and approximate; prompts are
+    prefilled with the model's own weights all the same.
+    """
+
+    SAME = "same"
+    INT8 = "int8"
+
+
 class Memory(Choice):
     """What an agent remembers of its own earlier rounds."""
 
@@ -45,6 +56,7 @@ class ModelSpec(Frozen):
     revision: str | None = None
     dtype: Dtype = Dtype.FLOAT32
     device: str = "auto"
+    decode: Decode = Decode.SAME
 
 
 class GenerateSpec(Frozen):
@@ -196,7 +208,7 @@ TopologyChoice = Annotated[
 
 
 class MeshSpec(Frozen):
-    """A whole mesh file."""
+    """A whole mesh file. ``defaults`` are texts of inputs for runs that give none, such as a handbook for all."""
 
     version: Literal[1]
     name: str = ""
@@ -204,6 +216,7 @@ class MeshSpec(Frozen):
     model: Annotated[ModelSpec, Shorthand("name")] = ModelSpec()
     topology: TopologyChoice
     inputs: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] = ("question",)
+    defaults: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     agents: dict[str, AgentSpec] = Field(min_length=1)
     communicator: Annotated[CommunicatorSpec, Shorthand("preset")] = CommunicatorSpec()
     run: RunSpec = RunSpec()

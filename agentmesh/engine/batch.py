@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from agentmesh.engine.operations import Mark
+from agentmesh.engine.spans import Spans
 from agentmesh.kv.arena import Arena
 
 Views = list[tuple[torch.Tensor, ...]]
@@ -60,10 +62,12 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
     Args:
         arenas: one a sequence, each aimed at the row of its next token.
+        spans: notes where the time goes.
     """
 
-    def __init__(self, arenas: Sequence[Arena]) -> None:
+    def __init__(self, arenas: Sequence[Arena], spans: Spans) -> None:
         self.arenas = arenas
+        self._spans = spans
         self.longest = max(arena.length for arena in arenas)
         self._layer = 0
         self._new = _views(arenas, 1)
@@ -73,9 +77,10 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the rows ``[B, H, 1, D]`` of the layer that runs now."""
         self._layer = layer
-        for views, rows in zip(self._new, (keys, values), strict=True):
-            for target, row in zip(views[layer], rows.unbind(0), strict=True):
-                target[0].copy_(row)
+        with self._spans.mark(Mark.CACHE):
+            for views, rows in zip(self._new, (keys, values), strict=True):
+                for target, row in zip(views[layer], rows.unbind(0), strict=True):
+                    target[0].copy_(row)
 
     def attend(self, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
         """Attention of ``query [B, Hq, 1, D]``, each row over its own last ``window`` keys; ``[B, 1, Hq, D]``.
@@ -83,14 +88,16 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
         Query heads of one kv head are the rows of one product, so keys are read once and never repeated.
         """
         if window not in self._seen:
-            self._seen[window] = _views(self.arenas, window)
+            with self._spans.mark(Mark.CACHE):
+                self._seen[window] = _views(self.arenas, window)
         keys, values = (views[self._layer] for views in self._seen[window])
-        grouped = query.view(len(keys), 1, keys[0].shape[1], -1, query.shape[3]).unbind(0)
-        mixed = [
-            functional.scaled_dot_product_attention(*one, scale=scale)
-            for one in zip(grouped, keys, values, strict=True)
-        ]
-        return torch.cat(mixed).flatten(1, 2)[:, None]
+        with self._spans.mark(Mark.ATTENTION):
+            grouped = query.view(len(keys), 1, keys[0].shape[1], -1, query.shape[3]).unbind(0)
+            mixed = [
+                functional.scaled_dot_product_attention(*one, scale=scale)
+                for one in zip(grouped, keys, values, strict=True)
+            ]
+            return torch.cat(mixed).flatten(1, 2)[:, None]
 
 
 def _views(arenas: Sequence[Arena], last: int) -> tuple[Views, Views]:

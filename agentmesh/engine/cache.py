@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from agentmesh.engine.operations import Mark
+from agentmesh.engine.spans import Spans
 from agentmesh.kv.arena import Arena
 
 
@@ -18,9 +20,10 @@ class ArenaLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
 
     is_sliding = False
 
-    def __init__(self, arena: Arena, layer: int) -> None:
+    def __init__(self, arena: Arena, layer: int, spans: Spans) -> None:
         super().__init__()
         self.arena = arena
+        self.spans = spans
         self.layer = layer
         self.start = 0
         self.is_initialized = True
@@ -32,7 +35,8 @@ class ArenaLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scatter rows ``[1, H, T, D]`` at the aimed positions; return the visible ``[1, H, length, D]``."""
-        return self.arena.write_layer(self.layer, key_states, value_states)
+        with self.spans.mark(Mark.CACHE):
+            return self.arena.write_layer(self.layer, key_states, value_states)
 
     def get_seq_length(self) -> int:
         """Tokens before the forward that is running: where transformers lets its positions and masks begin."""
@@ -50,8 +54,8 @@ class ArenaLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
 class ArenaCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """All layers of one arena as the ``past_key_values`` of a transformers model."""
 
-    def __init__(self, arena: Arena) -> None:
-        super().__init__(layers=[ArenaLayer(arena, layer) for layer in range(arena.shape.layers)])
+    def __init__(self, arena: Arena, spans: Spans) -> None:
+        super().__init__(layers=[ArenaLayer(arena, layer, spans) for layer in range(arena.shape.layers)])
         self.arena = arena
 
     def begin(self, start: int) -> None:

@@ -7,6 +7,7 @@ probe accepts; ``PlainRunner`` serves the others whole, over the cache that tran
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,9 @@ from agentmesh.engine.batch import BatchCache
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.masks import MaskPlan, Masks
+from agentmesh.engine.operations import Mark
+from agentmesh.engine.quantized import Switch
+from agentmesh.engine.spans import Part, Spans
 from agentmesh.kv.arena import Arena, ArenaPool, KVShape
 from agentmesh.kv.rope import Rope
 
@@ -34,7 +38,9 @@ class ArenaRunner:
         masks: which attention masks the model wants for scattered positions.
         rope: how it rotates keys; ``None`` where that could not be established.
         batches: whether several sequences can decode in one forward.
+        switch: throws the model's int8 copies, where it has them.
         spare: arenas that were given back.
+        spans: notes where the time goes, while a profile is on.
     """
 
     model: Any
@@ -42,11 +48,13 @@ class ArenaRunner:
     masks: MaskPlan
     rope: Rope | None
     batches: bool = False
+    switch: Switch | None = None
     spare: ArenaPool = field(default_factory=ArenaPool)
+    spans: Spans = field(default_factory=Spans)
 
     def open(self, capacity: int) -> ArenaCache:
         """An arena for one sequence of up to ``capacity`` tokens: one that was given back, or a fresh one."""
-        return ArenaCache(self.spare.take(capacity) or Arena(self.shape, capacity))
+        return ArenaCache(self.spare.take(capacity) or Arena(self.shape, capacity), self.spans)
 
     def need(self, capacity: int) -> int:
         """Bytes that ``open`` would allocate: none where an arena that was given back fits."""
@@ -79,16 +87,18 @@ class ArenaRunner:
         mask: Masks | None = None
         if not contiguous or (first and len(positions) > 1 and self.rope is not None):
             mask = self.masks.build(index, length)  # else transformers' own: causal, or none for a single token
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=index[None],
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            agentmesh_last=positions,
-            **options,
-        )
+        ids = torch.tensor([tokens], device=device)
+        with self.spans.mark(Mark.MODEL):
+            output = self.model(
+                input_ids=ids,
+                position_ids=index[None],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+                agentmesh_last=positions,
+                **options,
+            )
         logits: torch.Tensor = output.logits[0]
         return logits
 
@@ -99,20 +109,28 @@ class ArenaRunner:
         Returns:
             Logits ``[B, V]``.
         """
-        if not self.batches:
-            return _one_by_one(self.forward, caches, tokens, positions)
+        with nullcontext() if self.switch is None else self.switch.decoding(len(caches) if self.batches else 1):
+            if not self.batches:
+                return _one_by_one(self.forward, caches, tokens, positions)
+            return self._together(caches, tokens, positions)
+
+    def _together(self, caches: Sequence[ArenaCache], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         for cache, position in zip(caches, positions, strict=True):
             cache.arena.aim(slice(position, position + 1), position + 1)
-        batch = BatchCache([cache.arena for cache in caches])
+        batch = BatchCache([cache.arena for cache in caches], self.spans)
         device = self.shape.device
-        output = self.model(
-            input_ids=torch.tensor(tokens, device=device)[:, None],
-            position_ids=torch.tensor(positions, device=device)[:, None],
-            attention_mask=self.masks.stand_ins(device),
-            past_key_values=batch,
-            use_cache=True,
-            agentmesh_batch=batch,
-        )
+        ids = torch.tensor(tokens, device=device)[:, None]
+        index = torch.tensor(positions, device=device)[:, None]
+        masks = self.masks.stand_ins(device)
+        with self.spans.mark(Mark.MODEL):
+            output = self.model(
+                input_ids=ids,
+                position_ids=index,
+                attention_mask=masks,
+                past_key_values=batch,
+                use_cache=True,
+                agentmesh_batch=batch,
+            )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
@@ -136,16 +154,16 @@ class ArenaRunner:
         parts = Parts() if parts is None else parts
         ready = composition.ready if composition.placed else None
         if ready is not None:
-            with parts.timed("compose"):
+            with self.spans.part(Part.COMPOSE), parts.timed("compose"):
                 cache.arena.copy(ready, composition.placed[-1].stop)
         for piece in composition.placed if ready is None else ():
             for layers in self._layer_groups(piece.kv.tokens):
-                with parts.timed("realign"):
+                with self.spans.part(Part.REALIGN), parts.timed("realign"):
                     kv = piece.kv.fetch(layers)
-                with parts.timed("compose"):
+                with self.spans.part(Part.COMPOSE), parts.timed("compose"):
                     cache.arena.place(piece.start, kv, self.rope, layers)
-        logits = None
-        with parts.timed("forward"):
+        logits, computed = None, len(composition.tokens) - composition.placed_tokens
+        with self.spans.forward(Part.PREFILL, computed), self.spans.part(Part.PREFILL), parts.timed("forward"):
             for chunk in composition.chunks():
                 logits = self.forward(cache, [composition.tokens[p] for p in chunk], chunk)
         assert logits is not None, "the last token is always computed"
@@ -161,6 +179,7 @@ class PlainRunner:
 
     model: Any
     spare: ArenaPool = field(default_factory=ArenaPool)
+    spans: Spans = field(default_factory=Spans)
 
     def open(self, _capacity: int) -> Cache:
         """A fresh cache of the model's own kind."""
@@ -177,13 +196,11 @@ class PlainRunner:
     def forward(self, cache: Cache, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Append tokens at the end of the cache; logits ``[V]`` at the last one."""
         device = self.model.device
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([list(positions)], device=device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        ids, index = (torch.tensor([list(one)], device=device) for one in (tokens, positions))
+        with self.spans.mark(Mark.MODEL):
+            output = self.model(
+                input_ids=ids, position_ids=index, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 
@@ -194,8 +211,9 @@ class PlainRunner:
     def prefill(self, cache: Cache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:
         """Compute a whole prompt; logits ``[V]`` at its last position."""
         assert not composition.placed, "nothing can be placed in this model's cache"
-        with (Parts() if parts is None else parts).timed("forward"):
-            return self.forward(cache, composition.tokens, range(len(composition.tokens)))
+        parts, length = Parts() if parts is None else parts, len(composition.tokens)
+        with self.spans.forward(Part.PREFILL, length), self.spans.part(Part.PREFILL), parts.timed("forward"):
+            return self.forward(cache, composition.tokens, range(length))
 
 
 def _one_by_one(

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from agentmesh.config.mesh import ModelSpec
+from agentmesh.config.mesh import Decode, ModelSpec
 from agentmesh.engine.attention import use_grouped_heads
 from agentmesh.engine.catalog import FAMILIES, KNOWN, SEED, byte_tokenizer, quiet, random_config, random_model, sha256
 from agentmesh.engine.embedded import Progress, digests, ensure
+from agentmesh.engine.quantized import quantise
 from agentmesh.errors import ModelError, NotFoundError, UnsupportedModelError, did_you_mean, listing
 
 RANDOM = "random:"
@@ -48,6 +49,7 @@ class LoadedModel:
         fingerprint: sha256 over weights, configuration, tokenizer, chat template, dtype and versions; KV made under
             one fingerprint is never used under another.
         source: where the weights came from, for people.
+        decode: which weights decode messages.
         config: the text model's transformers configuration.
     """
 
@@ -61,6 +63,7 @@ class LoadedModel:
     fingerprint: str
     source: str
     config: Any
+    decode: Decode = Decode.SAME
 
     @property
     def has_chat_template(self) -> bool:
@@ -221,6 +224,8 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{spec.name} has no fast tokenizer, which agentmesh needs for exact slot borders")
     use_grouped_heads(model)
+    if spec.decode is Decode.INT8:
+        quantise(model, spec.name)
     config = model.config.get_text_config()
     control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return LoadedModel(
@@ -234,6 +239,7 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
         fingerprint=_fingerprint(spec, config, parts),
         source=parts.source,
         config=config,
+        decode=spec.decode,
     )
 
 
@@ -265,6 +271,7 @@ def _fingerprint(spec: ModelSpec, config: Any, parts: _Parts) -> str:
         "tokenizer": parts.tokenizer.backend_tokenizer.to_str(),
         "chat": parts.tokenizer.chat_template,
         "dtype": spec.dtype.value,
+        "decode": spec.decode.value,
         "attention": config._attn_implementation,  # noqa: SLF001  # it has no public name
         "versions": [library.__version__.split(".")[:2] for library in (torch, transformers)],
     }

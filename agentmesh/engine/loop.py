@@ -13,19 +13,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, final
+from dataclasses import dataclass
+from typing import TypeVar, final
 
 import torch
 from transformers.cache_utils import Cache
 
 from agentmesh.engine.cache import ArenaCache
-from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.loading import LoadedModel
+from agentmesh.engine.operations import cost_of_noting
 from agentmesh.engine.probe import Support
+from agentmesh.engine.request import Request, Source
 from agentmesh.engine.sampling import Sampler, Sampling
 from agentmesh.engine.sequence import Sequence
+from agentmesh.engine.spans import Limits, Part, Recorded, Spans
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import RequestTooLongError
 from agentmesh.kv.arena import Arena
@@ -33,30 +34,6 @@ from agentmesh.kv.arena import Arena
 Result = TypeVar("Result")
 
 BATCH = 32
-
-
-class Source(Protocol):
-    """Where one request's prompt comes from. All methods are called on the engine's thread, in this order."""
-
-    def room(self, need: int, *, alone: bool) -> bool:
-        """Make room for ``need`` bytes of KV beside what is live; False where that must wait, or can never be.
-
-        Args:
-            need: bytes.
-            alone: whether nothing else is live, so that waiting would not help.
-        """
-
-    def compose(self) -> tuple[Composition, Parts]:
-        """Decide what to place, right before the prefill, and say how long that took."""
-
-    def prefilled(self, arena: Arena) -> None:
-        """Look at the arena when the first token is out; what is kept now, the next prompt can use."""
-
-    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
-        """Look at the arena with the whole message in it; ``logits [V]`` are the first token's."""
-
-    def closed(self) -> None:
-        """The request is over, whatever happened."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +97,7 @@ class Engine:
         self._batch = batch
         self._live: list[Sequence] = []
         self._held: list[Cache] = []
-        self._waiting: deque[_Request] = deque()
+        self._waiting: deque[Request] = deque()
         self._stepping = False
         self._closing = False
         self.spent = Spent()
@@ -136,6 +113,21 @@ class Engine:
         """Stop the thread; waits for the forward that is running. What is decoding then is cancelled."""
         self._closing = True
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def spans(self) -> Spans:
+        """Where its thread spends its time; notes nothing unless a profile is on."""
+        return self.support.runner.spans
+
+    def begin_profile(self, limits: Limits | None = None) -> None:
+        """Note from now on where the thread spends its time; called on another thread."""
+        device = self.loaded.model.device
+        noting = cost_of_noting(device)
+        self._thread.submit(lambda: self.spans.begin(device, noting, limits or Limits())).result()
+
+    def end_profile(self) -> Recorded:
+        """What was noted since ``begin_profile``; called on another thread."""
+        return self._thread.submit(self.spans.end).result()
 
     def check(self, prompt_tokens: int) -> None:
         """Refuse a prompt that can never run.
@@ -181,7 +173,7 @@ class Engine:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         capacity = min(prompt_tokens + sampling.max_tokens, self.loaded.max_context)
-        request = _Request(source, prompt_tokens, capacity, sampling, tell, loop.call_soon_threadsafe)
+        request = Request(source, prompt_tokens, capacity, sampling, tell, loop.call_soon_threadsafe, arrived)
         try:
             while (started := await self._on_thread(lambda: self._start(request))) is None:
                 await request.turn.wait()
@@ -212,12 +204,17 @@ class Engine:
 
     async def do(self, work: Callable[[], Result]) -> Result:
         """Run something on the engine's thread, between its forwards; it runs even if nobody waits for it any more."""
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
+
+        def noted() -> Result:
+            with self.spans.part(Part.RUNS):
+                return work()
+
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, noted))
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _admit(self, request: _Request) -> bool:
+    def _admit(self, request: Request) -> bool:
         """Whether a request may begin now, or has to wait for its turn.
 
         Raises:
@@ -246,36 +243,45 @@ class Engine:
         if self._waiting:
             self._waiting[0].wake()
 
-    def _start(self, request: _Request) -> tuple[float, float] | None:
+    def _start(self, request: Request) -> tuple[float, float] | None:
         """Plan, prefill, pick the first token: when the request began, and when the token was out; or wait.
 
         The prompt's KV is kept before any other request can begin: siblings that read the same new text wait for
         one prefill of it, not for its message.
         """
-        if not self._admit(request):
-            return None
-        begun = time.perf_counter()
+        with self.spans.part(Part.ADMIT):
+            if not self._admit(request):
+                return None
+            begun = time.perf_counter()
+            self.spans.waited(begun - request.arrived)
+            cache = self._prefill(request)
+            first = time.perf_counter()
+            self.spent.prefill_s += first - begun
+            arena = _arena(cache)
+            if arena is not None:
+                with self.spans.part(Part.KEEP):
+                    request.source.prefilled(arena)
+                self.spent.keep_s += time.perf_counter() - first
+            if not request.begun.finish:
+                self._live.append(request.begun)
+                self._go_on()
+            return begun, first
+
+    def _prefill(self, request: Request) -> Cache:
+        """Fill a cache with a request's prompt, and begin its sequence with the first token."""
         runner, sampling = self.support.runner, request.sampling
         cache = request.cache = runner.open(request.capacity)  # now: a look at the cache could take what was admitted
         self._held.append(cache)
-        composition, parts = request.source.compose()
+        with self.spans.part(Part.PLAN):
+            composition, parts = request.source.compose()
         logits = runner.prefill(cache, composition, parts)
-        sampler = Sampler(sampling, self._suppressed)
-        text = self.tokenizer.stream()
-        sequence = Sequence(cache, request.tokens, logits, sampler, text, sampling, request.tell)
-        sequence.done.add_done_callback(request.over)
-        request.sequence = sequence
-        sequence.accept(logits, self.loaded.stop_token_ids, self.loaded.max_context)
-        first = time.perf_counter()
-        self.spent.prefill_s += first - begun
-        arena = _arena(cache)
-        if arena is not None:
-            request.source.prefilled(arena)
-            self.spent.keep_s += time.perf_counter() - first
-        if not sequence.finish:
-            self._live.append(sequence)
-            self._go_on()
-        return begun, first
+        with self.spans.part(Part.FIRST):
+            sampler, text = Sampler(sampling, self._suppressed), self.tokenizer.stream()
+            sequence = Sequence(cache, request.tokens, logits, sampler, text, sampling, request.tell)
+            sequence.done.add_done_callback(request.over)
+            request.sequence = sequence
+            sequence.accept(logits, self.loaded.stop_token_ids, self.loaded.max_context)
+        return cache
 
     def _go_on(self) -> None:
         """See to it that the live sequences get their next token, after whatever waits for the thread now."""
@@ -287,18 +293,24 @@ class Engine:
         """The next token of every live sequence, as many at once as may be."""
         begun = time.perf_counter()
         self.spent.decoded += len(self._live)
-        for low in range(0, len(self._live), self._batch):
-            group = self._live[low : low + self._batch]
+        with self.spans.part(Part.STEP):
+            for low in range(0, len(self._live), self._batch):
+                self._next(self._live[low : low + self._batch])
+            self._live = [sequence for sequence in self._live if not sequence.finish]
+        self.spent.decode_s += time.perf_counter() - begun
+
+    def _next(self, group: list[Sequence]) -> None:
+        """The next token of some sequences, in one forward."""
+        with self.spans.forward(Part.DECODE, len(group)), self.spans.part(Part.DECODE):
             logits = self.support.runner.decode(
                 [sequence.cache for sequence in group],
                 [sequence.tokens[-1] for sequence in group],
                 [sequence.length for sequence in group],
             )
+        with self.spans.part(Part.SAMPLE):
             for sequence, row in zip(group, logits, strict=True):
                 sequence.length += 1
                 sequence.accept(row, self.loaded.stop_token_ids, self.loaded.max_context)
-        self._live = [sequence for sequence in self._live if not sequence.finish]
-        self.spent.decode_s += time.perf_counter() - begun
 
     def _stepped(self, step: Future[None]) -> None:
         """Go on after a step; if it failed, so did every sequence that was in it."""
@@ -311,57 +323,28 @@ class Engine:
                     sequence.done.set_exception(error)
         self._go_on()
 
-    def _close(self, request: _Request) -> None:
+    def _close(self, request: Request) -> None:
         """Let the source go, give the arena back, and let the next one begin that waits for it."""
-        request.source.closed()
-        self._live = [sequence for sequence in self._live if sequence is not request.sequence]
-        if request in self._waiting:
-            self._waiting.remove(request)
-        if request.cache is not None:
-            self._held = [cache for cache in self._held if cache is not request.cache]
-            self.support.runner.close(request.cache)
-        self._wake()
+        with self.spans.part(Part.KEEP):
+            request.source.closed()
+            self._live = [sequence for sequence in self._live if sequence is not request.sequence]
+            if request in self._waiting:
+                self._waiting.remove(request)
+            if request.cache is not None:
+                self._held = [cache for cache in self._held if cache is not request.cache]
+                self.support.runner.close(request.cache)
+            self._wake()
 
     def _finish(self, source: Source, sequence: Sequence) -> float:
         """Let the source look at the whole sequence; the milliseconds that takes."""
         begun = time.perf_counter()
         arena = _arena(sequence.cache)
         if arena is not None:
-            source.finished(arena, tuple(sequence.tokens), sequence.first_logits)
+            with self.spans.part(Part.KEEP):
+                source.finished(arena, tuple(sequence.tokens), sequence.first_logits)
         took = time.perf_counter() - begun
         self.spent.keep_s += took
         return took * 1e3
-
-
-@dataclass(eq=False)
-class _Request:
-    """One call of ``generate``, and its cache and sequence once it has begun."""
-
-    source: Source
-    tokens: int
-    capacity: int
-    sampling: Sampling
-    tell: Callable[[str | None], None]
-    call_soon: Callable[[Callable[[], object]], object]
-    cache: Cache | None = None
-    sequence: Sequence | None = None
-    turn: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def wake(self) -> None:
-        """Tell the event loop that it is this one's turn."""
-        with suppress(RuntimeError):  # the loop is closed
-            self.call_soon(self.turn.set)
-
-    @property
-    def begun(self) -> Sequence:
-        """Its sequence; there by now."""
-        assert self.sequence is not None, "the prefill has been awaited"
-        return self.sequence
-
-    def over(self, _done: Future[None]) -> None:
-        """Tell that no text will come any more."""
-        with suppress(RuntimeError):  # the event loop that listened is closed
-            self.tell(None)
 
 
 def _arena(cache: Cache) -> Arena | None:

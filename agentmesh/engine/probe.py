@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from agentmesh.engine.composition import Composition, Placement
 from agentmesh.engine.forward import ArenaRunner, PlainRunner, Runner
 from agentmesh.engine.masks import MaskPlan
+from agentmesh.engine.quantized import switch_of
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.rope import Rope
 
@@ -77,6 +78,7 @@ def probe(model: Any) -> Support:
     batching = replace(runner, batches=True)
     if _batch_error(batching) <= TOLERANCE[shape.dtype]:
         runner = batching
+    runner = replace(runner, switch=switch_of(model))
     if rope is None:
         return Support(Level.PREFIX, labels, "keys do not turn with their position as rotary embeddings do", runner)
     error = _sparse_error(runner)

@@ -74,7 +74,7 @@ class Scout:
         for piece in composition.placed:
             arena.place(piece.start, piece.kv.fetch(layers), rope, layers)
         placed = arena.keys[-1].clone()
-        self._run_layers(ArenaCache(arena), composition.tokens, range(begin, len(composition.tokens)))
+        self._run_layers(ArenaCache(arena, runner.spans), composition.tokens, range(begin, len(composition.tokens)))
         distance = (arena.keys[-1].float() - placed.float()).square().sum(dim=(0, 2))
         seen = torch.zeros(len(composition.tokens), dtype=torch.bool, device=distance.device)
         for piece in composition.placed:

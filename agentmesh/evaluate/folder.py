@@ -6,13 +6,15 @@ samples.jsonl           one line for each sample under each preset (the journal)
 learned-PRESET.safetensors   what the warm-up taught
 results.json            the figures
 summary.md              the same for people
+report.html             everything on one page, once `agentmesh report` has made it
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from pydantic import ValidationError
 
 from agentmesh.config.base import Frozen
 from agentmesh.errors import InputError, RecordError
+from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.results import Results
-from agentmesh.evaluate.tables import results_markdown
 from agentmesh.record import disk, new_folder, write_whole
-from agentmesh.suites.samples import Sample
+from agentmesh.suites.samples import Sample, read_samples
+from agentmesh.suites.task import Task, load_task
 
 
 class Settings(Frozen):
@@ -41,6 +44,7 @@ class Settings(Frozen):
     seed: int
     epochs: int
     judges: dict[str, tuple[str, ...]]
+    judge_check: bool = False
 
 
 def digest(samples: Sequence[Sample]) -> str:
@@ -89,12 +93,51 @@ def check_resumed(path: Path, wanted: Settings) -> None:
         )
 
 
-def write_results(path: Path, results: Results) -> None:
-    """Write figures and summary into the folder.
+def made_by(path: Path) -> tuple[str, dict[str, Any]]:
+    """The command that made an evaluation, empty where it was made from Python, and its manifest.
+
+    Raises:
+        RecordError: the manifest cannot be read.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        words = manifest.get("argv", [])
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecordError(f"{path / 'manifest.json'} cannot be read: {error}") from error
+    return (shlex.join(["agentmesh", *words]) if words[:1] == ["eval"] else ""), manifest
+
+
+def finished(path: Path) -> bool:
+    """Whether an evaluation came to its end."""
+    return (path / "results.json").is_file()
+
+
+def samples_for(settings: Settings, rows: Iterable[Row], data: Path | None) -> tuple[Task, dict[str, Sample]]:
+    """An evaluation's task and its samples by id.
+
+    Args:
+        settings: what it was asked for.
+        rows: whose samples must be there.
+        data: where its samples are now, if they were moved.
+
+    Raises:
+        UsageError: the task is not there any more, or one of the samples.
+    """
+    task = load_task(settings.task)
+    where = data if data is not None or settings.data is None else Path(settings.data)
+    samples = {sample.id: sample for sample in read_samples(task, where)}
+    for row in rows:
+        if row.sample not in samples:
+            raise InputError(f"sample {row.sample!r} is no longer in {where or task.folder}; give it with --data")
+    return task, samples
+
+
+def write_results(path: Path, results: Results, summary: str) -> None:
+    """Write figures and summary into the folder of an evaluation that has come to its end.
 
     Raises:
         RecordError: it cannot be written.
     """
     with disk(path):
         write_whole(path / "results.json", results.model_dump_json(indent=2) + "\n")
-        write_whole(path / "summary.md", results_markdown(results))
+        write_whole(path / "summary.md", summary)

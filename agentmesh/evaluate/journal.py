@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from agentmesh.config.base import Frozen
 from agentmesh.errors import RecordError
-from agentmesh.events import CallRecord, MessageRecord
+from agentmesh.events import CallRecord, CheckRecord, MessageRecord
 from agentmesh.record import disk
 
 Key = tuple[str, str, int]
@@ -26,14 +26,17 @@ Key = tuple[str, str, int]
 class Row(Frozen):
     """One sample under one preset.
 
+    ``expected`` is the right answer, or the tests that an answer's code must pass; empty where the task has none.
     ``scores`` are values of metrics, ``extracted`` answers and ``notes`` remarks by scorer; ``begun`` and ``ended``
-    are Unix times in seconds. A row with an ``error`` has nothing else.
+    are Unix times in seconds. ``checks`` are judges asked once more, ``chosen`` and ``chosen_shuffled`` the candidates
+    that each judge chose, in the run and in its check. A row with an ``error`` has no answer.
     """
 
     preset: str
     sample: str
     epoch: int = 0
     seed: int = 0
+    expected: str = ""
     begun: float = 0.0
     ended: float = 0.0
     answer: str = ""
@@ -42,6 +45,9 @@ class Row(Frozen):
     notes: dict[str, str] = Field(default_factory=dict)
     messages: tuple[MessageRecord, ...] = ()
     calls: tuple[CallRecord, ...] = ()
+    checks: tuple[CheckRecord, ...] = ()
+    chosen: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    chosen_shuffled: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     error: str = ""
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -10,11 +9,10 @@ from statistics import mean, median
 
 from agentmesh.bench.figures import Percentiles
 from agentmesh.config.base import Frozen
+from agentmesh.evaluate.choices import WORD
 from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval, standard_error
 from agentmesh.events import SHAREABLE, CallRecord, Treatment
-
-WORD = re.compile(r"\w+|\S")
 
 
 class Metric(Frozen):
@@ -30,7 +28,8 @@ class PresetResult(Frozen):
 
     ``calls_shared`` of ``calls_shareable`` calls shared a slot; ``placed_slots`` of ``slot_tokens`` shareable tokens
     were placed, ``tokens_placed`` and ``tokens_computed`` count whole prompts. ``reasons``: shareable tokens that were
-    computed, by reason. ``wall_s`` counts time in which at least one sample ran.
+    computed, by reason. ``wall_s`` counts time in which at least one sample ran. ``order_stable``: share of the samples
+    whose judges were asked once more in which they chose the same candidates both times.
     """
 
     n: int
@@ -50,14 +49,16 @@ class PresetResult(Frozen):
     ttft_ms: Percentiles
     tokens_per_s: float
     wall_s: float
+    order_stable: float | None = None
 
 
 class Paired(Frozen):
     """Two presets on the samples that both answered: the first minus the second, in the primary metric.
 
+    ``n`` samples have that metric under both (there is no recall where no passage is named); figures are about them.
     ``p_mcnemar`` is exact, and ``None`` where values are not 0 or 1. ``same_answer``: share of samples with the same
-    extracted answer; ``same_text`` with the same text; ``first_divergence``: median number of the first word that
-    differs, over answers that differ, and ``None`` where none does.
+    extracted answer; ``same_text`` with the same text; ``first_divergence``: median of the words in common before two
+    answers differ, over answers that do, and ``None`` where none does.
     """
 
     n: int
@@ -79,10 +80,18 @@ class Comparison(Frozen):
 
 
 class Judged(Frozen):
-    """A judge's choices under two presets: the share of samples in which it chose the same candidates."""
+    """A judge's choices under two presets: the share of samples in which it chose the same candidates.
+
+    ``n`` samples have its choice under both, in ``undecided`` of them it agreed with no candidate under either, which
+    counts as the same. ``same_choice_shuffled`` is the same of its answer to its inbox in another order, which
+    ``n_shuffled`` samples have under both. ``None`` where no sample has it.
+    """
 
     n: int
-    same_choice: float
+    same_choice: float | None
+    undecided: int
+    n_shuffled: int
+    same_choice_shuffled: float | None
 
 
 class Results(Frozen):
@@ -107,7 +116,7 @@ def summarise(
         task: its name.
         mesh: its name.
         model: its name.
-        judges: judge → the nodes whose messages it chooses from.
+        judges: judge → the nodes whose messages it chooses from; what they chose stands in the rows.
     """
     by_preset: dict[str, list[Row]] = {}
     for row in rows:
@@ -120,31 +129,31 @@ def summarise(
         n=len({row.sample for found in by_preset.values() for row in found}),
         presets={name: _preset(found) for name, found in by_preset.items()},
         paired={f"{a} vs {b}": paired(by_preset[a], by_preset[b]) for a, b in pairs},
-        judge={f"{a} vs {b}": _judged(by_preset[a], by_preset[b], judges) for a, b in pairs} if judges else None,
+        judge={f"{a} vs {b}": _judged(by_preset[a], by_preset[b]) for a, b in pairs} if judges else None,
     )
 
 
 def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> Paired:
-    """Compare two sets of rows on the samples and epochs that both have without an error."""
-    both = _both(ours, theirs)
-    if not both:
+    """Compare two sets of rows on the samples and epochs that both have, without an error, in the primary metric."""
+    metric = next(iter(_metric_names([row for pair in both(ours, theirs) for row in pair])), "")
+    shared = [pair for pair in both(ours, theirs) if all(metric in row.scores for row in pair)]
+    if not shared:
         return Paired(n=0, delta=0, ci95=(0, 0), p_mcnemar=None, same_answer=0, same_text=0, first_divergence=None)
-    metric = next(iter(both[0][0].scores), "")
-    a = list(_by_sample([row for row, _ in both], metric).values())
-    b = list(_by_sample([row for _, row in both], metric).values())
-    differing = [_divergence(one.answer, other.answer) for one, other in both if one.answer != other.answer]
+    a = list(_by_sample([row for row, _ in shared], metric).values())
+    b = list(_by_sample([row for _, row in shared], metric).values())
+    differing = [words_before(one.answer, other.answer) for one, other in shared if one.answer != other.answer]
     return Paired(
         n=len(a),
         delta=mean(a) - mean(b),
         ci95=paired_interval(a, b),
         p_mcnemar=mcnemar(a, b),
-        same_answer=mean(_found(one) == _found(other) for one, other in both),
-        same_text=1 - len(differing) / len(both),
+        same_answer=mean(_found(one) == _found(other) for one, other in shared),
+        same_text=1 - len(differing) / len(shared),
         first_divergence=median(differing) if differing else None,
     )
 
 
-def _both(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
+def both(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Rows of the samples and epochs that both sides have without an error."""
     left = {(row.sample, row.epoch): row for row in ours if not row.error}
     right = {(row.sample, row.epoch): row for row in theirs if not row.error}
@@ -155,7 +164,6 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
     good = [row for row in rows if not row.error]
     calls = [call for row in good for call in row.calls]
     wall, output = _covered(good), sum(call.output_tokens for call in calls)
-    names = list(dict.fromkeys(name for row in good for name in row.scores))
     reasons: Counter[str] = Counter()
     for call in calls:
         reasons.update(_refused(call))
@@ -163,7 +171,7 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
     return PresetResult(
         n=len({row.sample for row in good}),
         errors=len(rows) - len(good),
-        metrics={name: _metric(list(_by_sample(good, name).values())) for name in names},
+        metrics={name: _metric(list(_by_sample(good, name).values())) for name in _metric_names(good)},
         calls=len(calls),
         calls_shareable=sum(call.slot_tokens > 0 for call in calls),
         calls_shared=sum(call.placed_slots > 0 for call in calls),
@@ -178,6 +186,7 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
         ttft_ms=Percentiles.of([call.ttft_ms for call in calls]),
         tokens_per_s=output / wall if wall else 0.0,
         wall_s=wall,
+        order_stable=_order_stable(good),
     )
 
 
@@ -188,6 +197,12 @@ def _refused(call: CallRecord) -> dict[str, int]:
         if row.kind is Treatment.COMPUTED and row.tokens and row.reason in SHAREABLE:
             found[str(row.reason)] = found.get(str(row.reason), 0) + row.tokens
     return found
+
+
+def _metric_names(rows: Sequence[Row]) -> list[str]:
+    """All metrics, the primary one first: rows name them in the scorers' order, and leave out what a sample has not."""
+    fullest = max((row.scores for row in rows), key=len, default={})
+    return list(dict.fromkeys((*fullest, *(name for row in rows for name in row.scores))))
 
 
 def _metric(values: Sequence[float]) -> Metric:
@@ -217,27 +232,31 @@ def _found(row: Row) -> str:
     return next(iter(row.extracted.values()), "") or row.answer
 
 
-def _divergence(one: str, other: str) -> int:
-    """Number of the first word in which two texts differ."""
+def words_before(one: str, other: str) -> int:
+    """How many words two texts have in common before they differ."""
     left, right = WORD.findall(one), WORD.findall(other)
     return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-def _judged(ours: Sequence[Row], theirs: Sequence[Row], judges: Mapping[str, Sequence[str]]) -> Judged:
-    same = [_chosen(one, judges) == _chosen(other, judges) for one, other in _both(ours, theirs)]
-    return Judged(n=len(same), same_choice=mean(same) if same else 0.0)
-
-
-def _chosen(row: Row, judges: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    """For each judge, the candidates whose last number is the judge's; none where it agrees with nobody."""
-    last = {message.node: message.text for message in row.messages}
-    return tuple(
-        tuple(node for node in candidates if _conclusion(last.get(node, "")) == _conclusion(last.get(judge, "")))
-        for judge, candidates in judges.items()
+def _judged(ours: Sequence[Row], theirs: Sequence[Row]) -> Judged:
+    shared = both(ours, theirs)
+    plain = [(one.chosen, other.chosen) for one, other in shared if one.chosen and other.chosen]
+    again = [(one.chosen_shuffled, other.chosen_shuffled) for one, other in shared]
+    shuffled = [(one, other) for one, other in again if one and other]
+    return Judged(
+        n=len(plain),
+        same_choice=_share([one == other for one, other in plain]),
+        undecided=sum(not any((*one.values(), *other.values())) for one, other in plain),
+        n_shuffled=len(shuffled),
+        same_choice_shuffled=_share([one == other for one, other in shuffled]),
     )
 
 
-def _conclusion(text: str) -> str:
-    """What a text ends up with: its last number, else its last words."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return numbers[-1].replace(",", "") if numbers else " ".join(WORD.findall(text.lower())[-3:])
+def _order_stable(rows: Sequence[Row]) -> float | None:
+    """How often judges chose the same candidates whatever the order, where they were asked twice."""
+    asked = [row for row in rows if row.chosen_shuffled]
+    return _share([row.chosen_shuffled == {name: row.chosen[name] for name in row.chosen_shuffled} for row in asked])
+
+
+def _share(found: Sequence[bool]) -> float | None:
+    return mean(found) if found else None

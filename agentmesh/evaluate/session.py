@@ -6,18 +6,18 @@ sample before it, and an evaluation that was killed goes on to the same figures.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from agentmesh.blueprint import Blueprint, draft
-from agentmesh.config.load import LoadedMesh
+from agentmesh.blueprint import Blueprint
 from agentmesh.config.mesh import LlmAgentSpec
 from agentmesh.config.presets import specs
+from agentmesh.engine.loop import Engine
 from agentmesh.errors import InputError, RunError, UsageError, listing
+from agentmesh.evaluate.choices import with_choices
 from agentmesh.evaluate.journal import Journal, Row
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
@@ -45,6 +45,7 @@ class Plan:
         seed: of the runs; epoch ``n`` of a sample runs under ``seed + n``.
         epochs: how often each sample runs.
         fail_on_error: whether a failed sample ends everything.
+        judge_check: whether judges are asked once more, with their inbox in another order.
     """
 
     task: Task
@@ -54,6 +55,7 @@ class Plan:
     seed: int = 0
     epochs: int = 1
     fail_on_error: bool = False
+    judge_check: bool = True
 
     @property
     def runs(self) -> int:
@@ -66,7 +68,7 @@ class Evaluation:
     """Runs a plan and keeps its journal.
 
     Args:
-        meshes: preset → the mesh that runs under it.
+        blueprints: preset → the mesh that runs under it.
         plan: what is evaluated.
         scorers: by name, the primary one first.
         journal: what is done already, and what is done from now on.
@@ -79,36 +81,34 @@ class Evaluation:
 
     def __init__(
         self,
-        meshes: Mapping[str, LoadedMesh],
+        blueprints: Mapping[str, Blueprint],
         plan: Plan,
         scorers: Mapping[str, Scorer],
         journal: Journal,
         folder: Path,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self._meshes = meshes
+        self._blueprints = blueprints
         self._plan = plan
         self._scorers = scorers
         self._journal = journal
         self._folder = folder
         self._tick = tick
         self._prompt = SamplePrompt(plan.task)
-        self._blueprints = {preset: draft(loaded) for preset, loaded in meshes.items()}
-        for blueprint in self._blueprints.values():
+        for blueprint in blueprints.values():
             check_mesh(blueprint, plan.task)
 
-    def run(self, backend: LocalBackend) -> None:
+    async def run(self, engine: Engine) -> None:
         """Evaluate everything that is not done yet.
 
         Args:
-            backend: the loaded model; each preset runs it with a communicator of its own.
+            engine: the loaded model; each preset runs it with a communicator of its own.
 
         Raises:
             RunError, UsageError: a sample failed, and the plan says to fail then.
             RecordError: the journal cannot be written.
         """
         for preset in self._plan.presets:
-            loaded = self._meshes[preset]
             pending = [
                 (sample, epoch)
                 for sample in self._plan.samples
@@ -119,15 +119,14 @@ class Evaluation:
                 self._tick()
             if not pending:
                 continue
-            ready = self._warmed(loaded, backend, preset)
-            mesh = Mesh.from_loaded(loaded, model=ready)
-            asyncio.run(together(self._one(mesh, preset, sample, epoch) for sample, epoch in pending))
+            mesh = Mesh.from_blueprint(self._blueprints[preset], model=await self._warmed(engine, preset))
+            await together(self._one(mesh, preset, sample, epoch) for sample, epoch in pending)
 
-    def _warmed(self, loaded: LoadedMesh, backend: LocalBackend, preset: str) -> LocalBackend:
+    async def _warmed(self, engine: Engine, preset: str) -> LocalBackend:
         """A backend that has learned from the warm-up and learns no more."""
         blueprint, name = self._blueprints[preset], "dense" if preset == SINGLE else preset
         spec = specs(blueprint.communicator, [name])[name]
-        ready, digests = LocalBackend(backend.engine, spec), blueprint.digests
+        ready, digests = LocalBackend(engine, spec), blueprint.digests
         kept = self._folder / f"learned-{preset}.safetensors"
         if kept.is_file() or not ready.communicator.learns:
             for _ in self._plan.warm:
@@ -135,34 +134,36 @@ class Evaluation:
         if kept.is_file():
             ready.load_realigners(kept, digests)
         elif self._plan.warm and ready.communicator.learns:
-            warm = LocalBackend(backend.engine, spec)
+            warm = LocalBackend(engine, spec)
             warm.observe_only(on=True)
-            mesh = Mesh.from_loaded(loaded, model=warm)
-            asyncio.run(mesh.arun_all((self._inputs(mesh.blueprint, s) for s in self._plan.warm), self._tick))
+            mesh = Mesh.from_blueprint(blueprint, model=warm)
+            await mesh.arun_all((self._inputs(blueprint, s) for s in self._plan.warm), self._tick)
             ready.communicator.adopt(warm.communicator)
             if warm.knows_links:
                 warm.save_realigners(kept, digests)
         ready.communicator.freeze()
         if self._plan.warm and name != "dense":
             # The mesh's fixed texts are kept before the first measured sample, in every process that goes on.
-            mesh = Mesh.from_loaded(loaded, model=ready)
-            asyncio.run(mesh.arun(self._inputs(mesh.blueprint, self._plan.warm[0])))
+            mesh = Mesh.from_blueprint(blueprint, model=ready)
+            await mesh.arun(self._inputs(blueprint, self._plan.warm[0]))
         return ready
 
     async def _one(self, mesh: Mesh, preset: str, sample: Sample, epoch: int) -> None:
         """Run, score and note one sample."""
         seed = self._plan.seed + epoch
-        about = {"preset": preset, "sample": sample.id, "epoch": epoch, "seed": seed}
+        expected = sample.answer or sample.tests
+        about = {"preset": preset, "sample": sample.id, "epoch": epoch, "seed": seed, "expected": expected}
         try:
             begun = time.time()
-            result = await mesh.arun(self._inputs(mesh.blueprint, sample), seed=seed, sample=sample.id)
+            inputs, check = self._inputs(mesh.blueprint, sample), self._plan.judge_check
+            result = await mesh.arun(inputs, seed=seed, sample=sample.id, check_judges=check)
         except (RunError, UsageError) as error:
             self._journal.append(Row(**about, error=f"{type(error).__name__}: {error}"))
             self._tick()
             if self._plan.fail_on_error:
                 raise
             return
-        ended = time.time()
+        ended = time.time() - sum(check.ms for check in result.checks) / 1e3
         row = Row(
             **about,
             begun=max(begun, ended - result.wall_s),
@@ -170,8 +171,9 @@ class Evaluation:
             answer=result.answer,
             messages=result.messages,
             calls=result.calls,
+            checks=result.checks,
         )
-        self._journal.append(await scored(row, sample, self._scorers))
+        self._journal.append(await scored(row, sample, self._scorers, judges(mesh.blueprint)))
         self._tick()
 
     def _inputs(self, blueprint: Blueprint, sample: Sample) -> dict[str, str]:
@@ -181,11 +183,12 @@ class Evaluation:
         return {name: text for name, text in given.items() if name in blueprint.inputs}
 
 
-async def scored(row: Row, sample: Sample, scorers: Mapping[str, Scorer]) -> Row:
-    """A row with its scores; scorers that ran before are forgotten."""
+async def scored(row: Row, sample: Sample, scorers: Mapping[str, Scorer], judges: Mapping[str, Sequence[str]]) -> Row:
+    """A row with its scores and what its judges chose; what it was given before is forgotten."""
     output = Output(row.answer, row.messages)
     found = {name: await scorer.score(sample, output) for name, scorer in scorers.items()}
-    return row.model_copy(
+    read = await with_choices(row, sample, next(iter(scorers.values())), judges)
+    return read.model_copy(
         update={
             "scores": {metric: value for one in found.values() for metric, value in one.values.items()},
             "extracted": {name: one.extracted for name, one in found.items()},
@@ -201,7 +204,7 @@ def check_mesh(blueprint: Blueprint, task: Task) -> None:
         InputError: they do not fit.
     """
     known = {blueprint.main_input, "context", "tests"}
-    unknown = sorted(set(blueprint.inputs) - known)
+    unknown = sorted(set(blueprint.inputs) - known - set(blueprint.defaults))
     if unknown:
         raise InputError(
             f"mesh {blueprint.name} reads {listing(unknown)}, which no task gives; tasks give the question, `context` "

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from agentmesh.evaluate.results import Comparison, Paired, PresetResult, Results
+from agentmesh.evaluate.results import Comparison, Judged, Paired, PresetResult, Results
 
 Cells = list[tuple[str, ...]]
 
 
 def results_table(results: Results) -> Group:
     """Presets, and their paired comparisons."""
-    head, cells = _presets(results)
-    parts = [_table(f"{results.task}, {results.mesh}, {results.model}: {results.n} samples", head, cells)]
+    title = f"{results.task}, {results.mesh}, {results.model}: {results.n} samples"
+    parts: list[Table] = [_table(title, *_scores(results)), _table("reuse and time", *_costs(results))]
     if results.paired:
         parts.append(_table("paired, first minus second", *_pairs(results)))
-    return Group(*parts)
+    if results.judge is not None and any(one.n for one in results.judge.values()):
+        parts.append(_table("the judge, under both presets", *judge_cells(results.judge)))
+    return Group(*parts, *filter(None, [stable(results)]))
 
 
 def results_markdown(results: Results) -> str:
     """The same tables as Markdown."""
     lines = [f"# {results.task}, {results.mesh}, {results.model}: {results.n} samples", ""]
-    lines += _markdown(*_presets(results))
+    lines += [*markdown(*_scores(results)), "", "Reuse and time:", "", *markdown(*_costs(results))]
     if results.paired:
-        lines += ["", "Paired, first minus second:", "", *_markdown(*_pairs(results))]
+        lines += ["", "Paired, first minus second:", "", *markdown(*_pairs(results))]
+    if results.judge is not None and any(one.n for one in results.judge.values()):
+        lines += ["", "The judge, under both presets:", "", *markdown(*judge_cells(results.judge))]
+    lines += [f"\n{line}" for line in filter(None, [stable(results)])]
     refused = {name: one.reasons for name, one in results.presets.items() if one.reasons}
     if refused:
         lines += ["", "Shareable tokens that were computed, by reason:", ""]
@@ -37,24 +42,30 @@ def results_markdown(results: Results) -> str:
 
 def comparison_table(found: Comparison) -> Table:
     """Two evaluations, preset by preset."""
-    head = ("preset", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word")
+    head = ("preset", "n", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word")
     cells: Cells = [(name, *_pair(one)) for name, one in found.presets.items()]
     return _table(f"{found.task}: {found.first} minus {found.second}", head, cells)
 
 
-def _presets(results: Results) -> tuple[Sequence[str], Cells]:
+def _scores(results: Results) -> tuple[Sequence[str], Cells]:
+    """Metrics with their intervals, the primary one first."""
     metrics = list(dict.fromkeys(name for one in results.presets.values() for name in one.metrics))
-    head = ("preset", *metrics, "errors", "calls shared", "placed", "TTFT p50", "p90", "tokens/s", "wall s")
-    return head, [(name, *_preset(one, metrics)) for name, one in results.presets.items()]
+    cells = []
+    for name, one in results.presets.items():
+        found = [one.metrics.get(metric) for metric in metrics]
+        shown = [f"{m.value:.3f} [{m.ci95[0]:.3f}, {m.ci95[1]:.3f}]" if m else "" for m in found]
+        cells.append((name, *shown, str(one.errors)))
+    return ["preset", *metrics, "errors"], cells
 
 
-def _preset(one: PresetResult, metrics: Sequence[str]) -> list[str]:
-    found = [one.metrics.get(name) for name in metrics]
-    shown = [f"{m.value:.3f} [{m.ci95[0]:.3f}, {m.ci95[1]:.3f}]" if m else "" for m in found]
+def _costs(results: Results) -> tuple[Sequence[str], Cells]:
+    head = ("preset", "calls shared", "placed", "TTFT p50 ms", "p90", "tokens/s", "wall s")
+    return head, [(name, *_cost(one)) for name, one in results.presets.items()]
+
+
+def _cost(one: PresetResult) -> list[str]:
     placed = f"{one.placed_slots / one.slot_tokens:.0%}" if one.slot_tokens else "-"
     return [
-        *shown,
-        str(one.errors),
         f"{one.calls_shared}/{one.calls_shareable}",
         placed,
         f"{one.ttft_ms.p50:.0f}",
@@ -65,16 +76,42 @@ def _preset(one: PresetResult, metrics: Sequence[str]) -> list[str]:
 
 
 def _pairs(results: Results) -> tuple[Sequence[str], Cells]:
-    head = ["pair", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word"]
+    head = ["pair", "n", "difference", "95 %", "p (McNemar)", "same answer", "same text", "parts at word"]
     cells = [(name, *_pair(one)) for name, one in results.paired.items()]
-    if results.judge is not None:
-        head.append("judge chose the same")
-        cells = [(*row, f"{results.judge[row[0]].same_choice:.0%}") for row in cells]
     return head, cells
+
+
+def judge_cells(judged: Mapping[str, Judged]) -> tuple[Sequence[str], Cells]:
+    """Head and rows of the table about judges."""
+    head = ("pair", "n", "same choice", "chose nobody", "n, other order", "same choice then")
+    return head, [
+        (
+            name,
+            str(one.n),
+            _percent(one.same_choice),
+            str(one.undecided),
+            str(one.n_shuffled),
+            _percent(one.same_choice_shuffled),
+        )
+        for name, one in judged.items()
+        if one.n
+    ]
+
+
+def stable(results: Results) -> str:
+    """How often judges chose the same whatever the order; empty where none was asked twice."""
+    found = {name: one.order_stable for name, one in results.presets.items() if one.order_stable is not None}
+    shares = ", ".join(f"{name} {_percent(share)}" for name, share in found.items())
+    return f"same choice in both orders, by preset: {shares}" if shares else ""
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _pair(one: Paired) -> tuple[str, ...]:
     return (
+        str(one.n),
         f"{one.delta:+.3f}",
         f"[{one.ci95[0]:+.3f}, {one.ci95[1]:+.3f}]",
         "" if one.p_mcnemar is None else f"{one.p_mcnemar:.2f}",
@@ -93,6 +130,7 @@ def _table(title: str, head: Sequence[str], cells: Cells) -> Table:
     return table
 
 
-def _markdown(head: Sequence[str], cells: Cells) -> list[str]:
+def markdown(head: Sequence[str], cells: Cells) -> list[str]:
+    """A table's lines."""
     rows = [head, ["---"] * len(head), *cells]
     return [f"| {' | '.join(row)} |" for row in rows]

@@ -1,5 +1,6 @@
 """Prompts as segments: fixed text of a template and the content of its slots, each tokenised by itself."""
 
+from agentmesh.prompt.pieces import texts_of
 from agentmesh.prompt.render import ChatTokenizer, Exchange, PromptRenderer, neutral_header
 from agentmesh.prompt.segments import Content, ContentKind, Message, Prompt, Reader, Segment, said
 from agentmesh.prompt.templates import RoleTemplate, Scope
@@ -18,4 +19,5 @@ __all__ = [
     "Segment",
     "neutral_header",
     "said",
+    "texts_of",
 ]

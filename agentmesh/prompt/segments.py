@@ -80,8 +80,10 @@ class Reader:
         exact: whether it may read exact KV only.
         awaited: how many visits of the run are still to come before each content (by origin) is read again, this
             call's own message included; what is missing is not read again.
+        held: origins that stay wanted though no visit reads them: judges are asked about them when the run is over.
         writes: origin of the message that this call writes.
         seed: of the call; decides whether it is audited.
+        aside: whether the call is no part of its run: nothing is kept of it, and nothing learned from it.
     """
 
     run: str = ""
@@ -90,8 +92,10 @@ class Reader:
     consumer: str = ""
     exact: bool = False
     awaited: Mapping[str, int] = field(default_factory=dict)
+    held: frozenset[str] = frozenset()
     writes: str = ""
     seed: int = 0
+    aside: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Everything is read and checked before anything is generated; an error names the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,12 +12,10 @@ from typing import Any
 
 from agentmesh.config.base import Frozen
 from agentmesh.errors import InputError, UsageError
+from agentmesh.jsonl import read_objects
 from agentmesh.suites.task import NEEDED, Fields, HubSource, Kind, Task
 
-LINE_LIMIT = 16 * 2**20
-"""Bytes of a line that are still read; a longer one is no sample."""
-
-SHOWN = 60
+EXPECTED = '{"question": …, "answer": …}'
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -32,7 +29,8 @@ class Passage(Frozen):
 class Sample(Frozen):
     """One question.
 
-    ``answers`` are all that count as right, ``answer`` first; ``gold`` are titles of the passages that hold it.
+    ``answers`` are all that count as right, ``answer`` first; ``gold`` names the passages that hold it as the
+    data does: by their titles, or by their places in ``context``, from 0.
     ``tests`` is code that must run through after the answer's code, ``visible`` the part of it that agents may see.
     """
 
@@ -41,11 +39,17 @@ class Sample(Frozen):
     answer: str = ""
     answers: tuple[str, ...] = ()
     context: tuple[Passage, ...] = ()
-    gold: tuple[str, ...] = ()
+    gold: tuple[int | str, ...] = ()
     choices: tuple[str, ...] = ()
     entry_point: str = ""
     tests: str = ""
     visible: str = ""
+
+    def named(self, gold: int | str) -> tuple[Passage, ...]:
+        """The passages that an entry of ``gold`` names: one by its place, all of that title by a title."""
+        if isinstance(gold, int):
+            return (self.context[gold],)
+        return tuple(passage for passage in self.context if passage.title == gold)
 
     @property
     def passages(self) -> str:
@@ -68,7 +72,8 @@ def read_samples(task: Task, data: Path | None = None) -> list[Sample]:
     if data is None and spec.hub is not None:
         rows, fields = _hub_rows(spec.hub), spec.hub.fields
     elif data is not None or spec.file is not None:
-        rows, fields = _lines(data if data is not None else task.folder / str(spec.file)), spec.fields
+        file = data if data is not None else task.folder / str(spec.file)
+        rows, fields = read_objects(file, EXPECTED), spec.fields
     else:
         raise InputError(f"task {task.name} ships no samples; give a JSONL file with --data")
     found: dict[str, Sample] = {}
@@ -80,33 +85,6 @@ def read_samples(task: Task, data: Path | None = None) -> list[Sample]:
     if not found:
         raise InputError(f"task {task.name}: {data or spec.file or spec.hub} holds no samples; expected lines of JSON")
     return list(found.values())
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Place and content of each line that is not empty."""
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(iter(lambda: stream.readline(LINE_LIMIT + 1), b""), 1):
-                place = f"{path}:{number}"
-                if len(line) > LINE_LIMIT:
-                    raise InputError(f"{place}: the line is longer than {LINE_LIMIT // 2**20} MiB; expected one sample")
-                if line.strip():
-                    yield place, _object(line, place)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
-
-
-def _object(line: bytes, place: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from error
-    except ValueError as error:
-        shown = line[:SHOWN].decode(errors="replace")
-        raise InputError(f"{place}: no JSON ({error}), found {shown!r}; expected one object a line") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{place}: found {type(found).__name__}, expected an object such as {{'question': …}}")
-    return found
 
 
 def _hub_rows(source: HubSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -144,7 +122,7 @@ def _sample(row: Mapping[str, Any], fields: Fields, kind: Kind, place: str) -> S
         answer=answer,
         answers=tuple(dict.fromkeys((answer, *others))),
         context=context,
-        gold=tuple(_title(each, context, place) for each in found["gold"] or ()),
+        gold=tuple(_gold(each, context, place) for each in found["gold"] or ()),
         choices=choices,
         entry_point=str(found["entry_point"] or ""),
         tests=_code(found["tests"]),
@@ -192,13 +170,13 @@ def _context(found: Any, place: str) -> tuple[Passage, ...]:
         raise InputError(f'{place}: context: expected a list of {{"title": …, "text": …}}') from error
 
 
-def _title(found: Any, context: Sequence[Passage], place: str) -> str:
-    """The title of a passage that is given by its title or its number."""
+def _gold(found: Any, context: Sequence[Passage], place: str) -> int | str:
+    """The place or the title of a passage."""
     if not isinstance(found, int):
         return str(found)
     if not 0 <= found < len(context):
         raise InputError(f"{place}: gold: there is no passage number {found}; there are {len(context)}")
-    return context[found].title
+    return found
 
 
 def part(samples: Sequence[Sample], warmup: int, limit: str | None) -> tuple[list[Sample], list[Sample]]:

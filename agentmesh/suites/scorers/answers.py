@@ -26,6 +26,11 @@ class HasAnswerScorer(Scorer):
             note="" if text else "the answer is empty",
         )
 
+    async def answer(self, sample: Sample, text: str) -> str:
+        """The sample's answer where any of the right ones stands in the text: they all mean the same."""
+        plain = normalised(final_text(text))
+        return golds(sample)[0] if any(contains(plain, normalised(gold)) for gold in golds(sample)) else ""
+
 
 @final
 class QaScorer(Scorer):
@@ -46,6 +51,10 @@ class QaScorer(Scorer):
             extracted=text,
             note="" if found else "the answer is empty",
         )
+
+    async def answer(self, sample: Sample, text: str) -> str:  # noqa: ARG002  # the whole text is the answer
+        """The text in normal form."""
+        return normalised(final_text(text))
 
 
 def golds(sample: Sample) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The interface of a scorer: it looks at what a mesh said to one sample, and gives each of its metrics a value.
 
-To add one, write a module with one subclass and enter it in ``suites.scorers.SCORERS`` and ``suites.task.SCORERS``.
+To add one, write a module with one subclass and enter it in ``suites.scorers.SCORERS`` and ``suites.task.SCORERS``. One
+that reads answers off texts implements ``answer``, too, by which a judge's choice is told.
 """
 
 from __future__ import annotations
@@ -48,6 +49,14 @@ class Scorer(ABC):
     @abstractmethod
     async def score(self, sample: Sample, output: Output) -> Scored:
         """Values of all metrics for one output."""
+
+    async def answer(self, sample: Sample, text: str) -> str:  # noqa: ARG002  # not every scorer reads answers
+        """The answer that one text gives, in a form that ``same`` compares; empty where the scorer finds none in it."""
+        return ""
+
+    async def same(self, one: str, other: str) -> bool:
+        """Whether two answers, as ``answer`` gives them, are the same."""
+        return one == other
 
     def close(self) -> None:  # noqa: B027  # most scorers hold nothing
         """Free what it holds, such as a process."""

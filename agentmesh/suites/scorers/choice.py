@@ -30,6 +30,10 @@ class ChoiceScorer(Scorer):
             note="" if found else "no choice named",
         )
 
+    async def answer(self, sample: Sample, text: str) -> str:
+        """The letter found."""
+        return chosen(final_text(text), sample.choices)
+
 
 def chosen(text: str, choices: Sequence[str]) -> str:
     """The letter of the choice that a text names; empty where it names none, or several by their texts.

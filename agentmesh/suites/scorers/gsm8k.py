@@ -45,6 +45,11 @@ class Gsm8kScorer(Scorer):
             note=one_line(note),
         )
 
+    async def answer(self, sample: Sample, text: str) -> str:  # noqa: ARG002  # any number is an answer
+        """The last number, without zeros at its end."""
+        found = last_number(ANY, final_text(text))
+        return "" if found is None else f"{found.normalize():f}"
+
 
 def gold_number(answer: str) -> Decimal | None:
     """The number behind ``####`` of a worked solution, else the answer as a number."""

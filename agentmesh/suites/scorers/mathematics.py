@@ -58,6 +58,23 @@ class MathScorer(Scorer):
             note=one_line(compared.note),
         )
 
+    async def answer(self, sample: Sample, text: str) -> str:  # noqa: ARG002  # any formula is an answer
+        """The formula found.
+
+        Raises:
+            RunError: the process cannot be started.
+        """
+        readings, extracted = find(final_text(text))
+        return (await self._worker.compare(_box("0"), readings)).extracted if extracted is None else extracted
+
+    async def same(self, one: str, other: str) -> bool:
+        """Whether two formulas are equivalent.
+
+        Raises:
+            RunError: the process cannot be started.
+        """
+        return one == other or (await self._worker.compare(_box(one), [_box(other)])).equal
+
     def close(self) -> None:
         """End the process."""
         self._worker.close()

@@ -84,6 +84,11 @@ class CodeScorer(Scorer):
         note = "" if passed else one_line(_ending(result, self._limits))
         return Scored(values={"pass@1": float(passed)}, extracted=block, note=note)
 
+    async def answer(self, sample: Sample, text: str) -> str:
+        """The program without its comments and layout; nothing is run."""
+        tree = _tree(complete(written(text, sample), sample) or "")
+        return ast.unparse(tree) if isinstance(tree, ast.Module) else ""
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased estimate of the chance that one of ``k`` programs passes (Chen et al. 2021, eq. 1).

@@ -20,12 +20,17 @@ class RecallScorer(Scorer):
         if not sample.gold:
             return Scored(values={})
         found, missing = list[str](), list[str]()
-        for title in dict.fromkeys(sample.gold):
-            texts = [passage.text.strip() for passage in sample.context if passage.title == title]
+        for gold in dict.fromkeys(sample.gold):
+            texts = [passage.text.strip() for passage in sample.named(gold)]
             there = any(text and text in message.text for text in texts for message in output.messages)
-            (found if there else missing).append(title)
+            (found if there else missing).append(_shown(gold, sample))
         return Scored(
             values={"recall": len(found) / (len(found) + len(missing))},
             extracted="; ".join(found),
             note=one_line(f"not retrieved: {'; '.join(missing)}") if missing else "",
         )
+
+
+def _shown(gold: int | str, sample: Sample) -> str:
+    """A passage for people: its title, with its place where it is given by that."""
+    return gold if isinstance(gold, str) else f"{sample.context[gold].title} (passage {gold})".strip()

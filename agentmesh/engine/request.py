@@ -1,0 +1,74 @@
+"""What the engine is asked for: one prompt's request, and where its prompt comes from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from transformers.cache_utils import Cache
+
+from agentmesh.engine.composition import Composition, Parts
+from agentmesh.engine.sampling import Sampling
+from agentmesh.engine.sequence import Sequence
+from agentmesh.kv.arena import Arena
+
+
+class Source(Protocol):
+    """Where one request's prompt comes from. All methods are called on the engine's thread, in this order."""
+
+    def room(self, need: int, *, alone: bool) -> bool:
+        """Make room for ``need`` bytes of KV beside what is live; False where that must wait, or can never be.
+
+        Args:
+            need: bytes.
+            alone: whether nothing else is live, so that waiting would not help.
+        """
+
+    def compose(self) -> tuple[Composition, Parts]:
+        """Decide what to place, right before the prefill, and say how long that took."""
+
+    def prefilled(self, arena: Arena) -> None:
+        """Look at the arena when the first token is out; what is kept now, the next prompt can use."""
+
+    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
+        """Look at the arena with the whole message in it; ``logits [V]`` are the first token's."""
+
+    def closed(self) -> None:
+        """The request is over, whatever happened."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One call of ``Engine.generate``, which arrived at a second, and its cache and sequence once it has begun."""
+
+    source: Source
+    tokens: int
+    capacity: int
+    sampling: Sampling
+    tell: Callable[[str | None], None]
+    call_soon: Callable[[Callable[[], object]], object]
+    arrived: float
+    cache: Cache | None = None
+    sequence: Sequence | None = None
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def wake(self) -> None:
+        """Tell the event loop that it is this one's turn."""
+        with suppress(RuntimeError):  # the loop is closed
+            self.call_soon(self.turn.set)
+
+    @property
+    def begun(self) -> Sequence:
+        """Its sequence; there by now."""
+        assert self.sequence is not None, "the prefill has been awaited"
+        return self.sequence
+
+    def over(self, _done: Future[None]) -> None:
+        """Tell that no text will come any more."""
+        with suppress(RuntimeError):  # the event loop that listened is closed
+            self.tell(None)

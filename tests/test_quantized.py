@@ -1,0 +1,118 @@
+"""int8 copies of weights: used by small decoding steps and nothing else, close to the weights they stand for."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from agentmesh.config.mesh import Decode, ModelSpec
+from agentmesh.engine.composition import Composition
+from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.loading import LoadedModel, load
+from agentmesh.engine.probe import probe
+from agentmesh.engine.quantized import ROWS, quantise
+from agentmesh.errors import UnsupportedModelError
+
+PROMPT = tuple(range(3, 40))
+
+
+def runner_of(loaded: LoadedModel) -> ArenaRunner:
+    found = probe(loaded.model).runner
+    assert isinstance(found, ArenaRunner)
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain() -> ArenaRunner:
+    return runner_of(load(ModelSpec(name="random:tiny-llama")))
+
+
+@pytest.fixture(scope="module")
+def quick() -> ArenaRunner:
+    return runner_of(load(ModelSpec(name="random:tiny-llama", decode=Decode.INT8)))
+
+
+def step(runner: ArenaRunner, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of one prompt, and those of a step that decodes that many copies of it."""
+    caches, first = [], torch.empty(0)
+    for _ in range(sequences):
+        cache = runner.open(len(PROMPT) + 1)
+        first = runner.prefill(cache, Composition(PROMPT))
+        caches.append(cache)
+    return first, runner.decode(caches, [5] * sequences, [len(PROMPT)] * sequences)
+
+
+@pytest.mark.parametrize("sequences", [1, ROWS])
+def test_a_small_step_is_close_to_the_models_own_weights_and_not_equal(
+    plain: ArenaRunner, quick: ArenaRunner, sequences: int
+) -> None:
+    own, own_next = step(plain, sequences)
+    first, following = step(quick, sequences)
+
+    assert torch.equal(first, own)
+    error = (following - own_next).norm() / own_next.norm()
+    assert 0 < float(error) < 0.03
+
+
+def test_a_larger_step_uses_the_models_own_weights(plain: ArenaRunner, quick: ArenaRunner) -> None:
+    assert torch.equal(step(quick, ROWS + 1)[1], step(plain, ROWS + 1)[1])
+
+
+def test_a_step_that_fails_leaves_the_own_weights_in_use(plain: ArenaRunner, quick: ArenaRunner) -> None:
+    with pytest.raises(AttributeError):
+        quick.decode([None], [5], [0])  # type: ignore[list-item]  # no cache at all
+
+    assert torch.equal(step(quick, 1)[0], step(plain, 1)[0])
+
+
+def test_kv_of_int8_steps_is_kept_apart_by_the_fingerprint() -> None:
+    names = {load(ModelSpec(name="random:tiny-llama", decode=decode)).fingerprint for decode in Decode}
+
+    assert len(names) == len(Decode)
+
+
+def test_what_cannot_be_copied_is_refused() -> None:
+    model = torch.nn.ReLU()
+    model.device = torch.device("cpu")
+
+    with pytest.raises(UnsupportedModelError, match="no linear layers"):
+        quantise(model, "relu")
+    model.device = torch.device("meta")
+    with pytest.raises(UnsupportedModelError, match="is on meta"):
+        quantise(model, "relu")
+
+
+@pytest.mark.model
+def test_the_real_model_writes_nearly_what_its_own_weights_write(smollm2: LoadedModel) -> None:
+    """Teacher-forced over 48 tokens of its own: KL below the limits that realigned KV is held to."""
+    quick, own = load(ModelSpec(decode=Decode.INT8)), smollm2
+    text = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tuple(own.tokenizer.encode(text, add_special_tokens=False))
+    runners = [runner_of(own), runner_of(quick)]
+    caches = [runner.open(len(prompt) + 48) for runner in runners]
+    logits = [runner.prefill(cache, Composition(prompt)) for runner, cache in zip(runners, caches, strict=True)]
+    kls, same = [], []
+    for position in range(len(prompt), len(prompt) + 48):
+        token = int(logits[0].argmax())
+        logits = [runner.decode([c], [token], [position])[0] for runner, c in zip(runners, caches, strict=True)]
+        dense, int8 = (one.double().log_softmax(dim=-1) for one in logits)
+        kls.append(float((dense.exp() * (dense - int8)).sum()))
+        same.append(int(dense.argmax()) == int(int8.argmax()))
+
+    assert 0 < sum(kls) / len(kls) < 0.01
+    assert sum(same) >= 0.85 * len(same)
+
+
+def test_a_manifest_says_which_weights_decoded() -> None:
+    from agentmesh import Mesh
+
+    with Mesh(
+        agents={"solver": {"prompt": "{{ question }}", "generate": {"max_tokens": 4}}},
+        topology="single",
+        model={"name": "random:tiny-llama", "decode": "int8"},
+    ) as mesh:
+        asyncio.run(mesh.arun(question="What?"))
+
+        assert mesh.load().describe()["decode"] == "int8"

@@ -23,7 +23,7 @@ class Dtype(Choice):
 class Decode(Choice):
     """Which weights decode messages on a CPU.
 
-    ``int8`` reads int8 copies while at most four sequences decode at once, which is faster and approximate; prompts are
+    ``int8`` reads int8 copies while at most four sequences decode at once, which reads less memory and is approximate; prompts are
     prefilled with the model's own weights all the same.
     """
 

@@ -23,8 +23,8 @@ class Dtype(Choice):
 class Decode(Choice):
     """Which weights decode messages on a CPU.
 
-    ``int8`` reads int8 copies while at most four sequences decode at once, which reads less memory and is approximate; prompts are
-    prefilled with the model's own weights all the same.
+    ``int8`` reads int8 copies while at most four sequences decode at once: less memory is read, and messages are
+    approximate. Prompts are prefilled with the model's own weights all the same.
     """
 
     SAME = "same"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small import MESH, TASK
 
 from agentmesh.cli import invoke
 from agentmesh.errors import InputError, NodeError, RecordError, UsageError
@@ -21,26 +22,6 @@ from agentmesh.evaluate.report import Report, evaluate, read_report
 from agentmesh.evaluate.results import summarise
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval
 from agentmesh.evaluate.subjects import Request
-
-MESH = """
-version: 1
-model: random:tiny-llama
-topology: {use: fully-connected, agents: 2}
-agents:
-  agent:
-    role: [Solver, Checker]
-    prompt: |
-      {{ role }} of a team that answers
-      {{ question }}
-      {% for message in inbox %}
-      {{ message }}
-      {% endfor %}
-      Now.
-    generate: {max_tokens: 24}
-communicator: {preset: linear, min_tokens: 8, warmup: 2, max_kl: 100.0}
-run: {deterministic: true, concurrency: 2}
-"""
-TASK = "version: 1\nkind: math\nfile: samples.jsonl\nscorers: [gsm8k]\n"
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from killing import killed
+from small import TASK
 
 from agentmesh.evaluate.report import Report, evaluate
 from agentmesh.evaluate.subjects import Request
@@ -41,7 +42,6 @@ class Gate(Agent):
             raise RuntimeError("the gate is closed")
         return turn.inbox[-1].text
 """
-TASK = "version: 1\nkind: math\nfile: samples.jsonl\nscorers: [gsm8k]\n"
 TOO_LONG = "s17"
 
 

@@ -6,12 +6,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small import MESH, TASK
 
 from agentmesh.cli import invoke
 from agentmesh.evaluate.breakdown import break_down
@@ -21,25 +22,6 @@ from agentmesh.evaluate.page import Origin, html, plots, write_report
 from agentmesh.evaluate.report import Request, evaluate
 from agentmesh.events import CallRecord, CheckRecord, MessageRecord, PlanRow, Reason, Treatment
 
-MESH = """
-version: 1
-model: random:tiny-llama
-topology: {use: fully-connected, agents: 2}
-agents:
-  agent:
-    role: [Solver, Checker]
-    prompt: |
-      {{ role }} of a team that answers
-      {{ question }}
-      {% for message in inbox %}
-      {{ message }}
-      {% endfor %}
-      Now.
-    generate: {max_tokens: 24}
-communicator: {preset: linear, min_tokens: 8, warmup: 2, max_kl: 100.0}
-run: {deterministic: true, concurrency: 2}
-"""
-TASK = "version: 1\nkind: math\nfile: samples.jsonl\nscorers: [gsm8k]\n"
 SCRIPT = "</script><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
 
 
@@ -433,6 +415,13 @@ def look_at(browser: Any, page: Path, width: int, scheme: str) -> None:
     browser.get(page.as_uri())
 
 
+def wait_for(browser: Any, shown: Callable[[Any], Any]) -> None:
+    """A sample is filled in by the event that follows its opening."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 10).until(shown)
+
+
 @pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver")
 def test_a_browser_shows_the_samples_and_their_colours(folder: Path, browser: Any) -> None:
     page, _ = write_report(folder)
@@ -442,6 +431,7 @@ def test_a_browser_shows_the_samples_and_their_colours(folder: Path, browser: An
     samples = browser.find_elements("css selector", ".sample")
     assert len(samples) == 4
     samples[0].find_element("css selector", "summary").send_keys("\ue007")
+    wait_for(browser, lambda _: samples[0].find_elements("css selector", ".run"))
     runs = {
         kind: samples[0].find_elements("css selector", f".run.{kind}")
         for kind in ("placed-exact", "placed-realigned", "computed")

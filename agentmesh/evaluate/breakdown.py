@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from agentmesh.config.base import Frozen
-from agentmesh.evaluate.journal import Row
+from agentmesh.evaluate.journal import Row, by_preset
 from agentmesh.evaluate.results import both, words_before
 from agentmesh.events import CallRecord, PlanRow, Reason, Treatment
 from agentmesh.prompt import ContentKind
@@ -89,16 +89,14 @@ class Breakdown(Frozen):
 
 def break_down(rows: Iterable[Row]) -> Breakdown:
     """Of an evaluation's rows, the first preset's first; what failed is left out."""
-    by_preset: dict[str, list[Row]] = {}
-    for row in rows:
-        by_preset.setdefault(row.preset, []).append(row)
-    calls = {name: [call for row in found if not row.error for call in row.calls] for name, found in by_preset.items()}
-    pairs = [(a, b) for b, a in combinations(by_preset, 2)]
+    ours = by_preset(rows)
+    calls = {name: [call for row in found if not row.error for call in row.calls] for name, found in ours.items()}
+    pairs = [(a, b) for b, a in combinations(ours, 2)]
     return Breakdown(
         by_agent={name: _in_order(_reuse(found, lambda call, _: call.node)) for name, found in calls.items()},
         by_text={name: _reuse(found, lambda _, row: _kind_of(row.segment)) for name, found in calls.items()},
         waits={name: _waits(found) for name, found in calls.items()},
-        parting={f"{a} vs {b}": _parting(by_preset[a], by_preset[b]) for a, b in pairs},
+        parting={f"{a} vs {b}": _parting(ours[a], ours[b]) for a, b in pairs},
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from agentmesh.errors import InputError
 from agentmesh.evaluate.folder import read_settings
-from agentmesh.evaluate.journal import Row, read_rows
+from agentmesh.evaluate.journal import by_preset, read_rows
 from agentmesh.evaluate.results import Comparison, paired
 
 
@@ -20,7 +20,7 @@ def compare(first: Path, second: Path) -> Comparison:
     one, other = read_settings(first), read_settings(second)
     if one.task != other.task:
         raise InputError(f"{first.name} is of task {one.task}, {second.name} of {other.task}; compare two of one task")
-    ours, theirs = _by_preset(first), _by_preset(second)
+    ours, theirs = (by_preset(read_rows(path).values()) for path in (first, second))
     if len(ours) == len(theirs) == 1:
         (a, left), (b, right) = next(iter(ours.items())), next(iter(theirs.items()))
         found = {a if a == b else f"{a} vs {b}": paired(left, right)}
@@ -29,10 +29,3 @@ def compare(first: Path, second: Path) -> Comparison:
     if not found:
         raise InputError(f"{first.name} ran {', '.join(ours)}, {second.name} ran {', '.join(theirs)}: none in common")
     return Comparison(task=one.task, first=first.name, second=second.name, presets=found)
-
-
-def _by_preset(path: Path) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in read_rows(path).values():
-        found.setdefault(row.preset, []).append(row)
-    return found

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from agentmesh.errors import InputError
 from agentmesh.evaluate.folder import read_settings, samples_for
-from agentmesh.evaluate.journal import Row, read_rows
+from agentmesh.evaluate.journal import Row, by_preset, read_rows
 from agentmesh.events import CallRecord
 from agentmesh.record import disk, write_whole
 from agentmesh.suites.samples import Sample
@@ -84,10 +84,7 @@ def write_programs(path: Path, target: Path, data: Path | None = None) -> list[P
         raise InputError(
             f"evalplus reads programs, but task {task.name} is about {task.spec.kind}; export csv or jsonl"
         )
-    by_preset: dict[str, list[Row]] = {}
-    for row in rows:
-        by_preset.setdefault(row.preset, []).append(row)
-    texts = {name: _jsonl(solutions(found, samples, task.name)) for name, found in by_preset.items()}
+    texts = {name: _jsonl(solutions(found, samples, task.name)) for name, found in by_preset(rows).items()}
     return _write(target, {f"evalplus-{name}.jsonl": text for name, text in texts.items()})
 
 

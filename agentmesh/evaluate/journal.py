@@ -8,7 +8,7 @@ about a sample counts.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import final
 
@@ -103,6 +103,14 @@ class Journal:
             self._stream.flush()
             os.fsync(self._stream.fileno())
         self._rows[row.key] = row
+
+
+def by_preset(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Preset → its rows, in the order in which they come."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.preset, []).append(row)
+    return found
 
 
 def read_rows(path: Path) -> Mapping[Key, Row]:

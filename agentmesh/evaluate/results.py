@@ -10,7 +10,7 @@ from statistics import mean, median
 from agentmesh.bench.figures import Percentiles
 from agentmesh.config.base import Frozen
 from agentmesh.evaluate.choices import WORD
-from agentmesh.evaluate.journal import Row
+from agentmesh.evaluate.journal import Row, by_preset
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval, standard_error
 from agentmesh.events import SHAREABLE, CallRecord, Treatment
 
@@ -118,18 +118,16 @@ def summarise(
         model: its name.
         judges: judge → the nodes whose messages it chooses from; what they chose stands in the rows.
     """
-    by_preset: dict[str, list[Row]] = {}
-    for row in rows:
-        by_preset.setdefault(row.preset, []).append(row)
-    pairs = [(a, b) for b, a in combinations(by_preset, 2)]
+    ours = by_preset(rows)
+    pairs = [(a, b) for b, a in combinations(ours, 2)]
     return Results(
         task=task,
         mesh=mesh,
         model=model,
-        n=len({row.sample for found in by_preset.values() for row in found}),
-        presets={name: _preset(found) for name, found in by_preset.items()},
-        paired={f"{a} vs {b}": paired(by_preset[a], by_preset[b]) for a, b in pairs},
-        judge={f"{a} vs {b}": _judged(by_preset[a], by_preset[b]) for a, b in pairs} if judges else None,
+        n=len({row.sample for found in ours.values() for row in found}),
+        presets={name: _preset(found) for name, found in ours.items()},
+        paired={f"{a} vs {b}": paired(ours[a], ours[b]) for a, b in pairs},
+        judge={f"{a} vs {b}": _judged(ours[a], ours[b]) for a, b in pairs} if judges else None,
     )
 
 

@@ -11,9 +11,11 @@ from typing import Any, final
 import torch
 
 from agentmesh.backend import Completion, Listener
+from agentmesh.communicator.base import rows
 from agentmesh.config.mesh import GenerateSpec
 from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.tokenizer import HubTokenizer
+from agentmesh.events import Reason
 from agentmesh.prompt import Content, Prompt, Reader
 
 
@@ -77,7 +79,8 @@ class GenerateBackend:
         first, last = clock.times[0], clock.times[-1]
         self.decode_s += last - first
         self.decoded += len(clock.times) - 1
-        listener.first((first - arrived) * 1e3, ())
+        computed = rows(prompt, 0, "", Reason.PRESET_DENSE)
+        listener.first((first - arrived) * 1e3, computed)
         finish = "length" if len(tokens) == generate.max_tokens else "stop"
         return Completion(
             tokens,
@@ -86,7 +89,7 @@ class GenerateBackend:
             (begun - arrived) * 1e3,
             (first - arrived) * 1e3,
             (last - first) * 1e3,
-            (),
+            computed,
             self.preset,
         )
 

@@ -189,14 +189,14 @@ def test_an_interrupted_run_leaves_a_readable_record(mesh: Path, tmp_path: Path,
                 break
             time.sleep(0.05)
         process.send_signal(number)
-        process.communicate(timeout=60)
+        _, said = process.communicate(timeout=60)
 
     record = find_run(tmp_path / "runs", "last")
     numbers = [event.seq for event in read_events(record)]
     assert numbers == sorted(set(numbers))
     assert numbers[:3] == [0, 1, 2]
     if number == signal.SIGINT:
-        assert process.returncode == 130
+        assert process.returncode == 130, said.decode()
         assert outcome(record) == "cancelled"
     else:
         assert outcome(record) == "cut off"

@@ -23,9 +23,7 @@ from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
-from agentmesh.engine.loading import load
 from agentmesh.engine.loop import BATCH, Engine, FirstTokenReport
-from agentmesh.engine.probe import probe
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import UsageError
@@ -77,8 +75,7 @@ class LocalBackend:
             NotFoundError: no such model or preset.
             ModelError: the weights cannot be fetched or read.
         """
-        loaded = load(model, progress)
-        return cls(Engine(loaded, probe(loaded.model), 1 if deterministic else BATCH), communicator)
+        return cls(Engine.open(model, progress, batch=1 if deterministic else BATCH), communicator)
 
     def note_bytes(self) -> None:
         """Note how much KV there is now, in live sequences and in stores; called on the engine's thread."""

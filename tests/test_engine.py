@@ -11,12 +11,13 @@ import torch
 
 from agentmesh.config.mesh import ModelSpec
 from agentmesh.engine.composition import Composition, Parts
+from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.loop import Engine, FirstTokenReport, Generation
 from agentmesh.engine.probe import probe
 from agentmesh.engine.sampling import Sampling
-from agentmesh.errors import RequestTooLongError
+from agentmesh.errors import ModelError, RequestTooLongError
 from agentmesh.kv.arena import Arena
 
 QUESTION = "A box holds 6 eggs. How many eggs are in 5 boxes? Explain step by step."
@@ -310,3 +311,30 @@ def test_a_request_that_can_never_fit_is_refused_with_its_size(tiny_engine: Engi
                 Rationed([5, 6, 7], [], most=0), 3, Sampling(max_tokens=200), lambda _r: None, lambda _t: None
             )
         )
+
+
+def test_a_model_is_loaded_on_the_thread_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from agentmesh.engine import loop
+
+    threads = []
+
+    def noting(model: ModelSpec, progress: Progress | None) -> LoadedModel:
+        threads.append(threading.current_thread().name)
+        return load(model, progress)
+
+    monkeypatch.setattr(loop, "load", noting)
+    with Engine.open(ModelSpec(name="random:tiny-llama")) as engine:
+        threads.append(engine.thread.do(lambda: threading.current_thread().name))
+
+    assert threads == ["agentmesh-engine_0"] * 2
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+
+    with pytest.raises(ModelError, match="no device"):
+        Engine.open(ModelSpec(name="random:tiny-llama", device="abacus"))
+
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive()

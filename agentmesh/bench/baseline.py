@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from agentmesh.backend import Completion, Listener
 from agentmesh.communicator.base import rows
 from agentmesh.config.mesh import GenerateSpec
-from agentmesh.engine.loading import LoadedModel
+from agentmesh.engine.loop import Engine
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.events import Reason
 from agentmesh.prompt import Content, Prompt, Reader
@@ -42,14 +43,14 @@ class GenerateBackend:
     """Answers calls with ``model.generate``, greedy, nothing reused, one after the other.
 
     Args:
-        loaded: the model; it runs transformers' own attention.
+        engine: has the model, whose thread runs it here, too.
 
     Attributes:
         decode_s: seconds between first and last tokens.
         decoded: tokens that came in them.
     """
 
-    loaded: LoadedModel
+    engine: Engine
     preset: str = "dense"
     width: int = 1
     decode_s: float = 0.0
@@ -59,12 +60,12 @@ class GenerateBackend:
     @property
     def name(self) -> str:
         """The model's name."""
-        return self.loaded.name
+        return self.engine.loaded.name
 
     @property
     def tokenizer(self) -> HubTokenizer:
         """The model's tokenizer."""
-        return HubTokenizer(self.loaded.tokenizer)
+        return self.engine.tokenizer
 
     def describe(self) -> dict[str, str]:
         """The model's name."""
@@ -75,7 +76,7 @@ class GenerateBackend:
         arrived = time.perf_counter()
         async with self._turn:
             begun = time.perf_counter()
-            tokens, clock = await asyncio.to_thread(self._generate, prompt.tokens, generate.max_tokens)
+            tokens, clock = await self.engine.do(partial(self._generate, prompt.tokens, generate.max_tokens))
         first, last = clock.times[0], clock.times[-1]
         self.decode_s += last - first
         self.decoded += len(clock.times) - 1
@@ -94,8 +95,8 @@ class GenerateBackend:
         )
 
     def _generate(self, prompt: Sequence[int], limit: int) -> tuple[tuple[int, ...], _Clock]:
-        clock, model = _Clock(), self.loaded.model
-        stops = sorted(self.loaded.stop_token_ids)
+        clock, loaded = _Clock(), self.engine.loaded
+        model, stops = loaded.model, sorted(loaded.stop_token_ids)
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": stops or None, "pad_token_id": 0}
         ids = torch.tensor([list(prompt)], device=model.device)
         found = model.generate(
@@ -105,7 +106,7 @@ class GenerateBackend:
             streamer=clock,
             **options,
         )
-        tokens = tuple(token for token in found[0, len(prompt) :].tolist() if token not in self.loaded.stop_token_ids)
+        tokens = tuple(token for token in found[0, len(prompt) :].tolist() if token not in loaded.stop_token_ids)
         return tokens, clock
 
     async def ingest(self, contents: Sequence[Content]) -> int:  # noqa: ARG002  # the interface of a backend

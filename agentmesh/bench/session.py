@@ -18,7 +18,9 @@ from agentmesh.config.load import LoadedMesh
 from agentmesh.config.mesh import ModelSpec
 from agentmesh.config.presets import CommunicatorSpec, specs
 from agentmesh.engine.embedded import Progress
-from agentmesh.engine.probe import Level
+from agentmesh.engine.loading import load
+from agentmesh.engine.loop import Engine
+from agentmesh.engine.probe import Level, probe
 from agentmesh.errors import InputError, UnsupportedModelError
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
@@ -135,8 +137,10 @@ def _settings(preset: str, budget: str) -> CommunicatorSpec:
 
 
 def _backend(model: ModelSpec, progress: Progress | None) -> LocalBackend:
-    backend = LocalBackend.open(model, DENSE, progress)
-    support = backend.engine.support
+    """A backend whose model lives on this thread, since a rig runs it here."""
+    loaded = load(model, progress)
+    support = probe(loaded.model)
+    backend = LocalBackend(Engine(loaded, support), DENSE)
     if support.level is not Level.REALIGN:
         backend.close()
         raise UnsupportedModelError(f"{backend.name} cannot share slots: {support.reason}; measure another model")

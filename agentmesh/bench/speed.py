@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -148,7 +149,7 @@ def decode(
                 open_.enter_context(profiles.of(dense.engine, DECODING))
             text = _prompt(dense, prompt // 2, prompt - prompt // 2, number)
             done = _complete(dense, text, output)
-            seconds, tokens = _generate(dense, text.tokens, output)
+            seconds, tokens = dense.engine.thread.do(partial(_generate, dense, text.tokens, output))
             same = same and tokens[: len(done.tokens)] == done.tokens
             if number and len(done.tokens) > 1:
                 ours.append(1e3 * (len(done.tokens) - 1) / done.decode_ms)

@@ -82,7 +82,7 @@ def measure(
     baseline, runs = None, []
     with opened.engine as engine:
         if plan.baseline:
-            baseline = _baseline(mesh_of(1), GenerateBackend(loaded), timed[: plan.baseline], tick)
+            baseline = _baseline(mesh_of(1), GenerateBackend(engine), timed[: plan.baseline], tick)
         for width in plan.widths:
             for name, spec in chosen.items():
                 backend = LocalBackend(engine, spec)

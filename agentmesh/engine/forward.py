@@ -19,7 +19,7 @@ from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.masks import MaskPlan, Masks
 from agentmesh.engine.operations import Mark
-from agentmesh.engine.quantized import Switch
+from agentmesh.engine.products import Switch
 from agentmesh.engine.spans import Part, Spans
 from agentmesh.kv.arena import Arena, ArenaPool, KVShape
 from agentmesh.kv.rope import Rope
@@ -38,7 +38,7 @@ class ArenaRunner:
         masks: which attention masks the model wants for scattered positions.
         rope: how it rotates keys; ``None`` where that could not be established.
         batches: whether several sequences can decode in one forward.
-        switch: throws the model's int8 copies, where it has them.
+        switch: how the model's linear layers multiply few rows, where that can be chosen.
         spare: arenas that were given back.
         spans: notes where the time goes, while a profile is on.
     """
@@ -88,7 +88,7 @@ class ArenaRunner:
         if not contiguous or (first and len(positions) > 1 and self.rope is not None):
             mask = self.masks.build(index, length)  # else transformers' own: causal, or none for a single token
         ids = torch.tensor([tokens], device=device)
-        with self.spans.mark(Mark.MODEL):
+        with nullcontext() if self.switch is None else self.switch.computing(), self.spans.mark(Mark.MODEL):
             output = self.model(
                 input_ids=ids,
                 position_ids=index[None],

@@ -19,7 +19,7 @@ from agentmesh.config.mesh import Decode, ModelSpec
 from agentmesh.engine.attention import use_grouped_heads
 from agentmesh.engine.catalog import FAMILIES, KNOWN, SEED, byte_tokenizer, quiet, random_config, random_model, sha256
 from agentmesh.engine.embedded import Progress, digests, ensure
-from agentmesh.engine.quantized import quantise
+from agentmesh.engine.products import quicken
 from agentmesh.errors import ModelError, NotFoundError, UnsupportedModelError, did_you_mean, listing
 
 RANDOM = "random:"
@@ -77,6 +77,18 @@ class _Parts:
     tokenizer: Any
     digest: str
     source: str
+
+
+def fetch(spec: ModelSpec, progress: Progress | None = None) -> None:
+    """Get an embedded model's files, which takes time once; ``load`` does it, too, but may run where nobody listens.
+
+    Raises:
+        NotFoundError: no such model.
+        ModelError: the weights cannot be fetched.
+    """
+    exists(spec)
+    if spec.name in KNOWN:
+        ensure(spec.name, progress)
 
 
 def load(spec: ModelSpec, progress: Progress | None = None) -> LoadedModel:
@@ -224,8 +236,7 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{spec.name} has no fast tokenizer, which agentmesh needs for exact slot borders")
     use_grouped_heads(model)
-    if spec.decode is Decode.INT8:
-        quantise(model, spec.name)
+    quicken(model, spec.name, int8=spec.decode is Decode.INT8)
     config = model.config.get_text_config()
     control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return LoadedModel(

@@ -12,21 +12,24 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import TypeVar, final
 
 import torch
 from transformers.cache_utils import Cache
 
+from agentmesh.config.mesh import ModelSpec
 from agentmesh.engine.cache import ArenaCache
-from agentmesh.engine.loading import LoadedModel
+from agentmesh.engine.embedded import Progress
+from agentmesh.engine.loading import LoadedModel, fetch, load
 from agentmesh.engine.operations import cost_of_noting
-from agentmesh.engine.probe import Support
+from agentmesh.engine.probe import Support, probe
 from agentmesh.engine.request import Request, Source
 from agentmesh.engine.sampling import Sampler, Sampling
 from agentmesh.engine.sequence import Sequence
 from agentmesh.engine.spans import Limits, Part, Recorded, Spans
+from agentmesh.engine.thread import ModelThread
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import RequestTooLongError
 from agentmesh.kv.arena import Arena
@@ -86,9 +89,12 @@ class Engine:
         support: what the probe found of it.
         batch: how many sequences may decode in one forward. The size of a batch decides the order of a matrix
             product's sums, so only with 1 a sequence's tokens do not depend on its neighbours in the last bit.
+        thread: the one that loaded the model; see ``Engine.open``.
     """
 
-    def __init__(self, loaded: LoadedModel, support: Support, batch: int = BATCH) -> None:
+    def __init__(
+        self, loaded: LoadedModel, support: Support, batch: int = BATCH, thread: ModelThread | None = None
+    ) -> None:
         self.loaded = loaded
         self.support = support
         self.tokenizer = HubTokenizer(loaded.tokenizer)
@@ -101,7 +107,30 @@ class Engine:
         self._stepping = False
         self._closing = False
         self.spent = Spent()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agentmesh-engine")
+        self.thread = ModelThread() if thread is None else thread
+
+    @classmethod
+    def open(cls, model: ModelSpec, progress: Progress | None = None, *, batch: int = BATCH) -> Engine:
+        """Load a model on the thread that will run it.
+
+        Args:
+            model: which one.
+            progress: told how far fetching and converting are.
+            batch: how many sequences may decode in one forward.
+
+        Raises:
+            NotFoundError: no such model.
+            ModelError: the weights cannot be fetched or read.
+        """
+        fetch(model, progress)
+        thread, begun = ModelThread(), False
+        try:
+            loaded, support = thread.do(lambda: _loaded(model, progress))
+            engine, begun = cls(loaded, support, batch, thread), True
+        finally:
+            if not begun:
+                thread.close(wait=False)
+        return engine
 
     def __enter__(self) -> Engine:
         return self
@@ -112,7 +141,7 @@ class Engine:
     def close(self) -> None:
         """Stop the thread; waits for the forward that is running. What is decoding then is cancelled."""
         self._closing = True
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.thread.close()
 
     @property
     def spans(self) -> Spans:
@@ -122,12 +151,12 @@ class Engine:
     def begin_profile(self, limits: Limits | None = None) -> None:
         """Note from now on where the thread spends its time; called on another thread."""
         device = self.loaded.model.device
-        noting = cost_of_noting(device)
-        self._thread.submit(lambda: self.spans.begin(device, noting, limits or Limits())).result()
+        noting = cost_of_noting(device)  # here: torch's profiler wants to be used first where the program began
+        self.thread.do(lambda: self.spans.begin(device, noting, limits or Limits()))
 
     def end_profile(self) -> Recorded:
         """What was noted since ``begin_profile``; called on another thread."""
-        return self._thread.submit(self.spans.end).result()
+        return self.thread.do(self.spans.end)
 
     def check(self, prompt_tokens: int) -> None:
         """Refuse a prompt that can never run.
@@ -187,7 +216,7 @@ class Engine:
             await asyncio.wrap_future(sequence.done)
             learn_ms = await self._on_thread(lambda: self._finish(source, sequence))
         finally:
-            self._thread.submit(self._close, request)
+            self.thread.submit(lambda: self._close(request))
         text, tokens = self.tokenizer.decode(sequence.tokens), tuple(sequence.tokens)
         decode_ms = (sequence.ended - first) * 1e3
         return Generation(tokens, text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms, learn_ms)
@@ -209,10 +238,10 @@ class Engine:
             with self.spans.part(Part.RUNS):
                 return work()
 
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, noted))
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.thread.executor, noted))
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.get_running_loop().run_in_executor(self.thread.executor, work)
 
     def _admit(self, request: Request) -> bool:
         """Whether a request may begin now, or has to wait for its turn.
@@ -287,7 +316,7 @@ class Engine:
         """See to it that the live sequences get their next token, after whatever waits for the thread now."""
         if self._live and not self._stepping:
             self._stepping = True
-            self._thread.submit(self._step).add_done_callback(self._stepped)
+            self.thread.submit(self._step).add_done_callback(self._stepped)
 
     def _step(self) -> None:
         """The next token of every live sequence, as many at once as may be."""
@@ -345,6 +374,12 @@ class Engine:
         took = time.perf_counter() - begun
         self.spent.keep_s += took
         return took * 1e3
+
+
+def _loaded(model: ModelSpec, progress: Progress | None) -> tuple[LoadedModel, Support]:
+    """A model, and what it supports."""
+    loaded = load(model, progress)
+    return loaded, probe(loaded.model)
 
 
 def _arena(cache: Cache) -> Arena | None:

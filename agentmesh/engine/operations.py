@@ -23,7 +23,9 @@ from agentmesh.config.base import Choice
 
 PREFIX = "agentmesh: "
 FORWARD = f"{PREFIX}forward"
-PRODUCTS = frozenset({"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv1d", "_grouped_mm"})
+PRODUCTS = frozenset(
+    {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv1d", "_grouped_mm", "_weight_int8pack_mm"}
+)
 ATTENTION = "scaled_dot_product_attention"
 CALLS, ROUNDS = 200, 5
 LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})

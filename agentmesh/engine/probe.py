@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from agentmesh.engine.composition import Composition, Placement
 from agentmesh.engine.forward import ArenaRunner, PlainRunner, Runner
 from agentmesh.engine.masks import MaskPlan
-from agentmesh.engine.quantized import switch_of
+from agentmesh.engine.products import switch_of
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.rope import Rope
 

@@ -1,4 +1,4 @@
-"""int8 copies of weights: used by small decoding steps and nothing else, close to the weights they stand for."""
+"""Products of few rows: cut into pieces they are the same numbers; int8 copies are close, and for small steps only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
-from agentmesh.engine.quantized import ROWS, quantise
+from agentmesh.engine.products import INT8_ROWS, SPLIT_ROWS, QuickLinear, Switch, quicken, switch_of
 from agentmesh.errors import UnsupportedModelError
 
 PROMPT = tuple(range(3, 40))
@@ -44,7 +44,46 @@ def step(runner: ArenaRunner, sequences: int) -> tuple[torch.Tensor, torch.Tenso
     return first, runner.decode(caches, [5] * sequences, [len(PROMPT)] * sequences)
 
 
-@pytest.mark.parametrize("sequences", [1, ROWS])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, SPLIT_ROWS, SPLIT_ROWS + 1])
+def test_a_product_in_pieces_is_the_same_product(rows: int) -> None:
+    layer = torch.nn.Linear(96, 6 * 7)
+    switch = Switch(int8=False)
+    quick = QuickLinear(layer, switch, int8=False)
+    given = torch.randn(rows, 96)
+
+    with torch.inference_mode(), switch.computing():
+        found = quick(given)
+
+    assert torch.allclose(found, layer(given), atol=1e-5)
+    assert torch.equal(quick(given), layer(given)), "nobody asks for pieces out here"
+
+
+def test_outputs_that_threads_do_not_divide_are_cut_into_fewer_pieces() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        quick = QuickLinear(torch.nn.Linear(8, 9), Switch(int8=False), int8=False)
+    finally:
+        torch.set_num_threads(threads)
+
+    assert quick.pieces == 3
+
+
+def test_only_layers_that_gain_are_changed() -> None:
+    for dtype, threads, wanted in ((torch.float32, 2, True), (torch.float32, 1, False), (torch.bfloat16, 2, False)):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8)).to(dtype)
+        model.device = torch.device("cpu")
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            quicken(model, "one layer", int8=False)
+        finally:
+            torch.set_num_threads(before)
+
+        assert (switch_of(model) is not None) is wanted
+
+
+@pytest.mark.parametrize("sequences", [1, INT8_ROWS])
 def test_a_small_step_is_close_to_the_models_own_weights_and_not_equal(
     plain: ArenaRunner, quick: ArenaRunner, sequences: int
 ) -> None:
@@ -57,7 +96,7 @@ def test_a_small_step_is_close_to_the_models_own_weights_and_not_equal(
 
 
 def test_a_larger_step_uses_the_models_own_weights(plain: ArenaRunner, quick: ArenaRunner) -> None:
-    assert torch.equal(step(quick, ROWS + 1)[1], step(plain, ROWS + 1)[1])
+    assert torch.equal(step(quick, INT8_ROWS + 1)[1], step(plain, INT8_ROWS + 1)[1])
 
 
 def test_a_step_that_fails_leaves_the_own_weights_in_use(plain: ArenaRunner, quick: ArenaRunner) -> None:
@@ -78,10 +117,10 @@ def test_what_cannot_be_copied_is_refused() -> None:
     model.device = torch.device("cpu")
 
     with pytest.raises(UnsupportedModelError, match="no linear layers"):
-        quantise(model, "relu")
+        quicken(model, "relu", int8=True)
     model.device = torch.device("meta")
     with pytest.raises(UnsupportedModelError, match="is on meta"):
-        quantise(model, "relu")
+        quicken(model, "relu", int8=True)
 
 
 @pytest.mark.model

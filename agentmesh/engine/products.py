@@ -1,0 +1,156 @@
+"""Matrix products of few rows on the CPU: all cores at work, or int8 copies of the weights.
+
+What a decoding step costs is reading the weights. On some processors torch multiplies few float32 rows on one core,
+which cannot read memory as fast as all of them; the same product cut into one piece a core can. Copies of the weights
+in int8 (``model.decode``) are a quarter to read, and make messages approximate.
+
+The model's own code runs as it is; its linear layers look at a switch, which stands on ``OWN`` unless the runner throws
+it. So whoever calls the model past the runner gets what transformers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from agentmesh.config.base import Choice
+from agentmesh.errors import UnsupportedModelError
+
+SPLIT_ROWS = 64
+"""Rows up to which cutting a product into pieces is faster; see docs/method.md."""
+
+INT8_ROWS = 4
+"""Rows up to which int8 copies are faster; see docs/method.md."""
+
+LEVELS = 127
+
+
+class Way(Choice):
+    """How linear layers multiply."""
+
+    OWN = "own"
+    SPLIT = "split"
+    INT8 = "int8"
+
+
+@final
+class Switch:
+    """Says to all layers of one model how to multiply. Owned by the layers, thrown by the model's runner."""
+
+    def __init__(self, *, int8: bool) -> None:
+        self.way = Way.OWN
+        self._int8 = int8
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Use the model's own weights for what runs inside, unless it is a decoding step that uses others."""
+        return self._thrown(Way.SPLIT if self.way is Way.OWN else self.way)
+
+    def decoding(self, rows: int) -> AbstractContextManager[None]:
+        """Use the int8 copies for what runs inside, if there are any and it has few rows."""
+        return self._thrown(Way.INT8 if self._int8 and rows <= INT8_ROWS else Way.SPLIT)
+
+    @contextmanager
+    def _thrown(self, way: Way) -> Iterator[None]:
+        before, self.way = self.way, way
+        try:
+            yield
+        finally:
+            self.way = before
+
+
+@final
+class QuickLinear(nn.Module):
+    """A linear layer of weights ``[out, in]`` that multiplies as a switch says.
+
+    Args:
+        inner: the layer.
+        switch: says how.
+        int8: whether to keep an int8 copy, with one scale for each output.
+
+    Attributes:
+        pieces: into how many a product of few rows is cut.
+    """
+
+    def __init__(self, inner: nn.Linear, switch: Switch, *, int8: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.switch = switch
+        self._copy = _int8(inner.weight) if int8 else None
+        self.pieces = _pieces(inner.weight)
+        self._cut = inner.weight.view(self.pieces, -1, inner.in_features).mT if self.pieces > 1 else None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's own weights."""
+        return self.inner.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's own bias."""
+        found: torch.Tensor | None = self.inner.bias
+        return found
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply rows ``[…, in]``; ``[…, out]``."""
+        way = self.switch.way
+        if way is Way.INT8 and self._copy is not None:
+            flat = rows.reshape(-1, rows.shape[-1]).to(torch.bfloat16)
+            product = torch._weight_int8pack_mm(flat, *self._copy)  # noqa: SLF001  # it has no other name
+            product = product.to(rows.dtype)
+        elif way is not Way.OWN and self._cut is not None and rows.shape[:-1].numel() <= SPLIT_ROWS:
+            flat = rows.reshape(1, -1, rows.shape[-1])
+            product = torch.bmm(flat.expand(self.pieces, -1, -1), self._cut).transpose(0, 1)
+        else:
+            return functional.linear(rows, self.weight, self.bias)
+        product = product.reshape(*rows.shape[:-1], -1)
+        return product if self.bias is None else product + self.bias
+
+
+def quicken(model: Any, name: str, *, int8: bool) -> None:
+    """Let a model's linear layers multiply few rows faster, where its runner asks for it.
+
+    Does nothing where there is nothing to gain: off the CPU, with other numbers than float32 (torch uses all cores
+    there), or with one thread.
+
+    Raises:
+        UnsupportedModelError: int8 copies are asked for, and the model is on another device or has no linear layers.
+    """
+    if int8 and model.device.type != "cpu":
+        raise UnsupportedModelError(
+            f"`decode: int8` is for models on the CPU, {name} is on {model.device}; leave `decode` out there"
+        )
+    found = [
+        (parent, child, layer)
+        for parent in model.modules()
+        for child, layer in parent.named_children()
+        if type(layer) is nn.Linear and (int8 or _pieces(layer.weight) > 1)
+    ]
+    if int8 and not found:
+        raise UnsupportedModelError(f"{name} has no linear layers that `decode: int8` could copy; leave it out")
+    switch = Switch(int8=int8)
+    for parent, child, layer in found:
+        setattr(parent, child, QuickLinear(layer, switch, int8=int8))
+
+
+def switch_of(model: Any) -> Switch | None:
+    """The switch of a model that was quickened."""
+    return next((layer.switch for layer in model.modules() if isinstance(layer, QuickLinear)), None)
+
+
+def _pieces(weight: torch.Tensor) -> int:
+    """Into how many equal pieces a layer's outputs are cut: one for each thread, or the next fewer that divide them."""
+    if weight.device.type != "cpu" or weight.dtype is not torch.float32 or not weight.is_contiguous():
+        return 1
+    return next(count for count in range(torch.get_num_threads(), 0, -1) if weight.shape[0] % count == 0)
+
+
+def _int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An int8 copy of weights ``[out, in]``, and the scales ``[out]`` of its outputs."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
+    return (weight / scales[:, None]).round().to(torch.int8), scales.to(torch.bfloat16)

@@ -21,7 +21,7 @@ from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.forward import PlainRunner
 from agentmesh.engine.loading import load
 from agentmesh.engine.loop import Engine, Generation, Spent
-from agentmesh.engine.operations import FORWARD, PREFIX, Work, sort
+from agentmesh.engine.operations import FORWARD, PREFIX, PRODUCTS, Work, sort
 from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.profile import Profiles, figures
 from agentmesh.engine.sampling import Sampling
@@ -150,7 +150,7 @@ def test_the_trace_is_one_that_viewers_open_with_parts_and_operations_inside_the
     inside = [
         event
         for event in spans
-        if event["name"] == "linear"
+        if event["name"] in PRODUCTS
         and any(one["ts"] <= event["ts"] <= one["ts"] + one["dur"] + 1000 for one in decodes)
     ]
     assert len(inside) >= len(decodes)

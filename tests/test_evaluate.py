@@ -208,7 +208,7 @@ def test_a_report_is_of_use_in_a_test(mesh: Path) -> None:
 def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     mesh: Path, changes: dict[str, Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentmesh.local.load", None)
+    monkeypatch.setattr("agentmesh.engine.loop.load", None)
     values = {"mesh": str(mesh), "task": str(mesh.parent / "task"), "runs_dir": mesh.parent / "runs", **changes}
 
     with pytest.raises(UsageError, match=found):

@@ -116,7 +116,7 @@ def test_a_scripted_model_cannot_be_evaluated_and_says_what_to_do(task: Path) ->
 def test_what_an_object_cannot_do_is_refused_before_a_model_is_loaded(
     task: Path, changes: dict[str, Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentmesh.local.load", None)
+    monkeypatch.setattr("agentmesh.engine.loop.load", None)
 
     with pytest.raises(InputError, match=found):
         evaluate(a_mesh(), task, **{"limit": 2, "warmup": 2, **changes})

@@ -49,7 +49,7 @@ def hole(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model fails the test."""
-    monkeypatch.setattr("agentmesh.local.load", None)
+    monkeypatch.setattr("agentmesh.engine.loop.load", None)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def test_a_soak_of_some_seconds_ends_at_rest(deterministic: bool) -> None:
 
 def test_a_soak_sees_runs_that_are_never_released(monkeypatch: pytest.MonkeyPatch) -> None:
     async def gives_up(self: Engine, work: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.get_running_loop().run_in_executor(self.thread.executor, work)
 
     monkeypatch.setattr(Engine, "do", gives_up)
 

@@ -78,9 +78,8 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """Write the rows ``[B, H, 1, D]`` of the layer that runs now."""
         self._layer = layer
         with self._spans.mark(Mark.CACHE):
-            for views, rows in zip(self._new, (keys, values), strict=True):
-                for target, row in zip(views[layer], rows.unbind(0), strict=True):
-                    target[0].copy_(row)
+            targets = [*self._new[0][layer], *self._new[1][layer]]
+            torch._foreach_copy_(targets, [*torch.split(keys, 1), *torch.split(values, 1)])
 
     def attend(self, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
         """Attention of ``query [B, Hq, 1, D]``, each row over its own last ``window`` keys; ``[B, 1, Hq, D]``.

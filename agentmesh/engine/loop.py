@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar, final
 
@@ -123,14 +124,12 @@ class Engine:
             ModelError: the weights cannot be fetched or read.
         """
         fetch(model, progress)
-        thread, begun = ModelThread(), False
-        try:
+        thread = ModelThread()
+        with ExitStack() as undo:
+            undo.callback(thread.close, wait=False)
             loaded, support = thread.do(lambda: _loaded(model, progress))
-            engine, begun = cls(loaded, support, batch, thread), True
-        finally:
-            if not begun:
-                thread.close(wait=False)
-        return engine
+            undo.pop_all()
+        return cls(loaded, support, batch, thread)
 
     def __enter__(self) -> Engine:
         return self

@@ -13,8 +13,10 @@ import pytest
 from agentmesh import Mesh, agent
 from agentmesh.agents.base import Turn
 from agentmesh.communicator.learner import Learner, LinkState
+from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.engine.composition import Parts
 from agentmesh.errors import NodeError
 from agentmesh.events import CallRecord, Event, ModelFinished, Reason, Treatment
 from agentmesh.kv.arena import Arena
@@ -396,3 +398,23 @@ def test_the_last_line_breaks_of_a_block_are_computed() -> None:
     assert rows[-1][0] is Reason.READ_BEFORE
     assert rows[-1][1] == len("line 4 of the log")
     assert call.placed_slots == sum(row.tokens for row in call.plan if row.kind is Treatment.PLACED_REALIGNED)
+
+
+def test_placing_is_judged_by_medians_and_tried_again() -> None:
+    """One slow moment decides nothing; what does not pay is measured again now and then, and may pay then."""
+    costs = Costs()
+    costs.see(Parts(forward=10, realign=900, compose=100), computed=100, placed=100)
+    assert costs.placing_pays(), "one measurement is too few"
+    for _ in range(8):
+        costs.see(Parts(forward=10, realign=1, compose=1), computed=100, placed=100)
+    assert costs.placing_pays(), "0.02 against 0.1 ms, and one slow moment"
+
+    dear = Costs()
+    for _ in range(8):
+        dear.see(Parts(forward=10, realign=30, compose=10), computed=100, placed=100)
+    asked = [dear.placing_pays() for _ in range(2 * Costs.TRY_AGAIN)]
+    assert asked.count(True) == 2
+
+    for _ in range(8):
+        dear.see(Parts(forward=10, realign=1, compose=1), computed=100, placed=100)
+    assert dear.placing_pays()

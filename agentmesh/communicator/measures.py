@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
+from statistics import median
 
 import torch
 
-from agentmesh.communicator.base import Plan
+from agentmesh.engine.composition import Parts
 
 
 def draw(seed: int) -> float:
@@ -23,25 +25,30 @@ def divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
 
 
 class Costs:
-    """Milliseconds for each computed and each placed token, as measured on this machine (METHOD 6.2)."""
+    """Milliseconds for each computed and each placed token, as measured on this machine (METHOD 6.2).
+
+    Medians of the last prefills, so that one slow moment of the machine decides nothing; where placing does not
+    pay, some call now and then is placed all the same: what was measured once need not hold for ever.
+    """
+
+    ENOUGH = 5
+    WINDOW = 15
+    TRY_AGAIN = 32
 
     def __init__(self) -> None:
-        self._computed = 0.0
-        self._placed = 0.0
+        self._computed: deque[float] = deque(maxlen=self.WINDOW)
+        self._placed: deque[float] = deque(maxlen=self.WINDOW)
+        self._refused = 0
 
-    def see(self, plan: Plan) -> None:
-        """Learn from a prefill that was timed."""
-        placed = plan.composition.placed_tokens
-        rest = len(plan.composition.tokens) - placed
-        self._computed = _smooth(self._computed, plan.parts.forward / rest)
+    def see(self, parts: Parts, computed: int, placed: int) -> None:
+        """Learn from a prefill that was timed, of so many tokens."""
+        self._computed.append(parts.forward / computed)
         if placed:
-            self._placed = _smooth(self._placed, (plan.parts.realign + plan.parts.compose) / placed)
+            self._placed.append((parts.realign + parts.compose) / placed)
 
-    @property
     def placing_pays(self) -> bool:
-        """Whether placing a token is cheaper than computing it; yes while nothing is measured."""
-        return not self._computed or self._placed < self._computed
-
-
-def _smooth(old: float, new: float) -> float:
-    return new if not old else 0.8 * old + 0.2 * new
+        """Whether placing a token is cheaper than computing it; yes with too few measurements, or to measure again."""
+        if len(self._placed) < self.ENOUGH or median(self._placed) < median(self._computed):
+            return True
+        self._refused = (self._refused + 1) % self.TRY_AGAIN
+        return not self._refused

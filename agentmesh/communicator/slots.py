@@ -129,7 +129,8 @@ class Slots(Preset):
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
-        self._costs.see(plan)
+        placed = plan.composition.placed_tokens
+        self._costs.see(plan.parts, len(plan.composition.tokens) - placed, placed)
         self._give_back(plan)
         self.keeper.keep_prompt(prompt, plan, arena)
 
@@ -193,13 +194,14 @@ class Slots(Preset):
 
     def _decide(self, prompt: Prompt, matches: Sequence[Match]) -> tuple[Decision, ...]:
         """Gate every match; where one has to be observed first, none is placed."""
-        decisions = [Decision(match, self._gate(prompt, match)) for match in matches]
+        pays = prompt.reader.sees is not None or self._costs.placing_pays()
+        decisions = [Decision(match, self._gate(prompt, match, pays=pays)) for match in matches]
         if any(decision.verdict.cold for decision in decisions) and not self.learner.frozen:
             calm = Verdict(None, Reason.OBSERVING)
             decisions = [d if not d.placed else Decision(d.match, calm) for d in decisions]
         return tuple(decisions)
 
-    def _gate(self, prompt: Prompt, match: Match) -> Verdict:
+    def _gate(self, prompt: Prompt, match: Match, *, pays: bool) -> Verdict:
         """Whether a match may be placed (METHOD 6.2)."""
         if prompt.reader.exact:
             return Verdict(None, Reason.READS_EXACTLY)
@@ -211,7 +213,7 @@ class Slots(Preset):
         if ratio and not self._scout.can(by):
             return Verdict(None, Reason.MODEL_UNSUPPORTED)
         verdict = self.learner.verdict(prompt.reader, match)
-        if verdict.reason is None and prompt.reader.sees is None and not self._costs.placing_pays:
+        if verdict.reason is None and not pays:
             return Verdict(None, Reason.NOT_WORTH_IT)
         return verdict
 

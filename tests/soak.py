@@ -344,8 +344,8 @@ def soak(plan: Plan, report: float = 60.0) -> Tally:
     if plan.deterministic:
         alone = runs_alone(plan, loaded, jobs(random.Random(plan.seed), longest, pool))
     work, tally, process = jobs(random.Random(plan.seed), longest, pool), Tally(), psutil.Process()
-    begun = shown = time.monotonic()
     with rig(plan, loaded) as made:
+        begun = shown = time.monotonic()
         while time.monotonic() - begun < plan.seconds:
             for preset, mesh in made.meshes.items():
                 asyncio.run(leg(mesh, work, alone.get(preset, {}), plan, tally))

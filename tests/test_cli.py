@@ -179,7 +179,7 @@ def test_options_can_be_set_in_the_environment(mesh: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_leaves_a_readable_record(mesh: Path, tmp_path: Path, number: signal.Signals) -> None:
-    long = ["--set", "agents.agent.generate.max_tokens=3000"]
+    long = ["--set", "agents.agent.generate.max_tokens=1900"]
     line = [sys.executable, "-m", "agentmesh", "run", str(mesh), "-i", "question=What?", *long]
     with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60

@@ -41,7 +41,9 @@ class Costs:
         self._refused = 0
 
     def see(self, parts: Parts, computed: int, placed: int) -> None:
-        """Learn from a prefill that was timed, of so many tokens."""
+        """Learn from a prefill of so many tokens, if it was timed."""
+        if not parts.forward:
+            return
         self._computed.append(parts.forward / computed)
         if placed:
             self._placed.append((parts.realign + parts.compose) / placed)

@@ -142,7 +142,7 @@ def main() -> None:
     output = sum(call.output_tokens for result in results for call in result.calls)
     print(
         f"llama.cpp, one at a time: {60 * len(samples) / wall:.1f} questions a minute, {output / wall:.1f} "
-        f"tokens/s, decoding {backend.decoded / backend.decode_s:.1f} tokens/s, prefill {backend.prefill_s / wall:.0%} of the time"
+        f"tokens/s, decoding {backend.decoded / backend.decode_s:.1f} tokens/s, prefill {backend.prefill_s / wall:.0%}"
     )
     del model, backend, mesh
     plan = Plan(asked.presets.split(","), [asked.concurrency], asked.warmup, asked.limit, baseline=0)

@@ -70,7 +70,8 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self._spans = spans
         self.longest = max(arena.length for arena in arenas)
         self._layer = 0
-        self._new = _views(arenas, 1)
+        rows = (arena.both[:, :, :, arena.length - 1 : arena.length].unbind(1) for arena in arenas)
+        self._new = list(zip(*rows, strict=True))
         self._seen: dict[int, tuple[Views, Views]] = {}
         super().__init__(layers=[BatchLayer(self, layer) for layer in range(arenas[0].shape.layers)])
 
@@ -78,8 +79,7 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """Write the rows ``[B, H, 1, D]`` of the layer that runs now."""
         self._layer = layer
         with self._spans.mark(Mark.CACHE):
-            targets = [*self._new[0][layer], *self._new[1][layer]]
-            torch._foreach_copy_(targets, [*torch.split(keys, 1), *torch.split(values, 1)])
+            torch._foreach_copy_(self._new[layer], torch.stack((keys, values), dim=1).unbind(0))
 
     def attend(self, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
         """Attention of ``query [B, Hq, 1, D]``, each row over its own last ``window`` keys; ``[B, 1, Hq, D]``.

@@ -92,8 +92,7 @@ class Scout:
         sinks = [position for position in range(min(SINKS, queries[0])) if position not in covered]
         positions = [*sinks, *queries]
         cache = self.runner.open(len(composition.tokens))
-        cache.arena.keys.zero_()
-        cache.arena.values.zero_()
+        cache.arena.both.zero_()
         for piece in composition.placed:
             cache.arena.place(piece.start, piece.kv.fetch(), self.runner.rope)
         watch = AttentionWatch(skip=len(sinks))

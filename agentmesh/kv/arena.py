@@ -33,25 +33,25 @@ class KVShape:
 
 
 class Arena:
-    """Keys and values ``[L, H, capacity, D]`` of one sequence.
+    """Keys and values ``[L, H, capacity, D]`` of one sequence, views of ``both [2, L, H, capacity, D]``.
 
     ``length`` tokens are visible to attention. Rows are aimed first (``aim``), then written layer by layer while the
     model runs (``write_layer``), or all at once from a store (``place``).
     """
 
     def __init__(self, shape: KVShape, capacity: int) -> None:
-        size = (shape.layers, shape.heads, capacity, shape.head_dim)
+        size = (2, shape.layers, shape.heads, capacity, shape.head_dim)
         self.shape = shape
         self.capacity = capacity
-        self.keys = torch.empty(size, dtype=shape.dtype, device=shape.device)
-        self.values = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self.both = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self.keys, self.values = self.both.unbind(0)
         self.length = 0
         self._rows: Rows = slice(0, 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return self.keys.nbytes + self.values.nbytes
+        return self.both.nbytes
 
     def aim(self, rows: Rows, length: int) -> None:
         """Say where the next forward's rows go and how many tokens it attends over.
@@ -99,8 +99,7 @@ class Arena:
     def copy(self, other: Arena, rows: int) -> None:
         """Copy the first rows of another arena."""
         assert rows <= min(self.capacity, other.capacity), f"{rows} rows do not fit"
-        self.keys[:, :, :rows] = other.keys[:, :, :rows]
-        self.values[:, :, :rows] = other.values[:, :, :rows]
+        self.both[:, :, :, :rows] = other.both[:, :, :, :rows]
 
     def read(self, start: int, stop: int) -> KV:
         """Rows ``start`` to ``stop`` as they are cached, as a view: copy it (``owned``) to keep it."""

@@ -46,6 +46,10 @@ class Reason(Choice):
     READ_BEFORE = "read-before", "An earlier agent of the run read it: placed from that agent's context."
     WRITTEN_BEFORE = "written-before", "An earlier agent of the run wrote it: placed from what it decoded."
     FROM_CORPUS = "from-corpus", "A passage kept behind a neutral header: placed from there."
+    COPIED = (
+        "copied",
+        "Its writer copied it from a text that is not in this prompt: placed from where the writer read it.",
+    )
     ANCHORED = "anchored", "Fixed text behind a slot, placed with the offsets of that slot's anchors (`kvcomm`)."
     PRESET_DENSE = "preset-dense", "The preset computes everything."
     MODEL_UNSUPPORTED = "model-unsupported", "The probe refused the model's attention."
@@ -112,6 +116,7 @@ SHAREABLE = FALLBACKS | {
     Reason.READ_BEFORE,
     Reason.WRITTEN_BEFORE,
     Reason.FROM_CORPUS,
+    Reason.COPIED,
     Reason.IDENTICAL_PREFIX,
     Reason.BLOCK_HEAD,
     Reason.LINE_BREAK,

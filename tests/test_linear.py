@@ -36,11 +36,11 @@ def shifted(base: KV, noise: float = 0.0, seed: int = 0) -> KV:
     return KV(keys, values, Frame.FREE)
 
 
-def learned(count: int, noise: float = 0.0, begin: int = 0) -> Linear:
+def learned(count: int, noise: float = 0.0) -> Linear:
     found = Linear.empty(SHAPE)
     for seed in range(count):
         base = random_kv(seed)
-        found = found.learn(found.study(base, shifted(base, noise, seed), begin))
+        found = found.learn(found.study(base, shifted(base, noise, seed), range(base.tokens)))
     return found
 
 
@@ -52,7 +52,7 @@ def test_a_linear_shift_is_learned_and_applied() -> None:
     base = random_kv(1000)
     truth = shifted(base)
 
-    found = learned(8).realign(base, 0).fetch()
+    found = learned(8).realign(base, range(base.tokens)).fetch()
 
     assert error(found, truth) < 0.02 * error(base, truth)
     assert torch.equal(found.keys[0], base.keys[0])
@@ -61,10 +61,10 @@ def test_a_linear_shift_is_learned_and_applied() -> None:
 def test_one_observation_gives_the_closed_form_of_weighted_ridge_regression() -> None:
     base = random_kv(3)
     truth = shifted(base, 0.5)
-    known = Linear.empty(SHAPE).learn(Linear.empty(SHAPE).study(base, truth))
+    known = Linear.empty(SHAPE).learn(Linear.empty(SHAPE).study(base, truth, range(base.tokens)))
 
     row = 3  # layer 1, head 1
-    x = features(base, 0)[row].double()
+    x = features(base, range(base.tokens))[row].double()
     y = torch.cat([truth.keys - base.keys, truth.values - base.values], dim=3).flatten(0, 1)
     w = robust_weights(y)[row].double()
     gram = (x * w[:, None]).T @ x
@@ -77,8 +77,8 @@ def test_one_observation_gives_the_closed_form_of_weighted_ridge_regression() ->
 def test_layers_can_be_made_in_parts() -> None:
     known, base = learned(6), random_kv(50)
 
-    whole = known.realign(base, 4).fetch()
-    part = known.realign(base, 4).fetch(slice(1, 3))
+    whole = known.realign(base, range(4, 4 + base.tokens)).fetch()
+    part = known.realign(base, range(4, 4 + base.tokens)).fetch(slice(1, 3))
 
     torch.testing.assert_close(part.keys, whole.keys[1:3])
     torch.testing.assert_close(part.values, whole.values[1:3])
@@ -88,10 +88,11 @@ def test_what_cannot_be_predicted_shrinks_to_no_offset() -> None:
     known = Linear.empty(SHAPE)
     for seed in range(12):
         base, noise = random_kv(seed, 12), random_kv(seed + 500, 12)
-        known = known.learn(known.study(base, KV(base.keys + noise.keys, base.values + noise.values, Frame.FREE)))
+        truth = KV(base.keys + noise.keys, base.values + noise.values, Frame.FREE)
+        known = known.learn(known.study(base, truth, range(base.tokens)))
     base = random_kv(77)
 
-    moved = error(known.realign(base, 0).fetch(), base)
+    moved = error(known.realign(base, range(base.tokens)).fetch(), base)
 
     assert moved < 0.15 * float(base.keys.norm() + base.values.norm())
     assert bool((known.trial.errors <= known.trial.energy * (1 + 1e-5)).all())
@@ -122,7 +123,8 @@ def test_links_are_saved_and_loaded_for_the_same_model_and_texts(tmp_path: Path)
     base = random_kv(8)
     assert found.exact.observations == 6
     assert found.deep.observations == 0
-    assert torch.equal(found.exact.realign(base, 0).fetch().keys, known.realign(base, 0).fetch().keys)
+    loaded, kept = (one.realign(base, range(base.tokens)).fetch() for one in (found.exact, known))
+    assert torch.equal(loaded.keys, kept.keys)
     with pytest.raises(InputError, match="another model"):
         load(path, fresh, "other", {"b": "text"})
     with pytest.raises(InputError, match="texts of b have changed"):
@@ -135,7 +137,7 @@ def test_links_are_saved_and_loaded_for_the_same_model_and_texts(tmp_path: Path)
 def test_links_with_one_observation_each_are_saved(tmp_path: Path) -> None:
     """They began as one value, and share what it has not learned yet."""
     path, fresh = tmp_path / "r.safetensors", Linear.empty(SHAPE)
-    first, second = (fresh.learn(fresh.study(random_kv(n), shifted(random_kv(n)))) for n in (1, 2))
+    first, second = (fresh.learn(fresh.study(random_kv(n), shifted(random_kv(n)), range(60))) for n in (1, 2))
 
     save(path, {"b read input": LinkState(first, fresh), "c read input": LinkState(second, fresh)}, "model", {})
 
@@ -183,7 +185,7 @@ def test_the_least_used_of_the_oldest_anchors_makes_room() -> None:
 
 def test_runs_that_all_began_with_nothing_teach_as_much_as_one_after_the_other() -> None:
     nothing = Linear.empty(SHAPE)
-    findings = [nothing.study(random_kv(seed), shifted(random_kv(seed))) for seed in range(8)]
+    findings = [nothing.study(random_kv(seed), shifted(random_kv(seed)), range(60)) for seed in range(8)]
 
     together = nothing
     for finding in findings:
@@ -197,14 +199,14 @@ def test_runs_that_all_began_with_nothing_teach_as_much_as_one_after_the_other()
 def test_a_trial_from_sums_is_the_trial_of_every_token() -> None:
     known, base = learned(5, noise=0.3), random_kv(60)
     truth = shifted(base, 0.3, 60)
-    finding = known.study(base, truth)
+    finding = known.study(base, truth, range(base.tokens))
     y = torch.cat([truth.keys - base.keys, truth.values - base.values], dim=3).flatten(0, 1)
     weight = robust_weights(y)[..., None]
 
     trial = finding.trial(known._solutions())
 
     for number, solution in enumerate(known._solutions()):
-        guess = features(base, 0) @ solution
+        guess = features(base, range(base.tokens)) @ solution
         cross = (guess * y * weight).sum(1).view(len(y), 2, -1).sum(2)
         square = (guess * guess * weight).sum(1).view(len(y), 2, -1).sum(2)
         torch.testing.assert_close(trial.cross[number], cross, atol=1e-2, rtol=1e-3)

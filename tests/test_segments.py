@@ -13,8 +13,9 @@ from agentmesh.events import Reason
 from agentmesh.kv.values import KV, Frame, join
 from agentmesh.prompt import Content, ContentKind, Prompt, Reader, Segment
 from agentmesh.sharing.budget import Budget, Worth
+from agentmesh.sharing.copies import copies
 from agentmesh.sharing.matching import Matcher, Relation
-from agentmesh.sharing.segments import Reading, Rows, SegmentStore, Span
+from agentmesh.sharing.segments import AHEAD, Reading, Rows, SegmentStore, Span
 
 BYTES = 2 * 4 * 4
 
@@ -103,6 +104,49 @@ def test_other_text_between_two_slots_ends_the_block() -> None:
     found = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), q, fixed(6), m, fixed(7)), 0)
 
     assert [match.tokens for match in found.matches] == [40, 30]
+
+
+def copying(kept: SegmentStore, depth: int = 0) -> tuple[Segment, Segment]:
+    """Somebody read a question and a message, and wrote a message that repeats 40 of its 50 tokens."""
+    q, heard = content("q", 40), content("h", 50)
+    words = (*content("w", 20).tokens, *heard.tokens[5:45], *content("v", 20).tokens)
+    said = Segment("s", "s", words, Content("s", ContentKind.MESSAGE, "s", words))
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(5), heard, fixed(9), consumer="a"), said, depth), {"q": 1, "s": 1})
+    return q, said
+
+
+def test_words_copied_from_a_text_that_the_prompt_lacks_have_a_nearer_base() -> None:
+    kept = store()
+    q, said = copying(kept)
+    later = prompt(fixed(3), q, fixed(5), said, fixed(7), consumer="b")
+    asked, answer = Matcher(kept, blocks=True, max_depth=2).match(later, 0).matches
+
+    (found,) = copies(kept, later, answer, answer.start, 2)
+
+    assert not list(copies(kept, later, asked, asked.start, 2))
+    assert (found.relation, found.start, found.stop) == (Relation.COPIED, answer.start + 20 + AHEAD, answer.start + 60)
+    assert found.at < answer.at
+    assert found.cut(found.start, found.stop).keys[0, 0, :, 0].tolist() == list(later.tokens[found.start : found.stop])
+
+
+def test_words_copied_from_a_text_that_the_prompt_has_too_stay_as_they_were_written() -> None:
+    kept = store()
+    q, said = copying(kept)
+    later = prompt(fixed(3), q, fixed(6), content("h", 50), fixed(8), said, fixed(7), consumer="b")
+
+    for match in Matcher(kept, blocks=True, max_depth=2).match(later, 0).matches:
+        assert not list(copies(kept, later, match, match.start, 2))
+
+
+def test_words_are_not_taken_from_rows_that_are_too_deep_nor_before_a_first_token() -> None:
+    kept = store()
+    q, said = copying(kept, depth=2)
+    later = prompt(fixed(3), q, fixed(5), said, fixed(7), consumer="b")
+    answer = Matcher(kept, blocks=True, max_depth=2).match(later, 0).matches[-1]
+
+    assert not list(copies(kept, later, answer, answer.start, 1))
+    (found,) = copies(kept, later, answer, answer.start + 45, 2)
+    assert found.start == answer.start + 45
 
 
 def test_a_message_is_matched_from_what_its_writer_decoded_up_to_its_last_kv() -> None:

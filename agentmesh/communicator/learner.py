@@ -151,8 +151,8 @@ class Learner:
             return Verdict(None, Reason.PREDICTED_ERROR)
         return Verdict(realigner)
 
-    def observe(self, reader: Reader, match: Match, base: KV, truth: KV, begin: int) -> None:
-        """Learn from a block whose truth is exact, from its token number ``begin`` on.
+    def observe(self, reader: Reader, match: Match, base: KV, truth: KV, numbers: Sequence[int]) -> None:
+        """Learn from tokens of a block, by their numbers in it, whose truth is exact.
 
         Where many runs overlap their findings fill the budget; more are not taken then, except in deterministic runs,
         where what is learned may not depend on what else is in memory.
@@ -164,7 +164,7 @@ class Learner:
         name = link(reader, match)
         state = self._view(reader).get(name, self.fresh)
         deep = match.depth > 0
-        finding = (state.deep if deep else state.exact).study(base, truth, begin)
+        finding = (state.deep if deep else state.exact).study(base, truth, numbers)
         self.ledger.note(reader.run, name, Observed(deep, finding))
 
     def audited(self, reader: Reader, matches: Sequence[Match], kl: float, *, flip: bool) -> Audit:
@@ -232,8 +232,8 @@ def link(reader: Reader, match: Match) -> str:
 
 
 def shares(relation: Relation) -> bool:
-    """Whether a match of this relation is moved into another context, so that there is something to learn."""
-    return relation is not Relation.HISTORY
+    """Whether a match of this relation is a slot's own base in another context, so that there is something to learn."""
+    return relation not in (Relation.HISTORY, Relation.COPIED)
 
 
 def _bytes(state: LinkState) -> int:

@@ -7,7 +7,7 @@ all the same. A slot that must be observed first makes its call dense, so that w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
@@ -26,6 +26,7 @@ from agentmesh.events import Audit, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
 from agentmesh.prompt.segments import Content, Prompt, Reader
+from agentmesh.sharing.copies import copies
 from agentmesh.sharing.matching import REASONS, Match, Matcher, Relation
 from agentmesh.sharing.realigner import NoOffset, Realigner
 
@@ -116,6 +117,7 @@ class Slots(Preset):
             found = self._matcher.match(prompt, at)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             decisions = self._decide(prompt, found.matches)
+            decisions += tuple(self._copies(prompt, decisions))
             labels = Labels(prompt, found.missing, at)
             for number, decision in enumerate(decisions):
                 self._paint(labels, number, decision)
@@ -217,6 +219,13 @@ class Slots(Preset):
             return Verdict(None, Reason.NOT_WORTH_IT)
         return verdict
 
+    def _copies(self, prompt: Prompt, decisions: Sequence[Decision]) -> Iterator[Decision]:
+        """Parts of matches that have a nearer base earlier in the same reading; placed where their match is."""
+        for decision in decisions:
+            match, first = decision.match, self._choice.recompute.first
+            for found in copies(self.keeper.segments, prompt, match, match.start + first, self._spec.max_depth):
+                yield Decision(found, Verdict(self._still) if decision.placed else decision.verdict)
+
     def _paint(self, labels: Labels, number: int, decision: Decision) -> None:
         """Label a match's tokens: its head computed, the rest placed, or all computed."""
         match, reason = decision.match, decision.verdict.reason
@@ -266,7 +275,7 @@ class Slots(Preset):
         whole = [
             Placement(decision.match.start, _source(decision, decision.match.start, decision.match.stop))
             for decision in decisions
-            if decision.placed
+            if decision.placed and decision.match.relation is not Relation.COPIED
         ]
         composition = Composition(labels.prompt.tokens, (*lead, *whole))
         last = max(low for low, _, label in labels.runs() if label.match >= 0)
@@ -275,12 +284,14 @@ class Slots(Preset):
 
     def _composition(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Composition:
         """What the engine runs, read off the labels."""
-        reach: dict[int, tuple[int, int]] = {}
+        reach: list[tuple[int, int, int]] = []
         for low, high, label in labels.runs():
             if label.kind is not Treatment.COMPUTED and label.match >= 0:
-                reach[label.match] = (reach.get(label.match, (low, high))[0], high)
-        placed = [Placement(low, _source(decisions[number], low, high)) for number, (low, high) in reach.items()]
-        spans = [span for low, high in reach.values() for span in labels.runs(low, high)]
+                again = bool(reach) and reach[-1][0] == label.match
+                start = reach.pop()[1] if again else low
+                reach.append((label.match, start, high))
+        placed = [Placement(low, _source(decisions[number], low, high)) for number, low, high in reach]
+        spans = [span for _, low, high in reach for span in labels.runs(low, high)]
         recomputed = (p for low, high, label in spans if label.kind is Treatment.COMPUTED for p in range(low, high))
         return Composition(labels.prompt.tokens, (*lead, *placed), labels.prompt.points, frozenset(recomputed))
 
@@ -311,14 +322,23 @@ class Slots(Preset):
         return plan
 
     def _observe(self, prompt: Prompt, plan: SlotPlan, arena: Arena) -> None:
-        """Learn from every match whose truth is in an exact arena."""
+        """Learn from every match whose truth is in an exact arena; what is copied from elsewhere teaches nothing."""
+        copied = {
+            position
+            for decision in plan.decisions
+            if decision.match.relation is Relation.COPIED
+            for position in range(decision.match.start, decision.match.stop)
+        }
         for decision in plan.decisions:
             match = decision.match
             if shares(match.relation) and match.tokens >= self._spec.min_tokens:
                 head = min(self._choice.recompute.first, match.tokens - 1)
                 base = match.cut(match.start + head, match.stop)
                 truth = arena.read_free(match.start + head, match.stop, self.keeper.rope)
-                self.learner.observe(prompt.reader, match, base, truth, head)
+                own = [p for p in range(match.start + head, match.stop) if p not in copied] or [match.stop - 1]
+                index = torch.tensor(own, device=truth.keys.device) - match.start - head
+                numbers = [position - match.start for position in own]
+                self.learner.observe(prompt.reader, match, base.take(index), truth.take(index), numbers)
 
     def _audit(self, prompt: Prompt, plan: SlotPlan, logits: torch.Tensor) -> Audit:
         """Check a reusing call against a dense prefill, which is an observation, too."""
@@ -334,7 +354,7 @@ def _source(decision: Decision, low: int, high: int) -> KVSource:
     """The rows of a placed match's tokens ``low`` to ``high``."""
     match, realigner = decision.match, decision.verdict.realigner
     assert realigner is not None, "a placed match has a realigner"
-    return realigner.realign(match.cut(low, high), low - match.start)
+    return realigner.realign(match.cut(low, high), range(low - match.start, high - match.start))
 
 
 def _paint_best(labels: Labels, numbers: Sequence[int], ratio: float, scores: torch.Tensor) -> None:

@@ -61,6 +61,10 @@ class KV:
         """Tokens ``start`` to ``stop`` as a view of the same memory."""
         return KV(self.keys[:, :, start:stop], self.values[:, :, start:stop], self.frame)
 
+    def take(self, index: torch.Tensor) -> KV:
+        """The tokens with some numbers ``[T]``, as a copy."""
+        return KV(self.keys[:, :, index], self.values[:, :, index], self.frame)
+
     def owned(self) -> KV:
         """A contiguous copy that shares memory with nothing."""
         return KV(self.keys.clone(), self.values.clone(), self.frame)

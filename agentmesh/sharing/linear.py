@@ -32,18 +32,18 @@ MEMORY = 0.9
 """Share of the prequential sums that is kept at each observation: early predictions were made from little."""
 
 
-def position_features(begin: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Features ``[T, 4]`` of the tokens number ``begin`` … of a block."""
-    t = torch.arange(begin, begin + tokens, dtype=torch.float32, device=device)
+def position_features(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Features ``[T, 4]`` of the tokens with these numbers in a block."""
+    t = torch.tensor(numbers, dtype=torch.float32, device=device)
     stacked = torch.stack([torch.ones_like(t), 1 / (1 + t), torch.exp(-t / 8), torch.exp(-t / 32)], dim=1)
     return POSITION_SCALE * stacked
 
 
-def features(base: KV, begin: int) -> torch.Tensor:
+def features(base: KV, numbers: Sequence[int]) -> torch.Tensor:
     """``x`` of every token, fp32 ``[L·H, T, 2D + 4]``."""
     keys = base.keys.flatten(0, 1).float()
     values = base.values.flatten(0, 1).float()
-    places = position_features(begin, base.tokens, keys.device).expand(len(keys), -1, -1)
+    places = position_features(numbers, keys.device).expand(len(keys), -1, -1)
     return torch.cat([keys, values, places], dim=2)
 
 
@@ -70,18 +70,18 @@ class LinearMap:
     weights: torch.Tensor
 
     @torch.inference_mode()
-    def apply(self, base: KV, begin: int, layers: slice = ALL) -> KV:
+    def apply(self, base: KV, numbers: Sequence[int], layers: slice = ALL) -> KV:
         """Some layers of the base as the consumer's context would have made them.
 
         Args:
             base: the whole base.
-            begin: its first token's number in its block.
+            numbers: of its tokens in their block.
             layers: which layers to make.
         """
         base = base.fetch(layers)
         count, heads, tokens, dim = base.keys.shape
         weights = self.weights.view(-1, heads, *self.weights.shape[1:])[layers].flatten(0, 1).to(base.keys.dtype)
-        places = position_features(begin, tokens, base.keys.device).to(base.keys.dtype)
+        places = position_features(numbers, base.keys.device).to(base.keys.dtype)
         out = places @ weights[:, 2 * dim :]
         out.baddbmm_(base.keys.flatten(0, 1), weights[:, :dim])
         out.baddbmm_(base.values.flatten(0, 1), weights[:, dim : 2 * dim])
@@ -131,7 +131,7 @@ class Realigned:
     """KV that a linear map makes when it is placed."""
 
     base: KV
-    begin: int
+    numbers: Sequence[int]
     map: LinearMap
 
     @property
@@ -141,7 +141,7 @@ class Realigned:
 
     def fetch(self, layers: slice = ALL) -> KV:
         """Apply the map to some layers."""
-        return self.map.apply(self.base, self.begin, layers)
+        return self.map.apply(self.base, self.numbers, layers)
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,9 @@ class Linear(Realigner[LinearFinding]):
         return sum(tensor.nbytes for tensor in tensors)
 
     @torch.inference_mode()
-    def study(self, base: KV, truth: KV, begin: int = 0) -> LinearFinding:
+    def study(self, base: KV, truth: KV, numbers: Sequence[int]) -> LinearFinding:
         """Sums of one observation; see ``Realigner.study``."""
-        x = features(base, begin)
+        x = features(base, numbers)
         true = torch.cat([truth.keys.flatten(0, 1), truth.values.flatten(0, 1)], dim=2).float()
         y = true - torch.cat([base.keys.flatten(0, 1), base.values.flatten(0, 1)], dim=2).float()
         root = robust_weights(y).sqrt()[..., None]
@@ -253,9 +253,9 @@ class Linear(Realigner[LinearFinding]):
         """Solve the regression, and work out its residual; both are kept."""
         _ = self.map, self.residual
 
-    def realign(self, base: KV, begin: int) -> KVSource:
+    def realign(self, base: KV, numbers: Sequence[int]) -> KVSource:
         """KV that the map makes when it is placed."""
-        return Realigned(base, begin, self.map)
+        return Realigned(base, numbers, self.map)
 
     def _solutions(self) -> list[torch.Tensor]:
         """Ridge solutions ``[L·H, F, 2D]``, one for each strength."""

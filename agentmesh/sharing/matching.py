@@ -26,12 +26,16 @@ class Relation(Choice):
     WROTE = "wrote"
     CORPUS = "corpus"
 
+    COPIED = "copied"
+    """It wrote these words after reading them in a text that is not in the prompt; placed from there (``copies``)."""
+
 
 REASONS = {
     Relation.HISTORY: Reason.SAME_HISTORY,
     Relation.READ: Reason.READ_BEFORE,
     Relation.WROTE: Reason.WRITTEN_BEFORE,
     Relation.CORPUS: Reason.FROM_CORPUS,
+    Relation.COPIED: Reason.COPIED,
 }
 
 

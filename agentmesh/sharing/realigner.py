@@ -8,7 +8,7 @@ once and added later, in the order of the runs. To add a realigner, write one mo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar, final
 
@@ -40,13 +40,13 @@ class Realigner(ABC, Generic[Finding]):
         """Expected squared error of realigned KV, relative to the KV itself; mean over layers, keys and values."""
 
     @abstractmethod
-    def study(self, base: KV, truth: KV, begin: int = 0) -> Finding:
+    def study(self, base: KV, truth: KV, numbers: Sequence[int]) -> Finding:
         """What an observation teaches, whatever is known so far.
 
         Args:
             base: position-free KV of a block as an earlier agent's context made it.
             truth: position-free KV of the same tokens in the consumer's context; exact.
-            begin: number of the first of these tokens in its block.
+            numbers: of these tokens in their block, ascending.
         """
 
     @abstractmethod
@@ -71,8 +71,8 @@ class Realigner(ABC, Generic[Finding]):
         """Work out what ``realign`` needs, if that was not done yet."""
 
     @abstractmethod
-    def realign(self, base: KV, begin: int) -> KVSource:
-        """KV of a block's tokens from number ``begin`` on, as the consumer's context would have made it."""
+    def realign(self, base: KV, numbers: Sequence[int]) -> KVSource:
+        """KV of the tokens with these numbers in a block, as the consumer's context would have made it."""
 
 
 @final
@@ -97,7 +97,7 @@ class NoOffset(Realigner[None]):
         """It makes no prediction."""
         return 0.0
 
-    def study(self, base: KV, truth: KV, begin: int = 0) -> None:
+    def study(self, base: KV, truth: KV, numbers: Sequence[int]) -> None:
         """There is nothing to learn."""
 
     def learn(self, finding: None) -> NoOffset:  # noqa: ARG002  # there is nothing in it
@@ -115,6 +115,6 @@ class NoOffset(Realigner[None]):
     def prepare(self) -> None:
         """Nothing is needed."""
 
-    def realign(self, base: KV, begin: int) -> KVSource:  # noqa: ARG002  # nothing depends on it
+    def realign(self, base: KV, numbers: Sequence[int]) -> KVSource:  # noqa: ARG002  # nothing depends on it
         """The base itself."""
         return base

@@ -67,6 +67,10 @@ class Reason(Choice):
         "line-break",
         "A line break at the end of a placed block, computed to anchor the block in its new context.",
     )
+    ECHO = (
+        "echo",
+        "Repeats a text ahead of it that its writer had not seen: computed, because nobody has made such KV.",
+    )
     PICKED = "picked", "Tokens of a placed block that a look at the cache picked to be computed."
     NO_KV = "no-kv", "The last token of a message has no KV, because nothing was decoded after it."
     NOT_WARM = "not-warm", "Too few observations of this slot: the whole call is computed, and observed."
@@ -120,6 +124,7 @@ SHAREABLE = FALLBACKS | {
     Reason.IDENTICAL_PREFIX,
     Reason.BLOCK_HEAD,
     Reason.LINE_BREAK,
+    Reason.ECHO,
     Reason.PICKED,
     Reason.NO_KV,
     Reason.TOO_SHORT,

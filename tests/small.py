@@ -17,7 +17,7 @@ agents:
       {% endfor %}
       Now.
     generate: {max_tokens: 24}
-communicator: {preset: linear, min_tokens: 8, warmup: 2, max_kl: 100.0}
+communicator: {preset: linear, min_tokens: 8, warmup: 2, max_kl: 100.0, cost_gate: false}
 run: {deterministic: true, concurrency: 2}
 """
 TASK = "version: 1\nkind: math\nfile: samples.jsonl\nscorers: [gsm8k]\n"

@@ -34,7 +34,7 @@ agents:
       {% endfor %}
       Go on.
     generate: {max_tokens: 40}
-communicator: {preset: linear, max_kl: 1000}
+communicator: {preset: linear, max_kl: 1000, cost_gate: false}
 """
 
 

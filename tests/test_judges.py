@@ -143,7 +143,7 @@ def tiny(preset: str, reads: str, **judge: Any) -> Mesh:
         agents={"debater": written, "judge": {**written, "reads": reads, **judge}},
         topology={**DEBATE, "rounds": 2},
         model="random:tiny-llama",
-        communicator={"preset": preset, "min_tokens": 4, "audit": 1.0, "max_kl": 100.0},
+        communicator={"preset": preset, "min_tokens": 4, "audit": 1.0, "max_kl": 100.0, "cost_gate": False},
         run={"deterministic": True},
     )
 
@@ -240,7 +240,7 @@ agents:
       Now.
     generate: {max_tokens: 12}
   judge: *written
-communicator: {preset: rotate, min_tokens: 8, max_kl: 100.0}
+communicator: {preset: rotate, min_tokens: 8, max_kl: 100.0, cost_gate: false}
 run: {deterministic: true}
 """
 

@@ -27,7 +27,7 @@ agents:
   writer: {prompt: "Answer {{ question }}", generate: {max_tokens: 12}}
   reader: {prompt: "Check {{ question }}\\n{{ inbox[0] }}\\nNow.", generate: {max_tokens: 12}}
   gate: {python: "gates:Gate"}
-communicator: {preset: linear, min_tokens: 8, warmup: 2, max_kl: 100.0}
+communicator: {preset: linear, min_tokens: 8, warmup: 2, max_kl: 100.0, cost_gate: false}
 run: {deterministic: true, concurrency: 2}
 """
 GATES = """

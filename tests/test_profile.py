@@ -43,7 +43,7 @@ MESH = {
             "generate": {"max_tokens": 24},
         }
     },
-    "communicator": {"preset": "linear", "max_kl": 1000, "audit": 1.0, "min_tokens": 8},
+    "communicator": {"preset": "linear", "max_kl": 1000, "audit": 1.0, "min_tokens": 8, "cost_gate": False},
 }
 
 

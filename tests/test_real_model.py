@@ -110,7 +110,7 @@ def test_three_hundred_runs_keep_memory_flat_and_the_budget(preset: str, budget:
         agents=agents,
         topology="fully-connected",
         model="random:tiny-llama",
-        communicator={"preset": preset, "budget": budget, "min_tokens": 4, "max_kl": 1e6},
+        communicator={"preset": preset, "budget": budget, "min_tokens": 4, "max_kl": 1e6, "cost_gate": False},
     ) as mesh:
         backend = mesh.load()
         for number in range(0, 300, 20):

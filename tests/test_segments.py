@@ -13,8 +13,8 @@ from agentmesh.events import Reason
 from agentmesh.kv.values import KV, Frame, join
 from agentmesh.prompt import Content, ContentKind, Prompt, Reader, Segment
 from agentmesh.sharing.budget import Budget, Worth
-from agentmesh.sharing.copies import copies
 from agentmesh.sharing.matching import Matcher, Relation
+from agentmesh.sharing.repeats import copies, echoes
 from agentmesh.sharing.segments import AHEAD, Reading, Rows, SegmentStore, Span
 
 BYTES = 2 * 4 * 4
@@ -147,6 +147,20 @@ def test_words_are_not_taken_from_rows_that_are_too_deep_nor_before_a_first_toke
     assert not list(copies(kept, later, answer, answer.start, 1))
     (found,) = copies(kept, later, answer, answer.start + 45, 2)
     assert found.start == answer.start + 45
+
+
+def test_words_that_the_writer_could_not_know_to_be_repeated_are_echoes() -> None:
+    kept, q = store(), content("q", 40)
+    words = (*content("w", 20).tokens, *content("h", 50).tokens[5:45], *content("v", 20).tokens)
+    heard, said = content("h", 50), Segment("s", "s", words, Content("s", ContentKind.MESSAGE, "s", words))
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="a"), heard), {"q": 1, "h": 1})
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="b"), said), {"q": 1, "s": 1})
+    later = prompt(fixed(3), q, fixed(5), heard, fixed(6), said, fixed(7), consumer="c")
+
+    asked, first, second = Matcher(kept, blocks=True, max_depth=2).match(later, 0).matches
+
+    assert not [*echoes(later, asked), *echoes(later, first)]
+    assert list(echoes(later, second)) == [range(second.start + 20, second.start + 60)]
 
 
 def test_a_message_is_matched_from_what_its_writer_decoded_up_to_its_last_kv() -> None:

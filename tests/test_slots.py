@@ -48,7 +48,10 @@ def mesh(communicator: Any, agents: int = 3, **run: Any) -> Mesh:
         agents={f"agent.{number}": member(f"Role {number}") for number in range(1, agents + 1)},
         topology={"use": "fully-connected", "agents": agents},
         model="random:tiny-llama",
-        communicator=communicator,
+        communicator={
+            "cost_gate": False,
+            **({"preset": communicator} if isinstance(communicator, str) else communicator),
+        },
         run=run,
     )
 
@@ -400,21 +403,32 @@ def test_the_last_line_breaks_of_a_block_are_computed() -> None:
     assert call.placed_slots == sum(row.tokens for row in call.plan if row.kind is Treatment.PLACED_REALIGNED)
 
 
-def test_placing_is_judged_by_medians_and_tried_again() -> None:
+def test_placing_is_judged_by_most_prefills_and_tried_again() -> None:
     """One slow moment decides nothing; what does not pay is measured again now and then, and may pay then."""
     costs = Costs()
     costs.see(Parts(forward=10, realign=900, compose=100), computed=100, placed=100)
-    assert costs.placing_pays(), "one measurement is too few"
+    assert costs.placing_pays(100), "one measurement is too few"
     for _ in range(8):
         costs.see(Parts(forward=10, realign=1, compose=1), computed=100, placed=100)
-    assert costs.placing_pays(), "0.02 against 0.1 ms, and one slow moment"
+    assert costs.placing_pays(100), "0.02 against 0.1 ms, and one slow moment"
 
     dear = Costs()
     for _ in range(8):
         dear.see(Parts(forward=10, realign=30, compose=10), computed=100, placed=100)
-    asked = [dear.placing_pays() for _ in range(2 * Costs.TRY_AGAIN)]
+    asked = [dear.placing_pays(100) for _ in range(2 * Costs.TRY_AGAIN)]
     assert asked.count(True) == 2
 
-    for _ in range(8):
+    for _ in range(Costs.WINDOW):
         dear.see(Parts(forward=10, realign=1, compose=1), computed=100, placed=100)
-    assert dear.placing_pays()
+    assert dear.placing_pays(100)
+
+
+def test_few_tokens_are_computed_where_placing_has_a_price_of_its_own() -> None:
+    """Computing takes 20 ms and 1 ms a token, placing 30 ms and 0.1 ms a token: it pays from 34 tokens on."""
+    costs = Costs()
+    for tokens in range(40, 200, 20):
+        costs.see(Parts(forward=20 + tokens, realign=20 + 0.05 * tokens, compose=10 + 0.05 * tokens), tokens, tokens)
+    costs.see(Parts(forward=2000, realign=1, compose=1), computed=60, placed=60)
+
+    assert not costs.placing_pays(30)
+    assert costs.placing_pays(40)

@@ -117,7 +117,7 @@ class Labels:
 
 
 def _is_lost(label: Label) -> bool:
-    parts = (Reason.BLOCK_HEAD, Reason.LINE_BREAK, Reason.PICKED, Reason.NO_KV)
+    parts = (Reason.BLOCK_HEAD, Reason.LINE_BREAK, Reason.ECHO, Reason.PICKED, Reason.NO_KV)
     return label.kind is Treatment.COMPUTED and label.reason not in parts
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from statistics import median
 
 import torch
@@ -24,33 +27,58 @@ def divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
-class Costs:
-    """Milliseconds for each computed and each placed token, as measured on this machine (METHOD 6.2).
+@dataclass(frozen=True)
+class Line:
+    """Milliseconds that some tokens take: ``start`` whatever their number, and ``slope`` for each of them."""
 
-    Medians of the last prefills, so that one slow moment of the machine decides nothing; where placing does not
-    pay, some call now and then is placed all the same: what was measured once need not hold for ever.
+    start: float
+    slope: float
+
+    def of(self, tokens: int) -> float:
+        """Milliseconds for so many tokens."""
+        return self.start + self.slope * tokens
+
+    @staticmethod
+    def through(points: Sequence[tuple[int, float]]) -> Line:
+        """The line that most points ``(tokens, ms)`` lie near (Theil and Sen): medians, so that a few may be far off.
+
+        Points of one size alone say nothing of a start, which is taken as 0.
+        """
+        slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
+        slope = max(median(slopes), 0.0) if slopes else median(ms / tokens for tokens, ms in points)
+        return Line(max(median(ms - slope * tokens for tokens, ms in points), 0.0), slope)
+
+
+class Costs:
+    """What computing and placing tokens takes on this machine, as measured (METHOD 6.2).
+
+    Placing has a price of its own however few tokens it is, so short prompts may be cheaper computed. Lines through the
+    last prefills, so that one slow moment of the machine decides nothing; where placing does not pay, some call now and
+    then is placed all the same: what was measured once need not hold for ever.
     """
 
     ENOUGH = 5
-    WINDOW = 15
+    WINDOW = 20
     TRY_AGAIN = 32
 
     def __init__(self) -> None:
-        self._computed: deque[float] = deque(maxlen=self.WINDOW)
-        self._placed: deque[float] = deque(maxlen=self.WINDOW)
+        self._computed: deque[tuple[int, float]] = deque(maxlen=self.WINDOW)
+        self._placed: deque[tuple[int, float]] = deque(maxlen=self.WINDOW)
         self._refused = 0
 
     def see(self, parts: Parts, computed: int, placed: int) -> None:
         """Learn from a prefill of so many tokens, if it was timed."""
         if not parts.forward:
             return
-        self._computed.append(parts.forward / computed)
+        self._computed.append((computed, parts.forward))
         if placed:
-            self._placed.append((parts.realign + parts.compose) / placed)
+            self._placed.append((placed, parts.realign + parts.compose))
 
-    def placing_pays(self) -> bool:
-        """Whether placing a token is cheaper than computing it; yes with too few measurements, or to measure again."""
-        if len(self._placed) < self.ENOUGH or median(self._placed) < median(self._computed):
+    def placing_pays(self, tokens: int) -> bool:
+        """Whether placing so many tokens takes less than computing them; yes where that is to be measured."""
+        if len(self._placed) < self.ENOUGH:
+            return True
+        if Line.through(self._placed).of(tokens) < Line.through(self._computed).slope * tokens:
             return True
         self._refused = (self._refused + 1) % self.TRY_AGAIN
         return not self._refused

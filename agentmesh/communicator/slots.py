@@ -7,7 +7,7 @@ all the same. A slot that must be observed first makes its call dense, so that w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
@@ -26,9 +26,9 @@ from agentmesh.events import Audit, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
 from agentmesh.prompt.segments import Content, Prompt, Reader
-from agentmesh.sharing.copies import copies
 from agentmesh.sharing.matching import REASONS, Match, Matcher, Relation
 from agentmesh.sharing.realigner import NoOffset, Realigner
+from agentmesh.sharing.repeats import copies, echoes
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,13 @@ class SlotPlan(KeptPlan):
         decisions: every match, placed or not.
         audited: whether the call is checked afterwards.
         looked: the arena of its look, until it was prefilled.
+        apart: positions inside matches that are not placed from them, and teach nothing of them.
     """
 
     decisions: tuple[Decision, ...] = ()
     audited: bool = False
     looked: list[Arena] = field(default_factory=list)
+    apart: frozenset[int] = frozenset()
 
 
 @final
@@ -118,15 +120,20 @@ class Slots(Preset):
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             decisions = self._decide(prompt, found.matches)
             decisions += tuple(self._copies(prompt, decisions))
+            echoed = tuple(self._echoes(prompt, decisions))
             labels = Labels(prompt, found.missing, at)
             for number, decision in enumerate(decisions):
                 self._paint(labels, number, decision)
+            for number, run in echoed:
+                if decisions[number].placed:
+                    labels.paint(run.start, run.stop, computed(Reason.ECHO, number))
         with self._spans.part(Part.MATCH), parts.timed("match"):
             ready = self._pick(labels, lead, decisions)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             labels.check(strict=self._spec.strict)
             composition = replace(self._composition(labels, lead, decisions), ready=ready)
-            return self._plan(labels, composition, decisions, parts)
+            plan = self._plan(labels, composition, decisions, parts)
+            return replace(plan, apart=_positions(run for _, run in echoed) | plan.apart)
 
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
@@ -196,7 +203,9 @@ class Slots(Preset):
 
     def _decide(self, prompt: Prompt, matches: Sequence[Match]) -> tuple[Decision, ...]:
         """Gate every match; where one has to be observed first, none is placed."""
-        pays = prompt.reader.sees is not None or self._costs.placing_pays()
+        tokens = sum(max(match.tokens - self._choice.recompute.first, 0) for match in matches)
+        asks = self._spec.cost_gate and prompt.reader.sees is None and not self.learner.frozen
+        pays = not asks or self._costs.placing_pays(tokens)
         decisions = [Decision(match, self._gate(prompt, match, pays=pays)) for match in matches]
         if any(decision.verdict.cold for decision in decisions) and not self.learner.frozen:
             calm = Verdict(None, Reason.OBSERVING)
@@ -220,11 +229,17 @@ class Slots(Preset):
         return verdict
 
     def _copies(self, prompt: Prompt, decisions: Sequence[Decision]) -> Iterator[Decision]:
-        """Parts of matches that have a nearer base earlier in the same reading; placed where their match is."""
-        for decision in decisions:
+        """Parts of matches that have a nearer base; placed where their match is."""
+        for decision in decisions if self._choice.repeats else ():
             match, first = decision.match, self._choice.recompute.first
             for found in copies(self.keeper.segments, prompt, match, match.start + first, self._spec.max_depth):
                 yield Decision(found, Verdict(self._still) if decision.placed else decision.verdict)
+
+    def _echoes(self, prompt: Prompt, decisions: Sequence[Decision]) -> Iterator[tuple[int, range]]:
+        """Parts of matches that have no base at all, by the number of their decision."""
+        for number, decision in enumerate(decisions if self._choice.repeats else ()):
+            for run in echoes(prompt, decision.match):
+                yield number, run
 
     def _paint(self, labels: Labels, number: int, decision: Decision) -> None:
         """Label a match's tokens: its head computed, the rest placed, or all computed."""
@@ -317,25 +332,24 @@ class Slots(Preset):
             decisions=decisions,
             audited=any(depths) and reader.run != "" and draw(reader.seed) < self._spec.audit,
             looked=[] if composition.ready is None else [composition.ready],
+            apart=_positions(
+                range(decision.match.start, decision.match.stop)
+                for decision in decisions
+                if decision.match.relation is Relation.COPIED
+            ),
         )
         self.keeper.pin(plan)
         return plan
 
     def _observe(self, prompt: Prompt, plan: SlotPlan, arena: Arena) -> None:
-        """Learn from every match whose truth is in an exact arena; what is copied from elsewhere teaches nothing."""
-        copied = {
-            position
-            for decision in plan.decisions
-            if decision.match.relation is Relation.COPIED
-            for position in range(decision.match.start, decision.match.stop)
-        }
+        """Learn from every match whose truth is in an exact arena."""
         for decision in plan.decisions:
             match = decision.match
             if shares(match.relation) and match.tokens >= self._spec.min_tokens:
                 head = min(self._choice.recompute.first, match.tokens - 1)
                 base = match.cut(match.start + head, match.stop)
                 truth = arena.read_free(match.start + head, match.stop, self.keeper.rope)
-                own = [p for p in range(match.start + head, match.stop) if p not in copied] or [match.stop - 1]
+                own = [p for p in range(match.start + head, match.stop) if p not in plan.apart] or [match.stop - 1]
                 index = torch.tensor(own, device=truth.keys.device) - match.start - head
                 numbers = [position - match.start for position in own]
                 self.learner.observe(prompt.reader, match, base.take(index), truth.take(index), numbers)
@@ -348,6 +362,10 @@ class Slots(Preset):
         flip = int(wanted.argmax()) != int(logits.argmax())
         placed = [d.match for d in plan.decisions if d.placed and shares(d.match.relation)]
         return self.learner.audited(prompt.reader, placed, float(kl[0]), flip=flip)
+
+
+def _positions(runs: Iterable[range]) -> frozenset[int]:
+    return frozenset(position for run in runs for position in run)
 
 
 def _source(decision: Decision, low: int, high: int) -> KVSource:

@@ -80,13 +80,16 @@ class CommunicatorSpec(Frozen):
         preset: which one.
         budget: bytes that everything kept for reuse holds at most.
         min_tokens: shorter segments are computed.
-        share, realigner, recompute, blocks: change the preset's choices; ``blocks`` places runs of segments that one
-            earlier agent read in the same order as one block.
+        share, realigner, recompute, blocks, repeats: change the preset's choices; ``blocks`` places runs of segments
+            that one earlier agent read in the same order as one block, ``repeats`` heeds words that only one of sender
+            and reader has seen before (``sharing.repeats``).
         warmup: observations of a slot before it is shared.
         max_kl: predicted error, in nats a token, above which a slot is computed; also the audits' limit.
         max_flips: share of audits whose most likely token may differ before a slot's breaker opens.
         audit: share of reusing calls that are checked against a dense prefill.
         max_depth: how often placed KV may be placed again (METHOD 3).
+        cost_gate: whether slots are computed where placing them takes longer, as measured on this machine.
+            Deterministic runs and evaluations never ask: there, what is fast must not decide what is answered.
         strict: fail instead of computing what could not be shared.
         realigners: a file made by ``agentmesh calibrate``.
     """
@@ -98,12 +101,14 @@ class CommunicatorSpec(Frozen):
     realigner: RealignerKind | None = None
     recompute: Recompute | None = None
     blocks: bool | None = None
+    repeats: bool | None = None
     anchors: AnchorSpec = AnchorSpec()
     warmup: Annotated[Integer, Field(ge=1)] = 5
     max_kl: Annotated[Number, Field(gt=0)] = 0.02
     max_flips: Annotated[Number, Field(gt=0, le=1)] = 0.05
     audit: Annotated[Number, Field(ge=0, le=1)] = 0.02
     max_depth: Annotated[Integer, Field(ge=0)] = 2
+    cost_gate: bool = True
     strict: bool = False
     realigners: str | None = None
 
@@ -115,6 +120,7 @@ class PresetSpec(Frozen):
     realigner: RealignerKind = RealignerKind.NONE
     recompute: Recompute = Recompute()
     blocks: bool = True
+    repeats: bool = False
 
 
 PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
@@ -127,7 +133,10 @@ PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
             share=Share.SLOTS, realigner=RealignerKind.ANCHORS, recompute=Recompute(fixed=False), blocks=False
         ),
         "linear": PresetSpec(
-            share=Share.SLOTS, realigner=RealignerKind.LINEAR, recompute=Recompute(first=16, breaks=8, documents=0.3)
+            share=Share.SLOTS,
+            realigner=RealignerKind.LINEAR,
+            recompute=Recompute(first=16, breaks=8, documents=0.3),
+            repeats=True,
         ),
         "blend": PresetSpec(share=Share.SLOTS, recompute=Recompute(ratio=0.15)),
     }
@@ -147,6 +156,7 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
         realigner=preset.realigner if spec.realigner is None else spec.realigner,
         recompute=preset.recompute if spec.recompute is None else spec.recompute,
         blocks=preset.blocks if spec.blocks is None else spec.blocks,
+        repeats=preset.repeats if spec.repeats is None else spec.repeats,
     )
     anchors = found.realigner is RealignerKind.ANCHORS
     if anchors and found.blocks:
@@ -158,7 +168,7 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
 
 def specs(base: CommunicatorSpec, names: Sequence[str]) -> dict[str, CommunicatorSpec]:
     """The settings that presets are compared with: a mesh's own for its own preset, each other's defaults."""
-    plain = {"share": None, "realigner": None, "recompute": None, "blocks": None}
+    plain = {"share": None, "realigner": None, "recompute": None, "blocks": None, "repeats": None}
     return {name: base if name == base.preset else base.model_copy(update={**plain, "preset": name}) for name in names}
 
 

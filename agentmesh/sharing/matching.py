@@ -27,7 +27,7 @@ class Relation(Choice):
     CORPUS = "corpus"
 
     COPIED = "copied"
-    """It wrote these words after reading them in a text that is not in the prompt; placed from there (``copies``)."""
+    """It wrote these words after reading them in a text that is not in the prompt; placed from there (``repeats``)."""
 
 
 REASONS = {

@@ -25,7 +25,7 @@ from agentmesh.sharing.budget import Budget, Worth
 NEVER = 1 << 30
 
 AHEAD = 16
-"""Tokens that must agree ahead of a token before its rows are taken from another place (``copies``)."""
+"""Tokens that must agree ahead of a token before its rows are taken from another place (``repeats``)."""
 
 
 @dataclass(frozen=True)

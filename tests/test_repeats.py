@@ -81,7 +81,7 @@ def run(preset: Preset, rig: Rig, chain: Chain) -> SlotPlan:
 @pytest.mark.parametrize("name", ["rotate", "epic", "blend"])
 def test_copied_words_are_placed_from_where_they_were_read(tiny: tuple[LoadedModel, Support], name: str) -> None:
     loaded, support = tiny
-    rows = run(make(CommunicatorSpec(preset=name), support, loaded), Rig(support.runner), RANDOM).rows
+    rows = run(make(CommunicatorSpec(preset=name, repeats=True), support, loaded), Rig(support.runner), RANDOM).rows
 
     copied = [row for row in rows if row.reason is Reason.COPIED]
     picked = sum(row.tokens for row in rows if row.reason is Reason.PICKED)
@@ -106,7 +106,7 @@ def test_their_kv_is_much_nearer_to_a_dense_prefill_than_what_the_writer_had(smo
     chain = Chain(question, first, second, copied, encode("\n\nThe next one of the team says:\n"))
     support = probe(smollm2.model)
     rig = Rig(support.runner)
-    plan = run(make(CommunicatorSpec(preset="rotate"), support, smollm2), rig, chain)
+    plan = run(make(CommunicatorSpec(preset="rotate", repeats=True), support, smollm2), rig, chain)
     begin = chain.calls[2].prompt.starts[3]
     rows = slice(begin + copied.start + AHEAD, begin + copied.stop)
 

@@ -1,9 +1,12 @@
-"""Words that a source copied from a text its reader does not see.
+"""Words that stand in two texts, of which a sender and its reader have not seen the same ones.
 
-An agent that hands on what it was handed writes the same words again. The KV that they got while it wrote them says
-that they stood further ahead already; for a reader who sees them for the first time that is wrong, and no learned
-offset restores what is missing. The rows of an agent that *read* those words are the nearer base: it, too, saw them for
-the first time then (docs/method.md).
+The KV of a word says whether it stood further ahead already, and no learned offset changes that. So where the two
+contexts do not agree about it, what the sender made is a poor base (docs/method.md):
+
+- *Copies.* An agent that hands on what it was handed writes the same words again; its reader sees them for the first
+  time. The rows of an agent that *read* those words are the nearer base: it, too, saw them for the first time then.
+- *Echoes.* Two agents that did not see each other's messages wrote the same words. For a reader of both, those of the
+  second one are a repetition; nobody has such rows, so they are computed.
 """
 
 from __future__ import annotations
@@ -97,3 +100,28 @@ def _agreeing(tokens: Sequence[int], reading: Reading, place: Place, max_depth: 
         if tokens[count] != reading.tokens[place.at + count] or reading.depths[place.at + count] > max_depth
     )
     return next(ends, most)
+
+
+def echoes(prompt: Prompt, match: Match) -> Iterator[range]:
+    """Tokens of a match, ascending, that repeat an earlier content of the prompt which the match's agent had not seen.
+
+    Args:
+        prompt: whose match it is.
+        match: a slot's own base.
+    """
+    if match.relation not in (Relation.READ, Relation.WROTE):
+        return
+    known = {span.origin for span in match.reading.spans if span.start < match.at}
+    ahead = (segment for segment in prompt.segments[: match.first] if segment.content is not None)
+    strange = [segment.tokens for segment in ahead if segment.content and segment.content.origin not in known]
+    runs = {tokens[at : at + AHEAD] for tokens in strange for at in range(len(tokens) - AHEAD + 1)}
+    start = match.start
+    while runs and start + AHEAD <= match.stop:
+        if prompt.tokens[start : start + AHEAD] not in runs:
+            start += 1
+            continue
+        stop = start + AHEAD
+        while stop < match.stop and prompt.tokens[stop - AHEAD + 1 : stop + 1] in runs:
+            stop += 1
+        yield range(start, stop)
+        start = stop

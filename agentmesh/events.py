@@ -67,6 +67,10 @@ class Reason(Choice):
         "line-break",
         "A line break at the end of a placed block, computed to anchor the block in its new context.",
     )
+    BESIDE_COPY = (
+        "beside-copy",
+        "Stands between words copied from a text that is not in this prompt, and depends on that text: computed.",
+    )
     ECHO = (
         "echo",
         "Repeats a text ahead of it that its writer had not seen: computed, because nobody has made such KV.",
@@ -124,6 +128,7 @@ SHAREABLE = FALLBACKS | {
     Reason.IDENTICAL_PREFIX,
     Reason.BLOCK_HEAD,
     Reason.LINE_BREAK,
+    Reason.BESIDE_COPY,
     Reason.ECHO,
     Reason.PICKED,
     Reason.NO_KV,

@@ -16,7 +16,7 @@ from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import Support, probe
 from agentmesh.events import Reason
 from agentmesh.prompt import Content, ContentKind, Prompt, Reader, Segment
-from agentmesh.sharing.segments import AHEAD
+from agentmesh.sharing.repeats import AHEAD
 
 
 @pytest.fixture(scope="module")

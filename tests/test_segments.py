@@ -14,8 +14,8 @@ from agentmesh.kv.values import KV, Frame, join
 from agentmesh.prompt import Content, ContentKind, Prompt, Reader, Segment
 from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.matching import Matcher, Relation
-from agentmesh.sharing.repeats import copies, echoes
-from agentmesh.sharing.segments import AHEAD, Reading, Rows, SegmentStore, Span
+from agentmesh.sharing.repeats import AHEAD, GAP, copies, echoes, gaps
+from agentmesh.sharing.segments import Reading, Rows, SegmentStore, Span
 
 BYTES = 2 * 4 * 4
 
@@ -127,6 +127,19 @@ def test_words_copied_from_a_text_that_the_prompt_lacks_have_a_nearer_base() -> 
     assert (found.relation, found.start, found.stop) == (Relation.COPIED, answer.start + 20 + AHEAD, answer.start + 60)
     assert found.at < answer.at
     assert found.cut(found.start, found.stop).keys[0, 0, :, 0].tolist() == list(later.tokens[found.start : found.stop])
+
+
+def test_only_short_stretches_beside_copied_words_are_gaps() -> None:
+    kept = store()
+    q, said = copying(kept)
+    later = prompt(fixed(3), q, fixed(5), said, fixed(7), consumer="b")
+    answer = Matcher(kept, blocks=True, max_depth=2).match(later, 0).matches[-1]
+    (part,) = copies(kept, later, answer, answer.start, 2)
+
+    behind = range(part.stop, answer.stop)
+    assert part.start - answer.start > GAP
+    assert list(gaps(answer, [part])) == [behind]
+    assert not list(gaps(answer, []))
 
 
 def test_words_copied_from_a_text_that_the_prompt_has_too_stay_as_they_were_written() -> None:

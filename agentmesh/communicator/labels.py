@@ -116,9 +116,12 @@ class Labels:
                     )
 
 
+PARTS = frozenset({Reason.BLOCK_HEAD, Reason.LINE_BREAK, Reason.BESIDE_COPY, Reason.ECHO, Reason.PICKED, Reason.NO_KV})
+"""Reasons for computing parts of what is placed."""
+
+
 def _is_lost(label: Label) -> bool:
-    parts = (Reason.BLOCK_HEAD, Reason.LINE_BREAK, Reason.ECHO, Reason.PICKED, Reason.NO_KV)
-    return label.kind is Treatment.COMPUTED and label.reason not in parts
+    return label.kind is Treatment.COMPUTED and label.reason not in PARTS
 
 
 def _row(segment: str, tokens: int, label: Label) -> PlanRow:

@@ -28,7 +28,7 @@ from agentmesh.kv.values import KVSource
 from agentmesh.prompt.segments import Content, Prompt, Reader
 from agentmesh.sharing.matching import REASONS, Match, Matcher, Relation
 from agentmesh.sharing.realigner import NoOffset, Realigner
-from agentmesh.sharing.repeats import copies, echoes
+from agentmesh.sharing.repeats import copies, echoes, gaps
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,20 @@ class Slots(Preset):
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             decisions = self._decide(prompt, found.matches)
             decisions += tuple(self._copies(prompt, decisions))
-            echoed = tuple(self._echoes(prompt, decisions))
+            poor = tuple(self._without_base(prompt, decisions))
             labels = Labels(prompt, found.missing, at)
             for number, decision in enumerate(decisions):
                 self._paint(labels, number, decision)
-            for number, run in echoed:
+            for number, run, why in poor:
                 if decisions[number].placed:
-                    labels.paint(run.start, run.stop, computed(Reason.ECHO, number))
+                    labels.paint(run.start, run.stop, computed(why, number))
         with self._spans.part(Part.MATCH), parts.timed("match"):
             ready = self._pick(labels, lead, decisions)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             labels.check(strict=self._spec.strict)
             composition = replace(self._composition(labels, lead, decisions), ready=ready)
             plan = self._plan(labels, composition, decisions, parts)
-            return replace(plan, apart=_positions(run for _, run in echoed) | plan.apart)
+            return replace(plan, apart=_positions(run for _, run, _ in poor) | plan.apart)
 
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
@@ -235,11 +235,15 @@ class Slots(Preset):
             for found in copies(self.keeper.segments, prompt, match, match.start + first, self._spec.max_depth):
                 yield Decision(found, Verdict(self._still) if decision.placed else decision.verdict)
 
-    def _echoes(self, prompt: Prompt, decisions: Sequence[Decision]) -> Iterator[tuple[int, range]]:
-        """Parts of matches that have no base at all, by the number of their decision."""
+    def _without_base(self, prompt: Prompt, decisions: Sequence[Decision]) -> Iterator[tuple[int, range, Reason]]:
+        """Parts of matches that have no good base, by the number of their decision, and why."""
+        copied = [decision.match for decision in decisions if decision.match.relation is Relation.COPIED]
         for number, decision in enumerate(decisions if self._choice.repeats else ()):
-            for run in echoes(prompt, decision.match):
-                yield number, run
+            match = decision.match
+            if shares(match.relation):
+                inside = [part for part in copied if match.start <= part.start < match.stop]
+                yield from ((number, run, Reason.BESIDE_COPY) for run in gaps(match, inside))
+                yield from ((number, run, Reason.ECHO) for run in echoes(prompt, match))
 
     def _paint(self, labels: Labels, number: int, decision: Decision) -> None:
         """Label a match's tokens: its head computed, the rest placed, or all computed."""

@@ -107,7 +107,7 @@ class CommunicatorSpec(Frozen):
     max_kl: Annotated[Number, Field(gt=0)] = 0.02
     max_flips: Annotated[Number, Field(gt=0, le=1)] = 0.05
     audit: Annotated[Number, Field(ge=0, le=1)] = 0.02
-    max_depth: Annotated[Integer, Field(ge=0)] = 2
+    max_depth: Annotated[Integer, Field(ge=0)] = 3
     cost_gate: bool = True
     strict: bool = False
     realigners: str | None = None

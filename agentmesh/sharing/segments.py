@@ -17,15 +17,11 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from agentmesh.kv.values import KV, join
 from agentmesh.sharing.budget import Budget, Worth
 
 NEVER = 1 << 30
-
-AHEAD = 16
-"""Tokens that must agree ahead of a token before its rows are taken from another place (``repeats``)."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +33,6 @@ class Span:
     start: int
     stop: int
     written: bool = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where ``AHEAD`` tokens of a content begin in a reading, and where that content's KV ends."""
-
-    at: int
-    stop: int
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -85,16 +72,6 @@ class Reading:
     def nbytes(self) -> int:
         """Bytes of its KV."""
         return sum(rows.kv.nbytes for rows in self.rows)
-
-    @cached_property
-    def windows(self) -> Mapping[tuple[int, ...], list[Place]]:
-        """Every run of ``AHEAD`` tokens in the contents that its agent has read, as far as they have KV."""
-        found: dict[tuple[int, ...], list[Place]] = {}
-        for span in self.spans:
-            stop = min(span.stop, self.reach(span.start))
-            for at in range(span.start, stop - AHEAD + 1) if not span.written else ():
-                found.setdefault(self.tokens[at : at + AHEAD], []).append(Place(at, stop, span.origin))
-        return found
 
     def reach(self, start: int) -> int:
         """The token up to which there is KV without a gap from ``start`` on."""

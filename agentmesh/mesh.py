@@ -29,7 +29,7 @@ from agentmesh.results import Gathered, RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
-from agentmesh.turns import Turns, check_tenant, refuse_inside_loop, together
+from agentmesh.turns import Turns, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
 
 Progress = Callable[[str, int, int], None]
@@ -122,7 +122,9 @@ class Mesh:
         self._predicates = predicates(blueprint)
         self._backend: Backend | None = backend
         self._leads: tuple[tuple[int, ...], ...] | None = None
-        self._turns = Turns(lambda: self.width, deterministic=blueprint.run.deterministic)
+        store = blueprint.communicator.store
+        tenant = store.tenant if store is not None else ""
+        self._turns = Turns(lambda: self.width, deterministic=blueprint.run.deterministic, tenant=tenant)
 
     def __enter__(self) -> Mesh:
         return self
@@ -145,7 +147,7 @@ class Mesh:
 
         Raises:
             ModelError: the weights cannot be fetched or read.
-            InputError: the mesh's realigners were made for something else.
+            InputError: the mesh's realigners were made for something else, or its store is no folder.
         """
         if self._backend is None:
             from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
@@ -153,9 +155,12 @@ class Mesh:
             spec, exact = self.blueprint.communicator, self.blueprint.run.deterministic
             backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
             try:
-                if self.blueprint.communicator.realigners is not None:
-                    path = self.blueprint.folder / Path(self.blueprint.communicator.realigners).expanduser()
+                if spec.realigners is not None:
+                    path = self.blueprint.folder / Path(spec.realigners).expanduser()
                     backend.load_realigners(path, self.blueprint.digests)
+                if spec.store is not None:
+                    folder = self.blueprint.folder / Path(spec.store.path).expanduser()
+                    backend.keep_in(folder, spec.store, self.blueprint.digests, reads=not exact)
             except UsageError:
                 backend.close()
                 raise
@@ -183,7 +188,7 @@ class Mesh:
             InputError: no name for a tenant.
         """
         refuse_inside_loop("`await asyncio.to_thread(mesh.ingest)` instead of `mesh.ingest()`")
-        check_tenant(tenant)
+        tenant = self._turns.tenant(tenant)
         backend = self.load()
         contents = [content for worker in self._workers.values() for content in worker.agent.corpus()]
 
@@ -232,7 +237,6 @@ class Mesh:
             RunError: the run has no answer.
         """
         given = self.blueprint.all_inputs({**(inputs or {}), **named})
-        check_tenant(tenant)
         async with self._turns.turn(tenant) as reader:
             return await self._run(given, seed, sample, sinks, reader, check=check_judges)
 

@@ -46,14 +46,15 @@ def refuse_inside_loop(instead: str) -> None:
     raise UsageError(f"an event loop is running here already; use {instead}")
 
 
-def check_tenant(tenant: str) -> None:
-    """Refuse what cannot name a tenant.
+def tenant_name(named: str) -> str:
+    """A text that can name a tenant, as it is.
 
     Raises:
-        InputError: it is none.
+        InputError: it cannot.
     """
-    if not re.fullmatch(TENANT, tenant):
-        raise InputError(f"tenant {tenant!r}: expected {PATTERN_WORDS[TENANT]}")
+    if not re.fullmatch(TENANT, named):
+        raise InputError(f"tenant {named!r}: expected {PATTERN_WORDS[TENANT]}")
+    return named
 
 
 @final
@@ -63,19 +64,29 @@ class Turns:
     Args:
         width: how many runs may overlap; asked when the first one begins.
         deterministic: whether what a run sees of earlier ones depends on its number alone.
+        tenant: of runs that name none.
     """
 
-    def __init__(self, width: Callable[[], int], *, deterministic: bool) -> None:
+    def __init__(self, width: Callable[[], int], *, deterministic: bool, tenant: str = "") -> None:
         self._width = width
         self._deterministic = deterministic
+        self._tenant = tenant
         self._numbers = itertools.count()
         self._ends: dict[int, asyncio.Event] = {}
         self._room: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
+    def tenant(self, named: str) -> str:
+        """The tenant that is named, else the usual one.
+
+        Raises:
+            InputError: that is no name for a tenant.
+        """
+        return tenant_name(named) or self._tenant
+
     @asynccontextmanager
     async def turn(self, tenant: str = "") -> AsyncIterator[Reader]:
-        """Wait for room, and give a tenant's run its number and what it sees."""
-        number = next(self._numbers)
+        """Wait for room, and give a tenant's run its number and what it sees; see ``tenant``."""
+        tenant, number = self.tenant(tenant), next(self._numbers)
         sees = number - LAG if self._deterministic else None
         self._ends[number] = asyncio.Event()
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from agentmesh.communicator.persistence import Persistence
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.events import Audit, PlanRow, Reason, Treatment
 from agentmesh.kv.arena import Arena
@@ -96,6 +97,12 @@ class Preset(ABC):
 
     def adopt(self, other: Preset) -> None:  # noqa: B027  # most presets have nothing to learn
         """Begin with what another preset of the same kind has learned."""
+
+    def attach(self, kept: Persistence) -> None:  # noqa: B027  # a preset that places nothing keeps nothing
+        """Keep what later processes may use in a persistent store, and use what is there."""
+
+    def settle(self) -> None:  # noqa: B027  # most presets have nothing to learn
+        """No run will come any more: keep what was learned beyond this process."""
 
     @property
     def learns(self) -> bool:

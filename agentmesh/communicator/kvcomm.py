@@ -30,6 +30,7 @@ import torch
 from agentmesh.communicator.base import Plan, Preset
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Label, Labels, computed
+from agentmesh.communicator.persistence import Persistence
 from agentmesh.config.presets import AnchorSpec, CommunicatorSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
 from agentmesh.engine.spans import Part, Spans
@@ -227,6 +228,10 @@ class KVComm(Preset):
     def observe_only(self, *, on: bool) -> None:
         """Make every content an anchor while on, whatever the criterion says of it."""
         self._observing = on
+
+    def attach(self, kept: Persistence) -> None:
+        """Keep prefixes beyond this process; anchors are its own."""
+        self.keeper.attach(kept, readings=False)
 
     def freeze(self) -> None:
         """Keep the anchors as they are."""

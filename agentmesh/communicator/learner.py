@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.errors import InputError
@@ -61,6 +61,11 @@ class LinkState:
         enough = first.observations >= warmup or first.observations >= second.observations
         return first if enough else second
 
+    @property
+    def observations(self) -> int:
+        """Of both realigners."""
+        return self.exact.observations + self.deep.observations
+
     def predicted_kl(self, residual: float) -> float:
         """Nats a token that a residual stands for, as audits have measured it."""
         seen = sum(audit.residual for audit in self.audits)
@@ -93,6 +98,27 @@ class Verdict:
         return self.reason in (Reason.NOT_WARM, Reason.BREAKER_OPEN)
 
 
+class Archive(Protocol):
+    """Where links outlive a process."""
+
+    def links(self, tenant: str, fresh: LinkState) -> dict[str, LinkState]:
+        """What a tenant's links have learned, by name; nothing when asked again.
+
+        Args:
+            tenant: whose links.
+            fresh: a link of this model that has learned nothing.
+        """
+
+    def keep_links(self, states: Mapping[str, LinkState], warmup: int, *, all_of_them: bool = False) -> None:
+        """Keep links that have changed, all of them or those that have changed enough.
+
+        Args:
+            states: all links by name.
+            warmup: observations that a link needs before it shares.
+            all_of_them: whether a small change is enough.
+        """
+
+
 class Learner:
     """Owns what links have learned.
 
@@ -101,7 +127,8 @@ class Learner:
         empty: makes a realigner that has learned nothing.
         budget: where its statistics count.
 
-    While ``observing`` is set, no slot counts as warm. Once ``frozen``, nothing is learned any more.
+    While ``observing`` is set, no slot counts as warm. Once ``frozen``, nothing is learned any more. An ``archive``
+    keeps what is learned beyond the process.
     """
 
     def __init__(self, spec: CommunicatorSpec, empty: Callable[[], Realigner[Any]], budget: Budget) -> None:
@@ -112,6 +139,7 @@ class Learner:
         self._given: Mapping[str, LinkState] = {}
         self.observing = False
         self.frozen = False
+        self.archive: Archive | None = None
         self.ledger: Ledger[LinkState, Finding] = Ledger(self._learn)
         budget.join(self)
 
@@ -185,7 +213,9 @@ class Learner:
         return Audit(kl=kl, flip=flip, opened=tuple(opened))
 
     def begin(self, reader: Reader) -> None:
-        """Fix what a run sees."""
+        """Fix what a run sees; a tenant's first run brings back what its earlier ones have learned."""
+        if self.archive is not None:
+            self._take_up(self.archive.links(reader.tenant, self.fresh))
         self._view(reader)
 
     def freeze(self) -> None:
@@ -197,6 +227,23 @@ class Learner:
         """Commit what a run taught; what a later plan needs of it is worked out now, outside anybody's TTFT."""
         self.ledger.end(run)
         self._prepare()
+        if self.archive is not None:
+            self.archive.keep_links(self.ledger.states, self._spec.warmup)
+
+    def settle(self) -> None:
+        """Keep beyond the process what was learned, however little."""
+        if self.archive is not None:
+            self.archive.keep_links(self.ledger.states, self._spec.warmup, all_of_them=True)
+
+    def _take_up(self, states: Mapping[str, LinkState]) -> None:
+        """Go on from links that earlier processes have kept: those that know more, or whose breaker is open."""
+        for name, state in states.items():
+            mine = self.ledger.states.get(name) or self._at_first(name)
+            better = state.wait or state.observations > mine.observations
+            if better and self._budget.room(_bytes(state)):
+                self.ledger.states[name] = state
+        if states:
+            self._prepare()
 
     def _prepare(self) -> None:
         for state in self.ledger.states.values():
@@ -213,7 +260,7 @@ class Learner:
 
     def _at_first(self, name: str) -> LinkState:
         """What is known of a link before a tenant has taught anything: what the mesh was given, else nothing."""
-        return self._given.get(name.rpartition(OF_TENANT)[0] or name, self.fresh)
+        return self._given.get(split_link(name)[0], self.fresh)
 
     def _learn(self, name: str, state: LinkState | None, finding: Finding) -> LinkState | None:
         state = state or self._at_first(name)
@@ -242,6 +289,12 @@ def link(reader: Reader, match: Match) -> str:
     """The name of a link: offsets are learned by consumer, what the source did with the text, its kind, and tenant."""
     name = f"{reader.consumer} {match.relation} {match.kind}"
     return f"{name}{OF_TENANT}{reader.tenant}" if reader.tenant else name
+
+
+def split_link(name: str) -> tuple[str, str]:
+    """A link's name without its tenant, and the tenant."""
+    plain, _, tenant = name.rpartition(OF_TENANT)
+    return (plain, tenant) if plain and " " not in tenant else (name, "")
 
 
 def shares(relation: Relation) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import final
 
-from agentmesh.communicator.base import Plan, Preset, root_of, rows
+from agentmesh.communicator.base import Plan, Preset, rows
+from agentmesh.communicator.beginnings import Beginnings
+from agentmesh.communicator.persistence import Persistence
 from agentmesh.engine.composition import Composition, Placement
 from agentmesh.events import Reason
 from agentmesh.kv.arena import Arena
@@ -31,14 +33,14 @@ class Prefix(Preset):
     ) -> None:
         self.store = store
         self.budget = store.budget
-        self._fingerprint = fingerprint
+        self._beginnings = Beginnings(store, fingerprint)
         self._min_tokens = min_tokens
         self._limit = limit
 
     def plan(self, prompt: Prompt) -> Plan:
         """Place the longest stored prefix that ends at a reuse point."""
         placed, at = [], 0
-        for kv in self.store.match(self._root(prompt), prompt.tokens, prompt.points):
+        for kv in self._beginnings.match(prompt):
             placed.append(Placement(at, kv))
             at += kv.tokens
         limited = self._limit is not Reason.BEHIND_PREFIX
@@ -51,12 +53,14 @@ class Prefix(Preset):
         points, end = prompt.points, len(prompt.tokens)
         if prompt.continues and end - (points[-1] if points else 0) >= self._min_tokens:
             points = (*points, end)
-        self.store.insert(self._root(prompt), prompt.tokens, points, arena.read)
+        self._beginnings.keep(prompt, points, arena)
+
+    def attach(self, kept: Persistence) -> None:
+        """Keep prefixes beyond this process."""
+        self._beginnings.kept = kept
+        self.budget.join(kept.writer)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all stored prefixes."""
         return self.store.nbytes
-
-    def _root(self, prompt: Prompt) -> bytes:
-        return root_of(self._fingerprint, prompt.reader.tenant)

@@ -18,6 +18,7 @@ from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Label, Labels, computed
 from agentmesh.communicator.learner import Learner, Verdict, shares
 from agentmesh.communicator.measures import Costs, divergence, draw
+from agentmesh.communicator.persistence import Persistence
 from agentmesh.config.presets import CommunicatorSpec, Picking, PresetSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
 from agentmesh.engine.scout import Look, Scout
@@ -113,6 +114,7 @@ class Slots(Preset):
         with self._spans.part(Part.MATCH), parts.timed("match"):
             lead = self.keeper.lead(prompt)
             at = lead[-1].stop if lead else 0
+            self.keeper.recall(prompt, at)
             found = self._matcher.match(prompt, at)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             decisions = self._decide(prompt, found.matches)
@@ -168,7 +170,11 @@ class Slots(Preset):
         kept = 0
         for content in contents:
             tokens = content.tokens or ()
-            if len(tokens) >= self._spec.min_tokens and not self.keeper.knows(tokens, tenant):
+            if len(tokens) < self._spec.min_tokens or self.keeper.knows(tokens, tenant):
+                continue
+            if self.keeper.recall_passage(tokens, tenant):
+                kept += 1
+            else:
                 ingesting = self._spans.part(Part.INGEST, whole=True)
                 with ingesting, self._scout.dense((*header, *tokens)) as (_, arena):
                     kept += self.keeper.keep_passage(content, len(header), arena, tenant)
@@ -186,6 +192,15 @@ class Slots(Preset):
         """Begin with the other's links."""
         assert isinstance(other, Slots), "presets adopt from their own kind"
         self.learner.ledger.states = dict(other.learner.ledger.states)
+
+    def attach(self, kept: Persistence) -> None:
+        """Keep prefixes, readings and what links learn beyond this process."""
+        self.learner.archive = kept
+        self.keeper.attach(kept, readings=True)
+
+    def settle(self) -> None:
+        """Keep what links have learned, however little."""
+        self.learner.settle()
 
     def _give_back(self, plan: SlotPlan) -> None:
         """Let the arena of a call's look be used again."""

@@ -14,7 +14,7 @@ from pydantic import WithJsonSchema as JsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 UNIT_LIMIT = 2**53  # beyond it a float no longer counts in ones
 
@@ -91,7 +91,7 @@ def _unit_schema(*units: str) -> JsonSchema:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), _unit_schema("B", "[KMGkmg][Ii]?B")]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), _unit_schema("ms", "s", "m", "h")]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), _unit_schema("ms", "s", "m", "h", "d")]
 
 
 @dataclass(frozen=True)

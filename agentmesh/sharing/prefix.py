@@ -74,6 +74,12 @@ class PrefixStore:
             tokens: the prompt.
             points: its reuse points, ascending.
         """
+        found = self.pieces(root, tokens, points)
+        self.stats.hit_tokens += sum(kv.tokens for kv in found)
+        return found
+
+    def pieces(self, root: bytes, tokens: Sequence[int], points: Sequence[int]) -> list[KV]:
+        """What ``match`` finds, without counting it as a hit."""
         found: list[KV] = []
         for key, parent, piece in _chain(root, tokens, points):
             entry = self._entries.get(key)
@@ -81,7 +87,6 @@ class PrefixStore:
                 break
             self._entries.move_to_end(key)
             found.append(entry.kv)
-        self.stats.hit_tokens += sum(kv.tokens for kv in found)
         return found
 
     def insert(self, root: bytes, tokens: Sequence[int], points: Sequence[int], read: Callable[[int, int], KV]) -> None:

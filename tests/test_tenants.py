@@ -11,6 +11,7 @@ from test_slots import a_match, mesh, question
 
 from agentmesh import Mesh
 from agentmesh.communicator.learner import Learner
+from agentmesh.communicator.measures import Costs
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.errors import InputError
 from agentmesh.events import CallRecord, Reason
@@ -29,6 +30,12 @@ class Colliding:
 
     def digest(self) -> bytes:
         return b"same"
+
+
+@pytest.fixture(autouse=True)
+def _placing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shared does not depend on how busy the machine is."""
+    monkeypatch.setattr(Costs, "placing_pays", lambda _self: True)
 
 
 @pytest.fixture(params=[False, True], ids=["sha256", "colliding"])

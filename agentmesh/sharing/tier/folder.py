@@ -132,7 +132,7 @@ class Folder:
         """All entries' files; whatever else lies among them is set aside."""
         for place in sorted((self.root / "tenants").iterdir()):
             tenant = "" if place.name == DEFAULT else place.name.removeprefix(OF_TENANT)
-            if not place.is_dir() or (not tenant and place.name != DEFAULT):
+            if not place.is_dir() or tenant == place.name:
                 with suppress(OSError):
                     self.set_aside(place)
                 continue

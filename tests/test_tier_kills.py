@@ -7,8 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
+from killing import SERVER, was_killed
 from test_tier import MIB, folder_bytes
-from tiering import BUDGET, PRESETS, QUESTIONS, SERVER, ask, hammer, killed, team, texts
+from tiering import BUDGET, PRESETS, QUESTIONS, ask, hammer, team, texts
 
 from agentmesh.communicator.measures import Costs
 from agentmesh.sharing.tier.disk import DiskStore
@@ -40,7 +41,7 @@ def test_fifty_kills_while_writing_change_no_answer_and_leave_a_whole_folder(
         by_clock = draw.random() < 0.5
         operation = None if by_clock else draw.randint(1, 40)
         arguments = (str(answers), str(path), draw.choice(PRESETS), attempts, 6, operation)
-        kills += killed(ask, arguments, draw.uniform(0.1, 0.5) if by_clock else None)
+        kills += was_killed(ask, arguments, draw.uniform(0.1, 0.5) if by_clock else None)
         if not path.exists():
             continue
         store = DiskStore(path, BUDGET)

@@ -1,23 +1,19 @@
-"""Processes that work on one persistent store, and are killed; all are forked from a server that imported all."""
+"""What processes that share one persistent store do until they are killed."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import sys
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from killing import die_before
 
 from agentmesh import Mesh
 from agentmesh.communicator.measures import Costs
 from agentmesh.local import LocalBackend
 from agentmesh.sharing.tier.disk import DiskStore
 
-SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["tiering", "transformers.models.llama.modeling_llama"])
 FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir"})
 BUDGET = 4 * 2**20
 QUESTIONS = 8
@@ -58,17 +54,7 @@ def texts(mesh: Mesh, number: int, tenant: str = "") -> list[str]:
 
 def ask(folder: str, store: str, preset: str, seed: int, runs: int, operation: int | None) -> None:
     """Run a mesh with a store and write down every answer; killed right before a file operation in it, if told so."""
-    seen = 0
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event in FILE_EVENTS and str(arguments[0]).startswith(store):
-            seen += 1
-            if seen == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    if operation is not None:
-        sys.addaudithook(watch)
+    die_before(operation, store, FILE_EVENTS)
     Costs.placing_pays = lambda _self: True  # type: ignore[method-assign]  # this process is the test's own
     draw = random.Random(seed)
     with team(preset, Path(store)) as mesh, (Path(folder) / f"{seed}.jsonl").open("a") as file:
@@ -81,17 +67,6 @@ def ask(folder: str, store: str, preset: str, seed: int, runs: int, operation: i
             backend.kept.writer.drain()
             file.write(json.dumps([preset, number, said, backend.kept.store.counts.hits]) + "\n")
             file.flush()
-
-
-def killed(target: Any, arguments: tuple[Any, ...], seconds: float | None) -> bool:
-    """Whether a process was killed, after so many seconds or by itself; it may be done before."""
-    process = SERVER.Process(target=target, args=arguments)
-    process.start()
-    process.join(120 if seconds is None else seconds)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
-    return process.exitcode != 0
 
 
 def hammer(path: str, seed: int, rounds: int, budget: int) -> None:

@@ -186,14 +186,9 @@ class Index:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """One transaction, alone among all processes."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
     def _make_room(self, limit: int, oldest: float) -> list[Entry]:
         """Take out what is older than ``oldest``, then what was used longest ago, and what links have learned last."""

@@ -181,7 +181,10 @@ class Keeper:
     def _keep_exact(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
         """Keep what is exact of the inputs and documents that were read, beyond this process."""
         reading = exact_reading(prompt, plan.depths, self.segments)
-        if self._kept is None or reading is None or not self._kept.wants(reading):
+        if self._kept is None or reading is None:
+            return
+        longest = max(span.stop - span.start for span in reading.spans)
+        if longest < self._min_tokens or not self._kept.wants(reading):
             return
         start, stop = reading.spans[0].start, len(reading.tokens)
         self._kept.keep_reading(replace(reading, rows=(Rows(start, arena.read_free(start, stop, self.rope)),)))

@@ -139,12 +139,13 @@ class Persistence:
             return None
         start = cuts[-2] if len(cuts) > 1 else 0
         for entry, record in self._records("prefix", tenant, self._piece_key(tokens, cuts)):
+            if _ints(record, "tokens") != tuple(tokens) or record.about.get("cuts") != list(cuts):
+                continue
             kv = self._kv(record, Frame.ABSOLUTE, len(tokens) - start)
-            if kv is None:
-                self.store.reject(entry)
-            elif _ints(record, "tokens") == tuple(tokens) and record.about.get("cuts") == list(cuts):
+            if kv is not None:
                 self._hit(entry)
                 return kv
+            self.store.reject(entry)
         self.store.counts.misses += 1
         return None
 
@@ -182,7 +183,7 @@ class Persistence:
         spans, shape = reading.spans, self._scope.shape
         if reading.reader and reading.reader not in self._scope.consumers:
             return False
-        key = self._content_key(reading.reader, reading.tokens[spans[0].start : spans[0].stop])
+        key = self._content_key(reading.reader, reading.tokens[spans[0].start :])
         nbytes = shape.bytes_per_token * (spans[-1].stop - spans[0].start)
         return self._new("reading", reading.tenant, key) and self.writer.takes(nbytes)
 
@@ -192,6 +193,7 @@ class Persistence:
         (rows,) = reading.rows
         contents = [reading.tokens[span.start : span.stop] for span in reading.spans]
         names = (reading.reader, ANYBODY) if reading.reader else ("",)
+        whole = self._content_key(reading.reader, reading.tokens[rows.start :])
         about = {
             "reader": reading.reader,
             "mesh": self._scope.mesh if reading.reader else "",
@@ -204,7 +206,8 @@ class Persistence:
             "keys": rows.kv.keys,
             "values": rows.kv.values,
         }
-        keys = tuple(self._content_key(name, tokens) for name in names for tokens in contents)
+        parts = [self._content_key(name, tokens) for name in names for tokens in contents]
+        keys = tuple(dict.fromkeys([whole, *parts]))
         self._write(
             Record("reading", reading.tenant, self._scope.identity, keys, tensors, about, tokens=rows.kv.tokens)
         )
@@ -242,8 +245,11 @@ class Persistence:
             if not known or new == old or not (all_of_them or _due(old, new, warmup)):
                 continue
             opened = state.wait > (old.wait if old is not None else 0)
-            generation = self._generations.get(name, 0) + opened
             keys = (key_of("link", self._scope.mesh, plain), key_of("links", self._scope.mesh))
+            generation = self._generations.get(name, 0)
+            if opened:
+                there = self.store.find("link", tenant, self._scope.identity, keys[0])
+                generation = max([generation, *(entry.generation for entry in there)]) + 1
             about = {"name": name, "mesh": self._scope.mesh}
             record = link_record(state, tenant, self._scope.identity, keys, about, generation)
             self._links[name], self._generations[name] = new, generation

@@ -90,7 +90,7 @@ def test_a_restarted_mesh_shares_from_its_first_request_all_that_a_running_one_s
     assert said(first) == said(wanted)
 
 
-@pytest.mark.parametrize("preset", ["prefix", "rotate", "epic", "linear", "blend"])
+@pytest.mark.parametrize("preset", ["prefix", "rotate", "epic", "linear", "blend", "kvcomm"])
 def test_a_question_that_is_asked_again_after_a_restart_gets_the_same_answer(tmp_path: Path, preset: str) -> None:
     found = []
     for place in (None, tmp_path / "kv", tmp_path / "kv"):
@@ -101,7 +101,7 @@ def test_a_question_that_is_asked_again_after_a_restart_gets_the_same_answer(tmp
     if preset != "linear":
         assert said(found[2]) == said(found[0])
     assert sum(call.placed_exact for call in found[2].calls) > sum(call.placed_exact for call in found[1].calls)
-    if preset != "prefix":
+    if preset not in ("prefix", "kvcomm"):
         assert Reason.SAME_HISTORY in reasons(found[2]), "the first reader's own reading"
         assert Reason.FIRST_READER not in reasons(found[2])
 
@@ -296,9 +296,9 @@ def scope(model: str = "model", **consumers: str) -> Scope:
     return Scope.of(model, shape, consumers or {"b": "text"}, CommunicatorSpec(preset="rotate"))
 
 
-def learner_with(path: Path, **consumers: str) -> Learner:
+def learner_with(path: Path, *, reads: bool = True, **consumers: str) -> Learner:
     made = Learner(CommunicatorSpec(preset="rotate", warmup=2), NoOffset, Budget(10**6))
-    made.archive = Persistence(DiskStore(path, 2**26), scope(**consumers), 10**6, reads=True)
+    made.archive = Persistence(DiskStore(path, 2**26), scope(**consumers), 10**6, reads=reads)
     return made
 
 
@@ -332,6 +332,33 @@ def test_a_breaker_that_opened_stays_open_whatever_other_processes_still_believe
     assert after.ledger.states[LINK].wait == 2
     assert after.ledger.states[LINK].observations == 0
     close(after)
+
+
+def test_a_breaker_that_opens_in_a_process_that_reads_nothing_counts_too(tmp_path: Path) -> None:
+    for reads in (True, False):
+        learner = learner_with(tmp_path, reads=reads)
+        learner.begin(Reader("run", 0, consumer="b"))
+        learner.ledger.states[LINK] = replace(learner.fresh, wait=2)
+        learner.end("run")
+        learner.ledger.states[LINK] = LinkState(NoOffset(4 + reads), NoOffset(0))
+        close(learner)
+
+    after = learner_with(tmp_path)
+    after.begin(Reader("run", 0, consumer="b"))
+    assert after.ledger.states[LINK].observations == 4
+    close(after)
+
+
+def test_a_store_is_written_as_a_path_or_with_its_limits() -> None:
+    plain = CommunicatorSpec.model_validate({"store": "kv"}).store
+    full = {"path": "kv", "budget": "1GiB", "ttl": "7d", "tenant": "t"}
+    chosen = CommunicatorSpec.model_validate({"store": full}).store
+
+    assert CommunicatorSpec().store is None
+    assert plain is not None
+    assert (plain.path, plain.ttl, plain.tenant) == ("kv", 30 * 86400, "")
+    assert chosen is not None
+    assert (chosen.budget, chosen.ttl, chosen.tenant) == (2**30, 7 * 86400, "t")
 
 
 def test_audits_of_a_link_go_on_counting_after_a_restart(tmp_path: Path) -> None:

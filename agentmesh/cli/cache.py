@@ -93,7 +93,7 @@ def gc(
     format: FormatOption = Format.TEXT,
 ) -> None:
     """Remove what was set aside or left over by killed processes, what is too old, and what is beyond a budget."""
-    with _opened(store, _limit(budget), _limit_seconds(ttl)) as disk:
+    with _opened(store, _limit(budget), _limit_seconds(ttl), changes=True) as disk:
         freed = disk.collect()
         found = {"evicted": disk.counts.evicted, "freed_bytes": freed, "bytes": disk.used()}
     if format is Format.JSON:
@@ -111,7 +111,7 @@ def clear(
 ) -> None:
     """Remove all entries, or those of one tenant."""
     whose = "of all tenants" if tenant is None else f"of tenant {tenant_name(tenant)!r}"
-    with _opened(store) as disk:
+    with _opened(store, changes=True) as disk:
         if not yes:
             typer.confirm(f"Remove all entries {whose} from {disk.folder.root}?", abort=True)
         removed = disk.clear(tenant)
@@ -219,11 +219,14 @@ def _warm(passages: list[Content], target: _Target, tenant: str) -> dict[str, in
 
 
 @contextmanager
-def _opened(store: Path | None, budget: int = WITHOUT_LIMIT, ttl: float | None = None) -> Iterator[DiskStore]:
+def _opened(
+    store: Path | None, budget: int = WITHOUT_LIMIT, ttl: float | None = None, *, changes: bool = False
+) -> Iterator[DiskStore]:
     """A folder that is there already.
 
     Raises:
         NotFoundError: it is not.
+        RecordError: it is to be changed, and cannot.
     """
     from agentmesh.sharing.tier.disk import DiskStore  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
@@ -235,6 +238,8 @@ def _opened(store: Path | None, budget: int = WITHOUT_LIMIT, ttl: float | None =
         )
     disk = DiskStore(path, budget, ttl)
     try:
+        if changes and disk.limits:
+            raise RecordError(f"{disk.limits}; make it writable, or name another one with --store")
         yield disk
     finally:
         disk.close()

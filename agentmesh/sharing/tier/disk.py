@@ -156,13 +156,13 @@ class DiskStore:
     def used(self) -> int:
         """Bytes of the folder now."""
         try:
-            return self.folder.overhead() + sum(entry.nbytes for entry, _ in self._index.all())
-        except (OSError, sqlite3.Error):
+            return self.folder.overhead() + sum(entry.nbytes for entry in self._entries())
+        except OSError:
             return 0
 
     def verify(self, tick: Callable[[int, int], None] = lambda _done, _total: None) -> Checked:
         """Read every file; what is damaged is set aside."""
-        entries = [entry for entry, _ in self._index.all()]
+        entries = self._entries()
         whole = 0
         before = self.counts.damaged
         for number, entry in enumerate(entries, 1):
@@ -182,7 +182,7 @@ class DiskStore:
 
     def clear(self, tenant: str | None = None) -> int:
         """Remove all entries, or one tenant's; how many."""
-        found = [entry for entry, _ in self._index.all() if tenant is None or entry.tenant == tenant]
+        found = [entry for entry in self._entries() if tenant is None or entry.tenant == tenant]
         self._forget([(entry.tenant, entry.digest) for entry in found])
         self._unlink(found)
         return len(found)
@@ -211,9 +211,9 @@ class DiskStore:
         with suppress(OSError):
             if not self.limits:
                 self.folder.sweep()
-        try:
-            files = {(file.tenant, file.digest): file for file in self.folder.entries()}
+        try:  # the index first: what it calls ready had its file before
             known = {(entry.tenant, entry.digest): (entry, ready) for entry, ready in self._index.all()}
+            files = {(file.tenant, file.digest): file for file in self.folder.entries()}
             lost = [
                 pair for pair, (entry, ready) in known.items()
                 if pair not in files and (ready or entry.created < now - SETTLED_S)
@@ -225,9 +225,18 @@ class DiskStore:
                     self._adopt(file)
                 elif not ready or entry.nbytes != file.nbytes:
                     self._index.put(replace(entry, nbytes=file.nbytes))
-            self._trim(now)
+            if not self.limits:
+                self._trim(now)
         except (OSError, sqlite3.Error) as error:
             self._failed(error)
+
+    def _entries(self) -> list[Entry]:
+        """All entries."""
+        try:
+            return [entry for entry, _ in self._index.all()]
+        except sqlite3.Error as error:
+            self._failed(error)
+            return []
 
     def _failed(self, error: Exception) -> None:
         self.counts.failed += 1
@@ -258,9 +267,9 @@ class DiskStore:
         if self.limits:
             return Put.FAILED
         now = self._clock()
-        data = record.encode()
-        entry = entry_of(data, digest_of(data), len(data), now)
         try:
+            data = record.encode()
+            entry = entry_of(data, digest_of(data), len(data), now)
             others = self._index.find(record.kind, record.tenant, record.fingerprint, record.keys[0], CANDIDATES)
             if any(other.digest == entry.digest for other in others):
                 return Put.THERE
@@ -272,8 +281,8 @@ class DiskStore:
             if not room:
                 return Put.REFUSED
             return self._write(entry, data, others if replaces else [])
-        except (OSError, sqlite3.Error) as error:
-            self.counts.trouble = str(error)
+        except (OSError, sqlite3.Error, MemoryError) as error:
+            self.counts.trouble = str(error) or "out of memory"
             return Put.FAILED
 
     def _write(self, entry: Entry, data: bytes, replaced: list[Entry]) -> Put:

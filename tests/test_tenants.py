@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_slots import a_match, mesh, question
+from test_slots import a_match
+from tiering import question, team
 
 from agentmesh import Mesh
 from agentmesh.communicator.learner import Learner
@@ -58,10 +59,9 @@ def texts(result: RunResult) -> list[str]:
 
 @pytest.mark.parametrize("preset", ["prefix", "rotate", "kvcomm"])
 def test_a_tenant_gets_what_a_new_process_would_give_it_whatever_others_asked(preset: str, collides: bool) -> None:
-    spec = {"preset": preset, "max_kl": 1e6, "anchors": {"gamma": 1.0}}
-    with mesh(spec) as one:
+    with team(preset, None, anchors={"gamma": 1.0}) as one:
         alone = one.run(question=question(1), tenant="b")
-    with mesh(spec) as one:
+    with team(preset, None, anchors={"gamma": 1.0}) as one:
         for _ in range(3):
             mine = one.run(question=question(1), tenant="a")
         other = one.run(question=question(1), tenant="b")
@@ -97,8 +97,8 @@ def test_passages_that_one_tenant_ingested_are_first_read_by_the_other(tmp_path:
 
 
 def test_what_a_tenant_teaches_warms_its_own_links_only() -> None:
-    with mesh({"preset": "linear", "max_kl": 1e6}) as one:
-        for number in range(5):
+    with team("linear", None) as one:
+        for number in range(2):
             one.run(question=question(number), tenant="a")
         other = one.run(question=question(9), tenant="b")
         mine = one.run(question=question(9), tenant="a")

@@ -179,15 +179,15 @@ class Keeper:
         return self.segments.add(reading, {}) is not None
 
     def _keep_exact(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
-        """Keep what is exact of the inputs and documents that were read, beyond this process."""
-        reading = exact_reading(prompt, plan.depths, self.segments)
+        """Keep what is exact of the inputs and documents that are read for the first time, beyond this process."""
+        reader, reading = prompt.reader, exact_reading(prompt, plan.depths, self.segments)
         if self._kept is None or reading is None:
             return
-        longest = max(span.stop - span.start for span in reading.spans)
-        if longest < self._min_tokens or not self._kept.wants(reading):
-            return
-        start, stop = reading.spans[0].start, len(reading.tokens)
-        self._kept.keep_reading(replace(reading, rows=(Rows(start, arena.read_free(start, stop, self.rope)),)))
+        contents = [reading.tokens[span.start : span.stop] for span in reading.spans]
+        new = any(next(self.segments.find(one, reader.run, reader.tenant), None) is None for one in contents)
+        if new and max(map(len, contents)) >= self._min_tokens and self._kept.wants(reading):
+            start, stop = reading.spans[0].start, len(reading.tokens)
+            self._kept.keep_reading(replace(reading, rows=(Rows(start, arena.read_free(start, stop, self.rope)),)))
 
     def _keep_prefix(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
         points, end = tuple(point for point in prompt.points if point <= plan.exact_until), len(prompt.tokens)

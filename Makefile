@@ -6,7 +6,7 @@ MINUTES ?= 60
 SOAK ?=
 QUESTION ?= A box holds 6 eggs. How many eggs are in 5 boxes?
 
-.PHONY: run test check bench soak wheel clean
+.PHONY: run test check bench soak restart wheel clean
 
 run: $(READY)   ## three agents on a small question, with the embedded model
 	$(BIN)/agentmesh run configs/demo.yaml -i question="$(QUESTION)"
@@ -26,6 +26,9 @@ bench: $(READY) ## the figures that README quotes
 
 soak: $(READY)  ## many runs at once for MINUTES, a line a minute; SOAK="--model smollm2-135m --deterministic" for others
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(SOAK)
+
+restart: $(READY) ## what a restart costs with a store, and what tenants can tell of each other
+	$(BIN)/python tests/restart.py
 
 wheel: $(READY) ## build the wheel and run it from an empty folder
 	rm -rf dist

@@ -1,4 +1,4 @@
-"""The shelves: topologies, tasks and meshes by name. Finds and copies files; does not read them.
+"""The shelves: topologies, tasks and meshes by name, and the cache folder. Finds and copies files; reads none.
 
 A name is looked up as an explicit path, then in each ``--library`` folder (the last one given wins), then
 among the files shipped with agentmesh. A task is a folder with a ``task.yaml``, everything else is one file.
@@ -6,7 +6,9 @@ among the files shipped with agentmesh. A task is a folder with a ``task.yaml``,
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,15 @@ SINGULAR = {"topologies": "topology", "tasks": "task", "configs": "config"}
 SUFFIXES = (".yaml", ".yml")
 SHOWN = 80
 HERE = Path(__file__).resolve().parent
+
+
+def cache_root() -> Path:
+    """The user's cache folder: ``AGENTMESH_CACHE``, else the platform's usual place."""
+    if chosen := os.environ.get("AGENTMESH_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "agentmesh"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentmesh"
 
 
 def shipped(kind: str) -> Path:

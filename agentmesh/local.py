@@ -15,14 +15,16 @@ import torch
 from agentmesh.backend import Completion, Listener
 from agentmesh.communicator import Plan, Preset, make
 from agentmesh.communicator.learner import Learner
+from agentmesh.communicator.persistence import Persistence, Scope
 from agentmesh.communicator.saved import load as load_states
 from agentmesh.communicator.saved import save
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.mesh import GenerateSpec, ModelSpec
-from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.config.presets import CommunicatorSpec, StoreSpec
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.identity import identity
 from agentmesh.engine.loop import BATCH, Engine, FirstTokenReport
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.tokenizer import HubTokenizer
@@ -31,8 +33,11 @@ from agentmesh.events import Audit
 from agentmesh.kv.arena import Arena
 from agentmesh.prompt import Content, Prompt, Reader, neutral_header
 from agentmesh.sharing.budget import Worth
+from agentmesh.sharing.tier.disk import DiskStore
 
 RUNS_AT_ONCE = 16
+WAITING = 4
+"""This part of the memory budget may wait to be written to a store."""
 
 
 @final
@@ -52,7 +57,9 @@ class LocalBackend:
         self.communicator: Preset = make(communicator, engine.support, engine.loaded)
         self.communicator.budget.join(_LiveKV(engine))
         self.peak_bytes = 0
+        self._spec = communicator
         self._preset = communicator.preset
+        self._kept: Persistence | None = None
 
     @classmethod
     def open(
@@ -195,14 +202,14 @@ class LocalBackend:
             raise UsageError(f"preset {self._preset!r} has no realigners that could be {what}; use `linear`")
         return self.communicator.learner
 
-    async def ingest(self, contents: Sequence[Content]) -> int:
-        """Keep passages, each behind a neutral header; the engine serves others between two of them."""
+    async def ingest(self, contents: Sequence[Content], tenant: str = "") -> int:
+        """Keep passages for a tenant, each behind a neutral header; the engine serves others between two of them."""
         header, kept = neutral_header(self.tokenizer), 0
         for content in contents:
             ids = self.tokenizer.encode(content.text, control=False) if content.tokens is None else content.tokens
             passage = replace(content, tokens=tuple(ids))
             if len(header) + len(ids) <= self.engine.loaded.max_context:
-                kept += await self.engine.do(partial(self.communicator.ingest, (passage,), header))
+                kept += await self.engine.do(partial(self.communicator.ingest, (passage,), header, tenant))
         return kept
 
     async def begin(self, reader: Reader) -> None:
@@ -213,8 +220,37 @@ class LocalBackend:
         """Free what was kept for a run, and commit what it taught."""
         await self.engine.do(lambda: self.communicator.release(run))
 
+    def keep_in(self, folder: Path, store: StoreSpec, consumers: Mapping[str, str], *, reads: bool) -> None:
+        """Keep KV and what links learn in a folder, and use what is there; a model without arenas has nothing to keep.
+
+        Args:
+            folder: where.
+            store: budget and time to live.
+            consumers: agent → digest of its texts.
+            reads: whether what is there is used, too; not in deterministic runs.
+
+        Raises:
+            InputError: no folder, but a file.
+        """
+        runner = self.engine.support.runner
+        if not isinstance(runner, ArenaRunner):
+            return
+        scope = Scope.of(identity(self.engine.loaded), runner.shape, consumers, self._spec)
+        disk = DiskStore(folder, store.budget, store.ttl)
+        self._kept = Persistence(disk, scope, self._spec.budget // WAITING, reads=reads)
+        self.engine.thread.do(partial(self.communicator.attach, self._kept))
+
+    @property
+    def kept(self) -> Persistence | None:
+        """What outlives this process, if anything does."""
+        return self._kept
+
     def close(self) -> None:
-        """Stop the engine; what it kept is freed with it."""
+        """Write what is to outlive the process, and stop the engine; what it kept is freed with it."""
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            self.engine.thread.do(self.communicator.settle)
+            kept.close()
         self.engine.close()
 
 

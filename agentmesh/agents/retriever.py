@@ -45,6 +45,11 @@ def read_documents(path: Path) -> list[Document]:
     return found
 
 
+def read_passages(path: Path) -> list[Content]:
+    """Documents as agents hand them out; see ``read_documents``."""
+    return [_content(index, document) for index, document in enumerate(read_documents(path))]
+
+
 def parse_documents(text: str, place: str) -> list[Document]:
     """Documents from JSON Lines.
 

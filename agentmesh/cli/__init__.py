@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from agentmesh.cli import bench, calibrate, doctor, evaluate, look, models, plan, run, runs
+from agentmesh.cli import bench, cache, calibrate, doctor, evaluate, look, models, plan, run, runs
 from agentmesh.errors import AgentmeshError
 
 INTERRUPTED = 130
@@ -36,6 +36,7 @@ app.command("report")(evaluate.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
+app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")
 
 

@@ -34,6 +34,10 @@ TraceOption = Annotated[
     Path, typer.Option("--trace", help="Where --profile writes its trace; Perfetto and chrome://tracing open it.")
 ]
 DEFAULT_TRACE = Path("trace.json")
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", envvar="AGENTMESH_STORE", help="Folder that keeps KV and what was learned beyond a run."),
+]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all run records.")]
 DEFAULT_RUNS = Path("runs")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.rule import Rule
 
 from agentmesh.backend import Backend
-from agentmesh.cli.options import DEFAULT_RUNS, Config, Format, FormatOption, Libraries, RunsDir, Sets
+from agentmesh.cli.options import DEFAULT_RUNS, Config, Format, FormatOption, Libraries, RunsDir, Sets, StoreOption
 from agentmesh.cli.profiling import new_profiles, show_profiles
 from agentmesh.config.load import dump, load_mesh
 from agentmesh.display import Display, audits_line, calls_table, fetching, showing
@@ -22,6 +23,7 @@ from agentmesh.record import Recorder
 
 if TYPE_CHECKING:
     from agentmesh.engine.profile import Profiles
+    from agentmesh.sharing.tier.counts import Counts
 
 RUN = "run"
 
@@ -39,6 +41,7 @@ def run(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail instead of computing what an earlier agent has read or written.")
     ] = False,
+    store: StoreOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
     display: Annotated[Display, typer.Option(help="How to show the run while it goes on.")] = Display.AUTO,
     profile: Annotated[
@@ -54,6 +57,7 @@ def run(
     """
     overrides = [*(set or ()), *([f"communicator.preset={preset}"] if preset else ())]
     overrides += ["communicator.strict=true"] if strict else []
+    overrides += [f"communicator.store={json.dumps(str(store.absolute()))}"] if store else []
     errors = Console(stderr=True)
     given = read_inputs(input or ())
     loaded = load_mesh(config, overrides=overrides, libraries=library or ())
@@ -62,6 +66,7 @@ def run(
         mesh.blueprint.all_inputs(given)
         with fetching(errors, quiet=display is Display.NONE) as progress:
             backend = mesh.load(progress)
+        told = _counts(backend) if loaded.spec.communicator.store is not None else None
         facts = {"seed": mesh.blueprint.run.seed if seed is None else seed, "model": backend.describe()}
         recorder = Recorder(runs_dir, mesh.blueprint.name, dump(loaded.spec), facts)
         try:
@@ -75,6 +80,8 @@ def run(
             recorder.close()
             if display is not Display.NONE:
                 errors.print(f"record: {recorder.path}", markup=False, highlight=False, soft_wrap=True)
+    if told is not None and display is not Display.NONE:
+        errors.print(told.line, markup=False, highlight=False, soft_wrap=True)
     if profiles is not None:
         show_profiles(profiles, errors)
     if format is Format.JSON:
@@ -87,6 +94,13 @@ def run(
         console.print(audits, markup=False, highlight=False, soft_wrap=True)
     console.print(Rule("answer"))
     console.print(result.answer, markup=False, highlight=False)
+
+
+def _counts(backend: Backend) -> Counts | None:
+    """What a mesh's store counts; whole when the mesh is closed."""
+    from agentmesh.local import LocalBackend  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
+
+    return backend.kept.store.counts if isinstance(backend, LocalBackend) and backend.kept is not None else None
 
 
 def _profiled(backend: Backend, profiles: Profiles | None) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from agentmesh.communicator.persistence import Persistence
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.events import Audit, PlanRow, Reason, Treatment
 from agentmesh.kv.arena import Arena
@@ -84,8 +85,8 @@ class Preset(ABC):
     def release(self, run: str) -> None:  # noqa: B027  # most presets keep nothing for a run
         """Free what a finished run needed, and commit what it taught."""
 
-    def ingest(self, contents: Sequence[Content], header: tuple[int, ...]) -> int:  # noqa: ARG002  # few presets can
-        """Keep passages of a corpus, each behind a neutral header; how many were new and kept."""
+    def ingest(self, contents: Sequence[Content], header: tuple[int, ...], tenant: str = "") -> int:  # noqa: ARG002  # few presets can
+        """Keep passages of a corpus for a tenant, each behind a neutral header; how many were new and kept."""
         return 0
 
     def observe_only(self, *, on: bool) -> None:  # noqa: B027  # most presets have nothing to learn
@@ -97,6 +98,12 @@ class Preset(ABC):
     def adopt(self, other: Preset) -> None:  # noqa: B027  # most presets have nothing to learn
         """Begin with what another preset of the same kind has learned."""
 
+    def attach(self, kept: Persistence) -> None:  # noqa: B027  # a preset that places nothing keeps nothing
+        """Keep what later processes may use in a persistent store, and use what is there."""
+
+    def settle(self) -> None:  # noqa: B027  # most presets have nothing to learn
+        """No run will come any more: keep what was learned beyond this process."""
+
     @property
     def learns(self) -> bool:
         """Whether it must see calls before it shares what it can share."""
@@ -106,6 +113,11 @@ class Preset(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that the preset keeps now."""
+
+
+def root_of(fingerprint: str, tenant: str) -> bytes:
+    """What KV depends on besides tokens; stores compare it on every hit, so it is the text itself and no digest."""
+    return f"{fingerprint}\n{tenant}".encode()
 
 
 def rows(prompt: Prompt, placed: int, source: str, reason: Reason) -> tuple[PlanRow, ...]:

@@ -8,11 +8,13 @@ from typing import TypeVar
 from typing_extensions import Self
 
 from agentmesh.communicator.base import Plan
+from agentmesh.communicator.beginnings import Beginnings
+from agentmesh.communicator.persistence import ANYBODY, Persistence
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.composition import Placement
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.rope import Rope
-from agentmesh.prompt.segments import Content, Prompt
+from agentmesh.prompt.segments import Content, ContentKind, Prompt
 from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.prefix import PrefixStore
 from agentmesh.sharing.segments import Reading, Rows, SegmentStore, Span
@@ -20,6 +22,9 @@ from agentmesh.sharing.segments import Reading, Rows, SegmentStore, Span
 LOW_WATERMARK = 0.9
 LAST = 1 << 20
 """Visits until what is read when the run is over: more than any run has, so that visits go first."""
+
+OUTLIVING = (ContentKind.INPUT, ContentKind.DOCUMENT)
+"""What later runs may read again; messages and results are made anew by each run."""
 
 PlanT = TypeVar("PlanT", bound="KeptPlan")
 
@@ -57,27 +62,27 @@ class Keeper:
 
     Args:
         spec: the budget, and what is too short to keep.
-        root: what KV depends on besides tokens (model fingerprint, tenant).
+        fingerprint: of the model.
         rope: the model's rotation.
     """
 
-    def __init__(self, spec: CommunicatorSpec, root: bytes, rope: Rope) -> None:
+    def __init__(self, spec: CommunicatorSpec, fingerprint: str, rope: Rope) -> None:
         self._min_tokens = spec.min_tokens
-        self._root = root
         self.rope = rope
         self.budget = Budget(spec.budget, LOW_WATERMARK)
-        self.segments = SegmentStore(self.budget, root)
-        self.prefixes = PrefixStore(self.budget)
+        self.segments = SegmentStore(self.budget, fingerprint.encode())
+        self.beginnings = Beginnings(PrefixStore(self.budget), fingerprint)
+        self._kept: Persistence | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of prefixes and segments."""
-        return self.segments.nbytes + self.prefixes.nbytes
+        return self.segments.nbytes + self.beginnings.store.nbytes
 
     def lead(self, prompt: Prompt) -> list[Placement]:
         """The longest exact prefix of a prompt, piece by piece."""
         placed: list[Placement] = []
-        for kv in self.prefixes.match(self._root, prompt.tokens, prompt.points):
+        for kv in self.beginnings.match(prompt):
             placed.append(Placement(placed[-1].stop if placed else 0, kv))
         return placed
 
@@ -94,15 +99,18 @@ class Keeper:
     def keep_prompt(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
         """Keep the prompt's exact beginning, and a reading of its contents where a later visit reads one of them."""
         self._keep_prefix(prompt, plan, arena)
+        if prompt.reader.run:
+            self._keep_exact(prompt, plan, arena)
+            self._keep_reading(prompt, plan, arena)
+
+    def _keep_reading(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
         reader = prompt.reader
-        if not reader.run:
-            return
         wanted = {**dict.fromkeys(reader.held, LAST), **reader.awaited}
         self.segments.pass_on(reader.run, wanted)
         spans = tuple(
-            Span(self.segments.key(segment.tokens), segment.content.origin, start, start + len(segment.tokens))
+            Span(self.segments.key(tokens, reader.tenant), segment.content.origin, start, start + len(tokens))
             for segment, start in zip(prompt.segments, prompt.starts, strict=True)
-            if segment.content is not None and segment.tokens
+            if segment.content is not None and (tokens := segment.tokens)
         )
         read = bool(spans) and (prompt.continues or any(span.origin in reader.awaited for span in spans))
         if not read and reader.writes not in reader.awaited:
@@ -111,7 +119,8 @@ class Keeper:
         if read:
             stop = len(prompt.tokens) if prompt.continues else spans[-1].stop
             rows = (Rows(spans[0].start, arena.read_free(spans[0].start, stop, self.rope)),)
-        reading = Reading(reader.run, reader.consumer, prompt.tokens, spans if read else (), rows, plan.depths)
+        found = spans if read else ()
+        reading = Reading(reader.run, reader.consumer, prompt.tokens, found, rows, plan.depths, reader.tenant)
         number = self.segments.add(reading, wanted)
         if number is not None:
             self.segments.pin(number)
@@ -125,24 +134,88 @@ class Keeper:
             return
         stop = min(arena.length, begin + len(message))
         rows = Rows(begin, arena.read_free(begin, stop, self.rope)) if stop > begin else None
-        span = Span(self.segments.key(message), reader.writes, begin, begin + len(message), written=True)
+        span = Span(self.segments.key(message, reader.tenant), reader.writes, begin, begin + len(message), written=True)
         self.segments.extend(plan.kept[0], span, message, rows, int(plan.approximate), reader.awaited)
 
-    def knows(self, tokens: tuple[int, ...]) -> bool:
-        """Whether a passage of a corpus is kept."""
-        return next(self.segments.find(tokens, ""), None) is not None
+    def knows(self, tokens: tuple[int, ...], tenant: str) -> bool:
+        """Whether a passage of a corpus is kept for a tenant."""
+        return any(not reading.reader for _, reading, _ in self.segments.find(tokens, "", tenant))
 
-    def keep_passage(self, content: Content, begin: int, arena: Arena) -> bool:
+    def attach(self, kept: Persistence, *, readings: bool) -> None:
+        """Keep prefixes beyond this process, and readings where the preset can use them again."""
+        self.beginnings.kept = kept
+        self._kept = kept if readings else None
+        self.budget.join(kept.writer)
+
+    def recall(self, prompt: Prompt, begin: int) -> None:
+        """Bring back into memory what earlier runs have read of a prompt from token ``begin`` on."""
+        reader = prompt.reader
+        if self._kept is None or not reader.run or reader.exact:
+            return
+        for segment, start in zip(prompt.segments, prompt.starts, strict=True):
+            content, tokens = segment.content, segment.tokens
+            if content is None or content.kind not in OUTLIVING or content.deliver == "text":
+                continue
+            if start < begin or len(tokens) < self._min_tokens:
+                continue
+            if next(self.segments.find(tokens, reader.run, reader.tenant), None) is None:
+                self._kept.recall(self.segments, tokens, reader.tenant, (reader.consumer, "", ANYBODY))
+
+    def recall_passage(self, tokens: tuple[int, ...], tenant: str) -> bool:
+        """Bring a passage of a corpus back into memory."""
+        if self._kept is None:
+            return False
+        self._kept.next_prompt()
+        return self._kept.recall(self.segments, tokens, tenant, ("",))
+
+    def keep_passage(self, content: Content, begin: int, arena: Arena, tenant: str) -> bool:
         """Keep a passage whose KV stands at row ``begin`` of an arena, behind a neutral header; False without room."""
         tokens = content.tokens or ()
         rows = Rows(0, arena.read_free(begin, begin + len(tokens), self.rope))
-        span = Span(self.segments.key(tokens), content.origin, 0, len(tokens))
-        reading = Reading("", "", tokens, (span,), (rows,), bytes(len(tokens)))
+        span = Span(self.segments.key(tokens, tenant), content.origin, 0, len(tokens))
+        reading = Reading("", "", tokens, (span,), (rows,), bytes(len(tokens)), tenant)
+        if self._kept is not None and self._kept.wants(reading):
+            self._kept.keep_reading(reading)
         return self.segments.add(reading, {}) is not None
+
+    def _keep_exact(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
+        """Keep what is exact of the inputs and documents that are read for the first time, beyond this process."""
+        reader, reading = prompt.reader, exact_reading(prompt, plan.depths, self.segments)
+        if self._kept is None or reading is None:
+            return
+        contents = [reading.tokens[span.start : span.stop] for span in reading.spans]
+        new = any(next(self.segments.find(one, reader.run, reader.tenant), None) is None for one in contents)
+        if new and max(map(len, contents)) >= self._min_tokens and self._kept.wants(reading):
+            start, stop = reading.spans[0].start, len(reading.tokens)
+            self._kept.keep_reading(replace(reading, rows=(Rows(start, arena.read_free(start, stop, self.rope)),)))
 
     def _keep_prefix(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
         points, end = tuple(point for point in prompt.points if point <= plan.exact_until), len(prompt.tokens)
         whole = prompt.continues and plan.exact_until == end
         if whole and end - (points[-1] if points else 0) >= self._min_tokens:
             points = (*points, end)
-        self.prefixes.insert(self._root, prompt.tokens, points, arena.read)
+        self.beginnings.keep(prompt, points, arena)
+
+
+def exact_reading(prompt: Prompt, depths: bytes, segments: SegmentStore) -> Reading | None:
+    """The prompt up to the last of its first inputs and documents that are exact, without KV; ``None`` without any.
+
+    Args:
+        prompt: the prompt.
+        depths: one for each token.
+        segments: gives contents their names.
+    """
+    spans: list[Span] = []
+    reader = prompt.reader
+    for segment, start in zip(prompt.segments, prompt.starts, strict=True):
+        content, stop = segment.content, start + len(segment.tokens)
+        if content is None and not spans:
+            continue
+        if any(depths[start:stop]) or (content is not None and content.kind not in OUTLIVING):
+            break
+        if content is not None and segment.tokens:
+            spans.append(Span(segments.key(segment.tokens, reader.tenant), content.origin, start, stop))
+    if not spans:
+        return None
+    end = spans[-1].stop
+    return Reading(reader.run, reader.consumer, prompt.tokens[:end], tuple(spans), (), bytes(end), reader.tenant)

@@ -30,6 +30,7 @@ import torch
 from agentmesh.communicator.base import Plan, Preset
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Label, Labels, computed
+from agentmesh.communicator.persistence import Persistence
 from agentmesh.config.presets import AnchorSpec, CommunicatorSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
 from agentmesh.engine.spans import Part, Spans
@@ -130,15 +131,15 @@ class KVComm(Preset):
 
     Args:
         spec: budget and anchor pools.
-        root: what KV depends on besides tokens (model fingerprint, tenant).
+        fingerprint: of the model.
         rope: the model's rotation.
         spans: notes where the time goes.
     """
 
-    def __init__(self, spec: CommunicatorSpec, root: bytes, rope: Rope, spans: Spans) -> None:
+    def __init__(self, spec: CommunicatorSpec, fingerprint: str, rope: Rope, spans: Spans) -> None:
         self._spec = spec
         self._spans = spans
-        self.keeper = Keeper(spec, root, rope)
+        self.keeper = Keeper(spec, fingerprint, rope)
         self.budget = self.keeper.budget
         self.pools = Pools(spec.anchors, self.budget)
         self._matcher = Matcher(self.keeper.segments, blocks=False, max_depth=DEEPEST)
@@ -228,6 +229,10 @@ class KVComm(Preset):
         """Make every content an anchor while on, whatever the criterion says of it."""
         self._observing = on
 
+    def attach(self, kept: Persistence) -> None:
+        """Keep prefixes beyond this process; anchors are its own."""
+        self.keeper.attach(kept, readings=False)
+
     def freeze(self) -> None:
         """Keep the anchors as they are."""
         self._frozen = True
@@ -242,11 +247,11 @@ class KVComm(Preset):
 
     @staticmethod
     def _name(prompt: Prompt, match: Match) -> str:
-        """A slot of a consumer: the same origin and the same fixed text behind it."""
+        """A slot of a tenant's consumer: the same origin and the same fixed text behind it."""
         content = prompt.segments[match.first].content
         assert content is not None, "a match begins at a slot"
         behind = prompt.segments[match.first + 1].tokens if match.first + 1 < len(prompt.segments) else ()
-        return f"{prompt.reader.consumer} {content.origin} {hash(behind)}"
+        return f"{prompt.reader.tenant} {prompt.reader.consumer} {content.origin} {hash(behind)}"
 
     def _weighed(self, prompt: Prompt, match: Match, pools: Mapping[str, AnchorPool]) -> Slot:
         pool = pools.get(self._name(prompt, match), AnchorPool())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.errors import InputError
@@ -26,6 +26,8 @@ KL_PER_RESIDUAL = 0.1
 
 AUDITS_KEPT = 50
 AUDITS_NEEDED = 10
+OF_TENANT = " of "
+"""Between a link's name and its tenant."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class LinkState:
         enough = first.observations >= warmup or first.observations >= second.observations
         return first if enough else second
 
+    @property
+    def observations(self) -> int:
+        """Of both realigners."""
+        return self.exact.observations + self.deep.observations
+
     def predicted_kl(self, residual: float) -> float:
         """Nats a token that a residual stands for, as audits have measured it."""
         seen = sum(audit.residual for audit in self.audits)
@@ -91,6 +98,27 @@ class Verdict:
         return self.reason in (Reason.NOT_WARM, Reason.BREAKER_OPEN)
 
 
+class Archive(Protocol):
+    """Where links outlive a process."""
+
+    def links(self, tenant: str, fresh: LinkState) -> dict[str, LinkState]:
+        """What a tenant's links have learned, by name; nothing when asked again.
+
+        Args:
+            tenant: whose links.
+            fresh: a link of this model that has learned nothing.
+        """
+
+    def keep_links(self, states: Mapping[str, LinkState], warmup: int, *, all_of_them: bool = False) -> None:
+        """Keep links that have changed, all of them or those that have changed enough.
+
+        Args:
+            states: all links by name.
+            warmup: observations that a link needs before it shares.
+            all_of_them: whether a small change is enough.
+        """
+
+
 class Learner:
     """Owns what links have learned.
 
@@ -99,7 +127,8 @@ class Learner:
         empty: makes a realigner that has learned nothing.
         budget: where its statistics count.
 
-    While ``observing`` is set, no slot counts as warm. Once ``frozen``, nothing is learned any more.
+    While ``observing`` is set, no slot counts as warm. Once ``frozen``, nothing is learned any more. An ``archive``
+    keeps what is learned beyond the process.
     """
 
     def __init__(self, spec: CommunicatorSpec, empty: Callable[[], Realigner[Any]], budget: Budget) -> None:
@@ -107,8 +136,10 @@ class Learner:
         self._empty = empty
         self._budget = budget
         self.fresh = LinkState(empty(), empty())
+        self._given: Mapping[str, LinkState] = {}
         self.observing = False
         self.frozen = False
+        self.archive: Archive | None = None
         self.ledger: Ledger[LinkState, Finding] = Ledger(self._learn)
         budget.join(self)
 
@@ -123,7 +154,7 @@ class Learner:
         return 0
 
     def begin_with(self, states: Mapping[str, LinkState], origin: str) -> None:
-        """Begin with links that were learned before.
+        """Begin with links that were learned before, for all tenants.
 
         Raises:
             InputError: they do not fit the budget.
@@ -135,10 +166,11 @@ class Learner:
                 f"{self._budget.limit / 2**20:.1f} MiB; raise it to at least twice that, so that KV has room, too"
             )
         self.ledger.states.update(states)
+        self._given = dict(states)
 
     def verdict(self, reader: Reader, match: Match) -> Verdict:
         """Whether a match may be placed now."""
-        state = self._view(reader).get(link(reader, match), self.fresh)
+        state = self._state(reader, link(reader, match))
         realigner = state.realigner(match.depth, self._spec.warmup)
         if self.observing:
             return Verdict(None, Reason.NOT_WARM)
@@ -162,7 +194,7 @@ class Learner:
         if reader.sees is None and not self._budget.room(self.fresh.exact.nbytes, most=Worth.LATER):
             return
         name = link(reader, match)
-        state = self._view(reader).get(name, self.fresh)
+        state = self._state(reader, name)
         deep = match.depth > 0
         finding = (state.deep if deep else state.exact).study(base, truth, numbers)
         self.ledger.note(reader.run, name, Observed(deep, finding))
@@ -171,7 +203,7 @@ class Learner:
         """Note an audit for every slot that was placed; names those whose breaker it opens."""
         opened = []
         for name in sorted({link(reader, match) for match in matches}):
-            state = self._view(reader).get(name, self.fresh)
+            state = self._state(reader, name)
             residual = max(state.exact.residual, state.deep.residual)
             found = Audited(kl, flip, residual)
             if not self.frozen:
@@ -181,7 +213,9 @@ class Learner:
         return Audit(kl=kl, flip=flip, opened=tuple(opened))
 
     def begin(self, reader: Reader) -> None:
-        """Fix what a run sees."""
+        """Fix what a run sees; a tenant's first run brings back what its earlier ones have learned."""
+        if self.archive is not None:
+            self._take_up(self.archive.links(reader.tenant, self.fresh))
         self._view(reader)
 
     def freeze(self) -> None:
@@ -193,6 +227,23 @@ class Learner:
         """Commit what a run taught; what a later plan needs of it is worked out now, outside anybody's TTFT."""
         self.ledger.end(run)
         self._prepare()
+        if self.archive is not None:
+            self.archive.keep_links(self.ledger.states, self._spec.warmup)
+
+    def settle(self) -> None:
+        """Keep beyond the process what was learned, however little."""
+        if self.archive is not None:
+            self.archive.keep_links(self.ledger.states, self._spec.warmup, all_of_them=True)
+
+    def _take_up(self, states: Mapping[str, LinkState]) -> None:
+        """Go on from links that earlier processes have kept: those that know more, or whose breaker is open."""
+        for name, state in states.items():
+            mine = self.ledger.states.get(name) or self._at_first(name)
+            better = state.wait or state.observations > mine.observations
+            if better and self._budget.room(_bytes(state)):
+                self.ledger.states[name] = state
+        if states:
+            self._prepare()
 
     def _prepare(self) -> None:
         for state in self.ledger.states.values():
@@ -203,8 +254,16 @@ class Learner:
     def _view(self, reader: Reader) -> Mapping[str, LinkState]:
         return self.ledger.view(reader.run, reader.order, reader.sees)
 
-    def _learn(self, _name: str, state: LinkState | None, finding: Finding) -> LinkState | None:
-        state = state or self.fresh
+    def _state(self, reader: Reader, name: str) -> LinkState:
+        """What a run knows of a link."""
+        return self._view(reader).get(name) or self._at_first(name)
+
+    def _at_first(self, name: str) -> LinkState:
+        """What is known of a link before a tenant has taught anything: what the mesh was given, else nothing."""
+        return self._given.get(split_link(name)[0], self.fresh)
+
+    def _learn(self, name: str, state: LinkState | None, finding: Finding) -> LinkState | None:
+        state = state or self._at_first(name)
         if isinstance(finding, Audited):
             audits = (*state.audits, finding)[-AUDITS_KEPT:]
             if state.wait or not self._too_far(audits):
@@ -227,8 +286,15 @@ class Learner:
 
 
 def link(reader: Reader, match: Match) -> str:
-    """The name of a link: offsets are learned by consumer, what the source did with the text, and its kind."""
-    return f"{reader.consumer} {match.relation} {match.kind}"
+    """The name of a link: offsets are learned by consumer, what the source did with the text, its kind, and tenant."""
+    name = f"{reader.consumer} {match.relation} {match.kind}"
+    return f"{name}{OF_TENANT}{reader.tenant}" if reader.tenant else name
+
+
+def split_link(name: str) -> tuple[str, str]:
+    """A link's name without its tenant, and the tenant."""
+    plain, _, tenant = name.rpartition(OF_TENANT)
+    return (plain, tenant) if plain and " " not in tenant else (name, "")
 
 
 def shares(relation: Relation) -> bool:

@@ -7,41 +7,29 @@ all the same. A slot that must be observed first makes its call dense, so that w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 
 from agentmesh.communicator.base import Plan, Preset
+from agentmesh.communicator.blocks import Brush, Decision, Poor, apart, compose, compose_whole, paint_best, without_base
 from agentmesh.communicator.keeper import Keeper, KeptPlan
-from agentmesh.communicator.labels import Label, Labels, computed
+from agentmesh.communicator.labels import Labels
 from agentmesh.communicator.learner import Learner, Verdict, shares
 from agentmesh.communicator.measures import Costs, divergence, draw
+from agentmesh.communicator.persistence import Persistence
 from agentmesh.config.presets import CommunicatorSpec, Picking, PresetSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
 from agentmesh.engine.scout import Look, Scout
 from agentmesh.engine.spans import Part
-from agentmesh.events import Audit, Reason, Treatment
+from agentmesh.events import Audit, Reason
 from agentmesh.kv.arena import Arena
-from agentmesh.kv.values import KVSource
 from agentmesh.prompt.segments import Content, Prompt, Reader
-from agentmesh.sharing.matching import REASONS, Match, Matcher, Relation
+from agentmesh.sharing.matching import Match, Matcher, Relation
 from agentmesh.sharing.realigner import NoOffset, Realigner
-from agentmesh.sharing.repeats import copies, echoes, gaps
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A match, and whether it may be placed."""
-
-    match: Match
-    verdict: Verdict
-
-    @property
-    def placed(self) -> bool:
-        """Whether it is placed."""
-        return self.verdict.reason is None
+from agentmesh.sharing.repeats import copies
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ class Slots(Preset):
         spec: limits and gates.
         choice: the preset's choices.
         scout: looks at caches and checks calls.
-        root: what KV depends on besides tokens (model fingerprint, tenant).
+        fingerprint: of the model.
         empty: makes a realigner that has learned nothing.
         line_breaks: token ids whose text holds a line break.
     """
@@ -79,7 +67,7 @@ class Slots(Preset):
         spec: CommunicatorSpec,
         choice: PresetSpec,
         scout: Scout,
-        root: bytes,
+        fingerprint: str,
         empty: Callable[[], Realigner[Any]],
         line_breaks: frozenset[int] = frozenset(),
     ) -> None:
@@ -87,9 +75,9 @@ class Slots(Preset):
         self._choice = choice
         self._scout = scout
         self._spans = scout.runner.spans
-        self._line_breaks = line_breaks
+        self._brush = Brush(choice, line_breaks)
         assert scout.runner.rope is not None, "slots are shared in models with a known rotation"
-        self.keeper = Keeper(spec, root, scout.runner.rope)
+        self.keeper = Keeper(spec, fingerprint, scout.runner.rope)
         self.budget = self.keeper.budget
         self.learner = Learner(spec, empty, self.budget)
         self._matcher = Matcher(self.keeper.segments, choice.blocks, spec.max_depth)
@@ -116,24 +104,20 @@ class Slots(Preset):
         with self._spans.part(Part.MATCH), parts.timed("match"):
             lead = self.keeper.lead(prompt)
             at = lead[-1].stop if lead else 0
+            self.keeper.recall(prompt, at)
             found = self._matcher.match(prompt, at)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             decisions = self._decide(prompt, found.matches)
             decisions += tuple(self._copies(prompt, decisions))
-            poor = tuple(self._without_base(prompt, decisions))
+            poor = tuple(without_base(prompt, decisions)) if self._choice.repeats else ()
             labels = Labels(prompt, found.missing, at)
-            for number, decision in enumerate(decisions):
-                self._paint(labels, number, decision)
-            for number, run, why in poor:
-                if decisions[number].placed:
-                    labels.paint(run.start, run.stop, computed(why, number))
+            self._brush.paint(labels, decisions, poor)
         with self._spans.part(Part.MATCH), parts.timed("match"):
             ready = self._pick(labels, lead, decisions)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             labels.check(strict=self._spec.strict)
-            composition = replace(self._composition(labels, lead, decisions), ready=ready)
-            plan = self._plan(labels, composition, decisions, parts)
-            return replace(plan, apart=_positions(run for _, run, _ in poor) | plan.apart)
+            composition = replace(compose(labels, lead, decisions), ready=ready)
+            return self._plan(labels, composition, decisions, poor, parts)
 
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
@@ -172,15 +156,19 @@ class Slots(Preset):
         with self._spans.part(Part.LEARN):
             self.learner.end(run)
 
-    def ingest(self, contents: Sequence[Content], header: tuple[int, ...]) -> int:
+    def ingest(self, contents: Sequence[Content], header: tuple[int, ...], tenant: str = "") -> int:
         """Keep passages of a corpus; those that are too short, kept already, or beyond the budget are left out."""
         kept = 0
         for content in contents:
             tokens = content.tokens or ()
-            if len(tokens) >= self._spec.min_tokens and not self.keeper.knows(tokens):
+            if len(tokens) < self._spec.min_tokens or self.keeper.knows(tokens, tenant):
+                continue
+            if self.keeper.recall_passage(tokens, tenant):
+                kept += 1
+            else:
                 ingesting = self._spans.part(Part.INGEST, whole=True)
                 with ingesting, self._scout.dense((*header, *tokens)) as (_, arena):
-                    kept += self.keeper.keep_passage(content, len(header), arena)
+                    kept += self.keeper.keep_passage(content, len(header), arena, tenant)
         return kept
 
     def observe_only(self, *, on: bool) -> None:
@@ -195,6 +183,15 @@ class Slots(Preset):
         """Begin with the other's links."""
         assert isinstance(other, Slots), "presets adopt from their own kind"
         self.learner.ledger.states = dict(other.learner.ledger.states)
+
+    def attach(self, kept: Persistence) -> None:
+        """Keep prefixes, readings and what links learn beyond this process."""
+        self.learner.archive = kept
+        self.keeper.attach(kept, readings=True)
+
+    def settle(self) -> None:
+        """Keep what links have learned, however little."""
+        self.learner.settle()
 
     def _give_back(self, plan: SlotPlan) -> None:
         """Let the arena of a call's look be used again."""
@@ -235,37 +232,6 @@ class Slots(Preset):
             for found in copies(self.keeper.segments, prompt, match, match.start + first, self._spec.max_depth):
                 yield Decision(found, Verdict(self._still) if decision.placed else decision.verdict)
 
-    def _without_base(self, prompt: Prompt, decisions: Sequence[Decision]) -> Iterator[tuple[int, range, Reason]]:
-        """Parts of matches that have no good base, by the number of their decision, and why."""
-        copied = [decision.match for decision in decisions if decision.match.relation is Relation.COPIED]
-        for number, decision in enumerate(decisions if self._choice.repeats else ()):
-            match = decision.match
-            if shares(match.relation):
-                inside = [part for part in copied if match.start <= part.start < match.stop]
-                yield from ((number, run, Reason.BESIDE_COPY) for run in gaps(match, inside))
-                yield from ((number, run, Reason.ECHO) for run in echoes(prompt, match))
-
-    def _paint(self, labels: Labels, number: int, decision: Decision) -> None:
-        """Label a match's tokens: its head computed, the rest placed, or all computed."""
-        match, reason = decision.match, decision.verdict.reason
-        if reason is not None:
-            labels.paint(match.start, match.stop, computed(reason, number))
-            return
-        exact = match.relation is Relation.HISTORY and match.depth == 0
-        kind = Treatment.PLACED_EXACT if exact else Treatment.PLACED_REALIGNED
-        labels.paint(match.start, match.stop, Label(kind, REASONS[match.relation], match.source, number))
-        if shares(match.relation):
-            head = min(match.start + self._choice.recompute.first, match.stop)
-            labels.paint(match.start, head, computed(Reason.BLOCK_HEAD, number))
-            self._paint_breaks(labels, head, match.stop, number)
-
-    def _paint_breaks(self, labels: Labels, start: int, stop: int, number: int) -> None:
-        """Compute a block's last tokens with a line break."""
-        tokens, most = labels.prompt.tokens, self._choice.recompute.breaks
-        found = [position for position in range(start, stop) if tokens[position] in self._line_breaks]
-        for position in found[len(found) - min(most, len(found)) :]:
-            labels.paint(position, position + 1, computed(Reason.LINE_BREAK, number))
-
     def _pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Arena | None:
         """Let a look at the cache pick tokens of placed blocks to be computed; the arena that it looked at."""
         ready = None
@@ -277,7 +243,7 @@ class Slots(Preset):
             if ratio:
                 look = self._scores(labels, lead, decisions, by)
                 ready = look.arena if ready is None else ready
-                _paint_best(labels, numbers, ratio, look.scores)
+                paint_best(labels, numbers, ratio, look.scores)
         return ready
 
     def _look(self, relation: Relation) -> tuple[float, Picking]:
@@ -290,32 +256,18 @@ class Slots(Preset):
     def _scores(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision], by: Picking) -> Look:
         """What a look says of every position; an attention is watched over whole blocks, their heads included."""
         if by is Picking.DEVIATION:
-            return self._scout.deviation(self._composition(labels, lead, decisions))
-        whole = [
-            Placement(decision.match.start, _source(decision, decision.match.start, decision.match.stop))
-            for decision in decisions
-            if decision.placed and decision.match.relation is not Relation.COPIED
-        ]
-        composition = Composition(labels.prompt.tokens, (*lead, *whole))
+            return self._scout.deviation(compose(labels, lead, decisions))
         last = max(low for low, _, label in labels.runs() if label.match >= 0)
         asking = [p for low, high, label in labels.runs(last) for p in range(low, high) if label.match < 0]
-        return self._scout.attention(composition, asking)
-
-    def _composition(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Composition:
-        """What the engine runs, read off the labels."""
-        reach: list[tuple[int, int, int]] = []
-        for low, high, label in labels.runs():
-            if label.kind is not Treatment.COMPUTED and label.match >= 0:
-                again = bool(reach) and reach[-1][0] == label.match
-                start = reach.pop()[1] if again else low
-                reach.append((label.match, start, high))
-        placed = [Placement(low, _source(decisions[number], low, high)) for number, low, high in reach]
-        spans = [span for _, low, high in reach for span in labels.runs(low, high)]
-        recomputed = (p for low, high, label in spans if label.kind is Treatment.COMPUTED for p in range(low, high))
-        return Composition(labels.prompt.tokens, (*lead, *placed), labels.prompt.points, frozenset(recomputed))
+        return self._scout.attention(compose_whole(labels, lead, decisions), asking)
 
     def _plan(
-        self, labels: Labels, composition: Composition, decisions: tuple[Decision, ...], parts: Parts
+        self,
+        labels: Labels,
+        composition: Composition,
+        decisions: tuple[Decision, ...],
+        poor: Sequence[Poor],
+        parts: Parts,
     ) -> SlotPlan:
         def of_match(number: int, low: int, high: int) -> bytes:
             return decisions[number].match.depths(low, high)
@@ -336,11 +288,7 @@ class Slots(Preset):
             decisions=decisions,
             audited=any(depths) and reader.run != "" and draw(reader.seed) < self._spec.audit,
             looked=[] if composition.ready is None else [composition.ready],
-            apart=_positions(
-                range(decision.match.start, decision.match.stop)
-                for decision in decisions
-                if decision.match.relation is Relation.COPIED
-            ),
+            apart=apart(decisions, poor),
         )
         self.keeper.pin(plan)
         return plan
@@ -366,29 +314,3 @@ class Slots(Preset):
         flip = int(wanted.argmax()) != int(logits.argmax())
         placed = [d.match for d in plan.decisions if d.placed and shares(d.match.relation)]
         return self.learner.audited(prompt.reader, placed, float(kl[0]), flip=flip)
-
-
-def _positions(runs: Iterable[range]) -> frozenset[int]:
-    return frozenset(position for run in runs for position in run)
-
-
-def _source(decision: Decision, low: int, high: int) -> KVSource:
-    """The rows of a placed match's tokens ``low`` to ``high``."""
-    match, realigner = decision.match, decision.verdict.realigner
-    assert realigner is not None, "a placed match has a realigner"
-    return realigner.realign(match.cut(low, high), range(low - match.start, high - match.start))
-
-
-def _paint_best(labels: Labels, numbers: Sequence[int], ratio: float, scores: torch.Tensor) -> None:
-    """Label the placed tokens of some matches with the highest scores as computed."""
-    placed = [
-        position
-        for low, high, label in labels.runs()
-        if label.match in numbers and label.kind is not Treatment.COMPUTED
-        for position in range(low, high)
-    ]
-    count = round(ratio * len(placed))
-    if count:
-        index = torch.tensor(placed, device=scores.device)
-        for position in index[scores[index].topk(count).indices].tolist():
-            labels.paint(position, position + 1, computed(Reason.PICKED, labels[position].match))

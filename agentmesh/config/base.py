@@ -14,7 +14,7 @@ from pydantic import WithJsonSchema as JsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 UNIT_LIMIT = 2**53  # beyond it a float no longer counts in ones
 
@@ -23,6 +23,7 @@ REFERENCE = r"^\$[A-Za-z_][A-Za-z0-9_]*$"
 GROUP_NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 NODE_NAME = r"^[A-Za-z][A-Za-z0-9_-]*(\.[0-9]+)?$"
 VARIABLE = r"^[A-Za-z_]\w*$"
+TENANT = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 PATTERN_WORDS: Mapping[str, str] = MappingProxyType(
     {
         PYTHON_REF: "package.module:Name",
@@ -30,6 +31,7 @@ PATTERN_WORDS: Mapping[str, str] = MappingProxyType(
         GROUP_NAME: "a name of letters, digits, - and _ that starts with a letter",
         NODE_NAME: "the name of a group or node, such as solver or solver.2",
         VARIABLE: "a variable name of letters, digits and _",
+        TENANT: "at most 64 letters, digits, dots, - and _, the first one a letter or digit, or nothing",
     }
 )
 """What each pattern asks for, in words an error message can use."""
@@ -89,7 +91,7 @@ def _unit_schema(*units: str) -> JsonSchema:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), _unit_schema("B", "[KMGkmg][Ii]?B")]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), _unit_schema("ms", "s", "m", "h")]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), _unit_schema("ms", "s", "m", "h", "d")]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from agentmesh.config.base import Bytes, Choice, Frozen, Integer, Number
+from agentmesh.config.base import TENANT, Bytes, Choice, Frozen, Integer, Number, Seconds, Shorthand
 
 MIB = 2**20
 
@@ -73,6 +73,22 @@ class AnchorSpec(Frozen):
     window: Annotated[Integer, Field(ge=1)] = 5
 
 
+class StoreSpec(Frozen):
+    """A folder that keeps KV and what links have learned, for later runs and other processes.
+
+    Args:
+        path: the folder; a relative one begins at the mesh file's.
+        budget: bytes that the folder takes up at most.
+        ttl: an entry that nobody used for so long is removed; ``null`` keeps it until the budget needs the room.
+        tenant: of runs that name none.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    budget: Annotated[Bytes, Field(ge=4 * MIB)] = 8192 * MIB
+    ttl: Seconds | None = 30 * 86400.0
+    tenant: Annotated[str, Field(pattern=TENANT)] = ""
+
+
 class CommunicatorSpec(Frozen):
     """How agents get each other's KV: a preset's name, what it may use, and changes to its choices.
 
@@ -92,6 +108,7 @@ class CommunicatorSpec(Frozen):
             Deterministic runs and evaluations never ask: there, what is fast must not decide what is answered.
         strict: fail instead of computing what could not be shared.
         realigners: a file made by ``agentmesh calibrate``.
+        store: a folder that keeps KV and what was learned beyond this process.
     """
 
     preset: Annotated[str, Field(min_length=1)] = "prefix"
@@ -111,6 +128,7 @@ class CommunicatorSpec(Frozen):
     cost_gate: bool = True
     strict: bool = False
     realigners: str | None = None
+    store: Annotated[StoreSpec, Shorthand("path")] | None = None
 
 
 class PresetSpec(Frozen):

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from agentmesh.config.base import Choice
 from agentmesh.engine.catalog import KNOWN, WheelModel, convert_gguf, sha256
 from agentmesh.errors import ModelError, NotFoundError, did_you_mean, listing
+from agentmesh.library import cache_root
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name (await, fetch, unpack, convert, check), the bytes done and the bytes in all."""
@@ -58,15 +59,6 @@ class CacheState:
 
     def __str__(self) -> str:
         return str(self.condition)
-
-
-def cache_root() -> Path:
-    """The user's cache folder: ``AGENTMESH_CACHE``, else the platform's usual place."""
-    if chosen := os.environ.get("AGENTMESH_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "agentmesh"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentmesh"
 
 
 def folder(name: str) -> Path:

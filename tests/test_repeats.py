@@ -128,5 +128,6 @@ def test_a_look_at_the_cache_sees_copied_words_where_they_are_placed_from(tiny: 
     made = rig.composed(RANDOM.calls[2], replace(plan.composition, ready=None))
 
     assert plan.composition.ready is not None
-    torch.testing.assert_close(looked.arena.keys, made.arena.keys)
+    visible = slice(0, made.arena.length)
+    torch.testing.assert_close(looked.arena.keys[:, :, visible], made.arena.keys[:, :, visible])
     torch.testing.assert_close(looked.logits, made.logits)

@@ -36,7 +36,7 @@ class Colliding:
 @pytest.fixture(autouse=True)
 def _placing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is shared does not depend on how busy the machine is."""
-    monkeypatch.setattr(Costs, "placing_pays", lambda _self: True)
+    monkeypatch.setattr(Costs, "placing_pays", lambda _self, _tokens: True)
 
 
 @pytest.fixture(params=[False, True], ids=["sha256", "colliding"])

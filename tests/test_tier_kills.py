@@ -20,7 +20,7 @@ KILLS = 50
 @pytest.fixture(autouse=True)
 def _placing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is shared does not depend on how busy the machine is."""
-    monkeypatch.setattr(Costs, "placing_pays", lambda _self: True)
+    monkeypatch.setattr(Costs, "placing_pays", lambda _self, _tokens: True)
 
 
 def test_fifty_kills_while_writing_change_no_answer_and_leave_a_whole_folder(

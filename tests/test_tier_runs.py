@@ -57,7 +57,7 @@ def reasons(result: RunResult) -> set[Reason]:
 @pytest.fixture(autouse=True)
 def _placing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is shared does not depend on how busy the machine is."""
-    monkeypatch.setattr(Costs, "placing_pays", lambda _self: True)
+    monkeypatch.setattr(Costs, "placing_pays", lambda _self, _tokens: True)
 
 
 @pytest.fixture

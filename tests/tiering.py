@@ -55,7 +55,7 @@ def texts(mesh: Mesh, number: int, tenant: str = "") -> list[str]:
 def ask(folder: str, store: str, preset: str, seed: int, runs: int, operation: int | None) -> None:
     """Run a mesh with a store and write down every answer; killed right before a file operation in it, if told so."""
     die_before(operation, store, FILE_EVENTS)
-    Costs.placing_pays = lambda _self: True  # type: ignore[method-assign]  # this process is the test's own
+    Costs.placing_pays = lambda _self, _tokens: True  # type: ignore[method-assign]  # this process is the test's own
     draw = random.Random(seed)
     with team(preset, Path(store)) as mesh, (Path(folder) / f"{seed}.jsonl").open("a") as file:
         backend = mesh.load()

@@ -140,8 +140,12 @@ class Mesh:
         """The model at work: the one that was given or loaded; ``None`` before it is loaded."""
         return self._backend
 
-    def load(self, progress: Progress | None = None) -> Backend:
+    def load(self, progress: Progress | None = None, *, beside: Backend | None = None) -> Backend:
         """Load the model now instead of at the first run.
+
+        Args:
+            progress: told how far fetching and converting are.
+            beside: what another mesh has loaded for the same model; its weights and its thread serve both then.
 
         Raises:
             ModelError: the weights cannot be fetched or read.
@@ -151,7 +155,10 @@ class Mesh:
             from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
 
             spec, exact = self.blueprint.communicator, self.blueprint.run.deterministic
-            backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
+            if isinstance(beside, LocalBackend):
+                backend = LocalBackend(beside.engine, spec)
+            else:
+                backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
             try:
                 if self.blueprint.communicator.realigners is not None:
                     path = self.blueprint.folder / Path(self.blueprint.communicator.realigners).expanduser()

@@ -29,7 +29,7 @@ from agentmesh.results import Gathered, RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
-from agentmesh.turns import Turns, refuse_inside_loop, together
+from agentmesh.turns import Turns, check_tenant, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
 
 Progress = Callable[[str, int, int], None]
@@ -175,26 +175,29 @@ class Mesh:
             self._backend.close()
             self._backend = None
 
-    def ingest(self, tick: Callable[[int, int], None] | None = None) -> int:
+    def ingest(self, tick: Callable[[int, int], None] | None = None, *, tenant: str = "") -> int:
         """Make and keep the KV of all documents that agents may hand out, so that their first readers share it, too.
 
         Args:
             tick: told after each document how many are done, and of how many.
+            tenant: whose runs may use it; see ``arun``.
 
         Returns:
             How many were kept; the others are too short, beyond the budget, or the preset places no documents.
 
         Raises:
             UsageError: an event loop is running here already.
+            InputError: no name for a tenant.
         """
         refuse_inside_loop("`await asyncio.to_thread(mesh.ingest)` instead of `mesh.ingest()`")
+        check_tenant(tenant)
         backend = self.load()
         contents = [content for worker in self._workers.values() for content in worker.agent.corpus()]
 
         async def keep() -> int:
             kept = 0
             for number, content in enumerate(contents, 1):
-                kept += await backend.ingest([content])
+                kept += await backend.ingest([content], tenant)
                 if tick is not None:
                     tick(number, len(contents))
             return kept
@@ -214,6 +217,7 @@ class Mesh:
         sample: str = "",
         sinks: Sequence[Sink] = (),
         check_judges: bool = False,
+        tenant: str = "",
         **named: str,
     ) -> RunResult:
         """Run once; runs beyond ``run.concurrency`` of one mesh wait for their turn.
@@ -225,15 +229,18 @@ class Mesh:
             sinks: called with every event, in order.
             check_judges: whether each judge acts once more when the run is over, with its inbox in an order drawn from
                 seed and sample; what it says then is in the result's ``checks`` alone.
+            tenant: for whom it is. What is kept and learned for one tenant is never used for another: neither KV nor
+                time to first token tell what others have asked.
             named: more inputs.
 
         Raises:
-            InputError: the inputs are not what the mesh reads.
+            InputError: the inputs are not what the mesh reads, or no name for a tenant.
             NodeError: an agent failed for good.
             RunError: the run has no answer.
         """
         given = self.blueprint.all_inputs({**(inputs or {}), **named})
-        async with self._turns.turn() as reader:
+        check_tenant(tenant)
+        async with self._turns.turn(tenant) as reader:
             return await self._run(given, seed, sample, sinks, reader, check=check_judges)
 
     @property

@@ -21,7 +21,7 @@ from agentmesh.blueprint import Blueprint, draft
 from agentmesh.calls import Caller
 from agentmesh.checks import Checks
 from agentmesh.config.load import LoadedMesh, load_mesh, mesh_from_dict
-from agentmesh.config.mesh import LlmAgentSpec
+from agentmesh.config.mesh import AnswerSpec, LlmAgentSpec
 from agentmesh.errors import RecordError, RunError, TemplateError, UsageError
 from agentmesh.events import Event, RunCancelled, RunFailed, RunFinished, RunStarted
 from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate, Scope
@@ -218,6 +218,7 @@ class Mesh:
         sinks: Sequence[Sink] = (),
         check_judges: bool = False,
         tenant: str = "",
+        answer: AnswerSpec | None = None,
         **named: str,
     ) -> RunResult:
         """Run once; runs beyond ``run.concurrency`` of one mesh wait for their turn.
@@ -231,6 +232,7 @@ class Mesh:
                 seed and sample; what it says then is in the result's ``checks`` alone.
             tenant: for whom it is. What is kept and learned for one tenant is never used for another: neither KV nor
                 time to first token tell what others have asked.
+            answer: what the run asks of the output node's message in the last round, over its own ``generate``.
             named: more inputs.
 
         Raises:
@@ -241,7 +243,7 @@ class Mesh:
         given = self.blueprint.all_inputs({**(inputs or {}), **named})
         check_tenant(tenant)
         async with self._turns.turn(tenant) as reader:
-            return await self._run(given, seed, sample, sinks, reader, check=check_judges)
+            return await self._run(given, seed, sample, sinks, reader, check=check_judges, answer=answer)
 
     @property
     def width(self) -> int:
@@ -258,6 +260,7 @@ class Mesh:
         reader: Reader,
         *,
         check: bool,
+        answer: AnswerSpec | None,
     ) -> RunResult:
         """One run from its first event to its result."""
         backend, gathered = self.load(), Gathered()
@@ -267,13 +270,13 @@ class Mesh:
         finished = False
         try:
             await backend.begin(reader)
-            walk = self._walk(backend, given, stream, seed, reader, check=check)
+            walk = self._walk(backend, given, stream, seed, reader, check=check, asked=answer)
             messages = await walk.run()
-            answer = self._answer(messages)
+            said = self._answer(messages)
             wall = time.perf_counter() - begun
             await walk.check_judges()
             finished = True
-            stream.emit(RunFinished(answer=answer, wall_s=wall))
+            stream.emit(RunFinished(answer=said, wall_s=wall))
         except RecordError:
             finished = True  # no record can be written, so none of the failure either
             raise
@@ -286,7 +289,7 @@ class Mesh:
             await backend.release(reader.run)
             if not finished:
                 stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
-        return gathered.result(answer, ((message.node, message.round) for message in messages), wall)
+        return gathered.result(said, ((message.node, message.round) for message in messages), wall)
 
     async def arun_all(
         self, samples: Iterable[Mapping[str, str]], tick: Callable[[], None] = lambda: None
@@ -331,13 +334,15 @@ class Mesh:
         reader: Reader,
         *,
         check: bool,
+        asked: AnswerSpec | None,
     ) -> Walk:
         inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in given.items()}
         renderer = PromptRenderer(backend.tokenizer, self.blueprint.communicator.min_tokens)
         if self._leads is None:
             self._leads = self._find_leads(renderer)
         run_seed = self.blueprint.run.seed if seed is None else seed
-        caller = Caller(backend, renderer, stream.emit, run_seed, self._leads)
+        output = self.blueprint.topology.output
+        caller = Caller(backend, renderer, stream.emit, run_seed, self._leads, output, asked)
         checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{run_seed}") if check else None
         return Walk(
             self.blueprint.topology,

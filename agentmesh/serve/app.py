@@ -12,24 +12,27 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from agentmesh.errors import AgentmeshError
+from agentmesh.serve.asked import Unheard
 from agentmesh.serve.guard import Guard
 from agentmesh.serve.keys import Keys
 from agentmesh.serve.limits import Gate, Limits
 from agentmesh.serve.meshes import Served
 from agentmesh.serve.native import NativeApi
-from agentmesh.serve.problems import RefusedError, refusal
+from agentmesh.serve.openai import OpenAiApi
+from agentmesh.serve.problems import RefusedError, refusal, response
 from agentmesh.serve.runs import Runs
 
 PAGE = Path(__file__).parent / "page"
 
 
-def make_app(meshes: Mapping[str, Served], keys: Keys, limits: Limits) -> FastAPI:
+def make_app(meshes: Mapping[str, Served], keys: Keys, limits: Limits, unheard: Unheard = Unheard.REFUSE) -> FastAPI:
     """A server of meshes whose models are loaded; its ``state.runs`` owns the runs.
 
     Args:
         meshes: by name.
         keys: whose requests are answered; without any, everybody's on this machine.
         limits: how much it takes on.
+        unheard: what to do with messages that a mesh has no input for.
     """
     gate = Gate(limits)
     runs = Runs(limits, gate)
@@ -42,6 +45,7 @@ def make_app(meshes: Mapping[str, Served], keys: Keys, limits: Limits) -> FastAP
     app = FastAPI(title="agentmesh", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.runs = runs
     app.include_router(NativeApi(meshes, runs, limits).router)
+    app.include_router(OpenAiApi(meshes, runs, limits, unheard).router)
     app.add_api_route("/health", health)
     app.add_api_route("/ready", ready)
     app.add_api_route("/", page)
@@ -74,8 +78,7 @@ async def page(name: str = "index.html") -> Response:
 
 
 async def _refused(_request: Request, error: Exception) -> Response:
-    refused = refusal(error)
-    return JSONResponse(refused.body, refused.status, refused.headers)
+    return response(refusal(error))
 
 
 async def _invalid(_request: Request, error: Exception) -> Response:
@@ -83,11 +86,10 @@ async def _invalid(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])
-    return await _refused(_request, RefusedError(400, f"{where or 'body'}: {first['msg']}", param=where))
+    return response(RefusedError(400, f"{where or 'body'}: {first['msg']}", param=where))
 
 
-async def _elsewhere(_request: Request, error: Exception) -> Response:
+async def _elsewhere(request: Request, error: Exception) -> Response:
     """An address or method that does not exist."""
     assert isinstance(error, HTTPException)
-    refused = RefusedError(error.status_code, f"{_request.method} {_request.url.path}: {error.detail}")
-    return JSONResponse(refused.body, refused.status, error.headers)
+    return response(RefusedError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))

@@ -7,12 +7,11 @@ from typing import final
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentmesh.serve.keys import METRICS, Keys, is_loopback
 from agentmesh.serve.limits import Limits
-from agentmesh.serve.problems import RefusedError
+from agentmesh.serve.problems import RefusedError, response
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -59,7 +58,8 @@ class Guard:
             scope.setdefault("state", {})["tenant"] = self._let_in(scope["method"], scope["path"], Headers(scope=scope))
             body = await self._body(receive)
         except RefusedError as refused:
-            answer = JSONResponse(refused.body, refused.status, {**refused.headers, "Connection": "close"})
+            answer = response(refused)
+            answer.headers["Connection"] = "close"  # what is left of the body is not read
             await answer(scope, receive, patiently)
             return
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]

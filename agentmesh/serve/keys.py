@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agentmesh.config.base import TENANT
 from agentmesh.errors import InputError, UsageError
 
 VARIABLE = "AGENTMESH_API_KEYS"
 METRICS = "metrics"
 """The tenant whose keys read the metrics, and nothing else."""
 
-_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})")
 SHORTEST = 16
 
@@ -60,7 +60,7 @@ def _parsed(lines: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if len(words) != 2 or not _TENANT.fullmatch(words[0]):
+        if len(words) != 2 or not re.fullmatch(TENANT, words[0]):
             raise InputError(f"{place}: expected a tenant's name and a key, separated by a space")
         tenant, key = words
         hashed = _HASHED.fullmatch(key)

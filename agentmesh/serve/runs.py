@@ -10,11 +10,13 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any, final
+from functools import partial
+from typing import Any, Protocol, final
 
 from agentmesh.config.base import Choice
-from agentmesh.events import Event, ModelFinished, TokenText
-from agentmesh.results import RunResult, Usage
+from agentmesh.config.mesh import AnswerSpec
+from agentmesh.events import CallRecord, Event, FirstToken, ModelFinished, NodeFinished, TokenText
+from agentmesh.results import RunResult, Usage, usage_of
 from agentmesh.serve.limits import Gate, Limits, Ticket
 from agentmesh.serve.meshes import Served
 from agentmesh.serve.problems import SERVER, RefusedError, refusal
@@ -49,11 +51,16 @@ class Order:
     inputs: Mapping[str, str]
     tenant: str = ""
     seed: int | None = None
+    answer: AnswerSpec | None = None
 
 
 @dataclass(eq=False)
 class Run:
-    """One run. Changed by ``Runs`` alone; others read it and follow its events."""
+    """One run. Changed by ``Runs`` alone; others read it and follow its events.
+
+    ``speaking`` is set when a first token or message is out, ``ended`` when nothing more will come; ``calls`` are its
+    model calls without their plans, which the events hold.
+    """
 
     order: Order
     id: str = field(default_factory=lambda: f"run-{uuid.uuid4().hex}")
@@ -62,10 +69,9 @@ class Run:
     answer: str | None = None
     error: RefusedError | None = None
     wall_s: float | None = None
-    usage: Usage = field(default_factory=Usage)
-    calls_shared: int = 0
+    calls: list[CallRecord] = field(default_factory=list)
     nbytes: int = 0
-    started: asyncio.Event = field(default_factory=asyncio.Event)
+    speaking: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     _events: list[Noted] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -73,12 +79,12 @@ class Run:
     def take(self, event: Event) -> None:
         """Keep an event."""
         if isinstance(event, ModelFinished):
-            self.usage = self.usage.plus(event.call)
-            self.calls_shared += event.call.placed_exact + event.call.placed_realigned > 0
+            self.calls.append(event.call.model_copy(update={"plan": ()}))
         note = Noted(event.seq, event.type, event.model_dump_json())
         self._events.append(note)
         self.nbytes += len(note.data)
-        self.started.set()
+        if isinstance(event, FirstToken | NodeFinished):
+            self.speaking.set()
         self._wake()
 
     def end(
@@ -89,7 +95,7 @@ class Run:
         streamed = TokenText.model_fields["type"].default
         self._events = [note for note in self._events if note.type != streamed]
         self.nbytes = sum(len(note.data) for note in self._events)
-        self.started.set()
+        self.speaking.set()
         self.ended.set()
         self._wake()
 
@@ -111,9 +117,15 @@ class Run:
                 if not done:
                     yield None
 
+    @property
+    def usage(self) -> Usage:
+        """Of its model calls that have ended."""
+        return usage_of(self.calls)
+
     def row(self) -> dict[str, Any]:
         """It in a list of runs."""
         usage = self.usage
+        shared = sum(call.placed_exact + call.placed_realigned > 0 for call in self.calls)
         return {
             "run": self.id,
             "mesh": self.order.served.name,
@@ -123,7 +135,7 @@ class Run:
             "answer": self.answer,
             "error": None if self.error is None else str(self.error),
             "calls": usage.calls,
-            "calls_shared": self.calls_shared,
+            "calls_shared": shared,
             "tokens_placed": usage.placed_exact + usage.placed_realigned,
             "tokens_computed": usage.computed,
         }
@@ -133,6 +145,16 @@ class Run:
         self._changed = asyncio.Event()
 
 
+class Watcher(Protocol):
+    """Hears of all runs."""
+
+    def heard(self, run: Run, event: Event) -> None:
+        """Something happened in a run."""
+
+    def over(self, run: Run) -> None:
+        """A run has ended; it may never have begun."""
+
+
 @final
 class Runs:
     """Owns all runs of a server. Everything happens on one event loop.
@@ -140,22 +162,20 @@ class Runs:
     Args:
         limits: how many, how long, and how much of them is kept.
         gate: who may begin.
+        watchers: hear of all runs.
     """
 
-    def __init__(self, limits: Limits, gate: Gate) -> None:
+    def __init__(self, limits: Limits, gate: Gate, watchers: Sequence[Watcher] = ()) -> None:
         self._limits = limits
         self._gate = gate
+        self._watchers = tuple(watchers)
         self._kept: dict[str, dict[str, Run]] = {}
         self._tasks: dict[Run, asyncio.Task[RunResult]] = {}
         self._conductors: set[asyncio.Task[None]] = set()
         self.closing = False
 
-    def start(self, order: Order, sinks: Sequence[Sink] = ()) -> Run:
+    def start(self, order: Order) -> Run:
         """Begin a run, or let it wait for its turn.
-
-        Args:
-            order: what to do.
-            sinks: hear its events, too.
 
         Raises:
             InputError, RequestTooLongError: its inputs are wrong.
@@ -167,7 +187,7 @@ class Runs:
         ticket = self._gate.claim(order.tenant)
         run = Run(replace(order, inputs=inputs))
         self._kept.setdefault(order.tenant, {})[run.id] = run
-        work = self._tasks[run] = asyncio.ensure_future(self._work(run, ticket, sinks))
+        work = self._tasks[run] = asyncio.ensure_future(self._work(run, ticket))
         conductor = asyncio.ensure_future(self._conduct(run, ticket, work))
         self._conductors.add(conductor)
         conductor.add_done_callback(self._conductors.discard)
@@ -207,11 +227,15 @@ class Runs:
         if self._conductors:
             await asyncio.wait(self._conductors)
 
-    async def _work(self, run: Run, ticket: Ticket, sinks: Sequence[Sink]) -> RunResult:
+    async def _work(self, run: Run, ticket: Ticket) -> RunResult:
         """Wait for the run's turn, and run."""
         await self._gate.turn(ticket)
         order = run.order
-        return await order.served.mesh.arun(order.inputs, seed=order.seed, sinks=(run.take, *sinks))
+        sinks: list[Sink] = [run.take]
+        sinks += [partial(watcher.heard, run) for watcher in self._watchers]
+        return await order.served.mesh.arun(
+            order.inputs, seed=order.seed, sinks=sinks, tenant=order.tenant, answer=order.answer
+        )
 
     async def _conduct(self, run: Run, ticket: Ticket, work: asyncio.Task[RunResult]) -> None:
         """Watch over a run until it has ended, and give back what it held."""
@@ -235,6 +259,8 @@ class Runs:
             run.end(Status.FAILED, took, error=why)
         else:
             run.end(Status.DONE, took, answer=work.result().answer)
+        for watcher in self._watchers:
+            watcher.over(run)
         self._forget(run.order.tenant)
 
     def _forget(self, tenant: str) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import final
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentmesh.serve.keys import METRICS, Keys, is_loopback
 from agentmesh.serve.limits import Limits
-from agentmesh.serve.problems import RefusedError, response
+from agentmesh.serve.problems import RefusedError
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -28,6 +30,11 @@ def tenant_of(request: Request) -> str:
     return tenant
 
 
+def response(refused: RefusedError) -> JSONResponse:
+    """An error as the client gets it."""
+    return JSONResponse(refused.body, refused.status, refused.headers)
+
+
 @final
 class Guard:
     """ASGI middleware around everything else.
@@ -36,12 +43,14 @@ class Guard:
         app: everything else.
         keys: whose requests are answered.
         limits: of bodies, and of a client's slowness.
+        responded: told the status of every answer.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, limits: Limits, responded: Callable[[int], None]) -> None:
         self._app = app
         self._keys = keys
         self._limits = limits
+        self._responded = responded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -52,6 +61,7 @@ class Guard:
         async def patiently(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
+                self._responded(message["status"])
             await asyncio.wait_for(send(message), self._limits.stall_s)
 
         try:

@@ -88,6 +88,11 @@ def load_models(meshes: Mapping[str, Served], progress: Progress | None = None) 
         opened[key] = served.mesh.load(progress, beside=opened.get(key))
 
 
+def width(meshes: Mapping[str, Served]) -> int:
+    """How many runs their models serve well at once."""
+    return max(served.mesh.width for served in meshes.values())
+
+
 def close(meshes: Mapping[str, Served]) -> None:
     """Free all models."""
     for served in meshes.values():

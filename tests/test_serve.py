@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from serving import HeldModel, InThread, events_of, eventually, offered, serving
 
 from agentmesh.serve.app import Service
 from agentmesh.serve.asked import Unheard
+from agentmesh.serve.guard import Guard
 from agentmesh.serve.keys import Keys, read_keys
 from agentmesh.serve.limits import Gate, Limits
 from agentmesh.serve.problems import RefusedError
@@ -467,3 +469,25 @@ def test_keys_are_read_from_lines_and_never_shown(tmp_path: Any) -> None:
         with pytest.raises(Exception, match=r"keys:1: ") as caught:
             read_keys(file, None)
         assert "key-of" not in str(caught.value)
+
+
+def test_a_client_that_reads_nothing_loses_its_answer() -> None:
+    over = []
+
+    async def answers(_scope: Any, _receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        finally:
+            over.append(True)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(_message: Any) -> None:
+        await asyncio.Event().wait()
+
+    guard = Guard(answers, Keys(), Limits(stall_s=0.05), lambda _status: None)
+    scope = {"type": "http", "method": "GET", "path": "/health", "headers": [(b"host", b"localhost")]}
+    asyncio.run(guard(scope, receive, send))
+
+    assert over == [True]

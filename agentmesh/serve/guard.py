@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import final
 
 from fastapi import Request
@@ -22,6 +23,10 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 PRIVATE = ("/v1/", "/api/", "/metrics")
+
+
+class _StalledError(Exception):
+    """A client has read nothing for too long."""
 
 
 def tenant_of(request: Request) -> str:
@@ -62,7 +67,10 @@ class Guard:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
                 self._responded(message["status"])
-            await asyncio.wait_for(send(message), self._limits.stall_s)
+            try:
+                await asyncio.wait_for(send(message), self._limits.stall_s)
+            except asyncio.TimeoutError:
+                raise _StalledError from None
 
         try:
             scope.setdefault("state", {})["tenant"] = self._let_in(scope["method"], scope["path"], Headers(scope=scope))
@@ -77,7 +85,8 @@ class Guard:
         async def read() -> Message:
             return first.pop() if first else await receive()
 
-        await self._app(scope, read, patiently)
+        with suppress(_StalledError):  # the connection is closed, because its answer is not complete
+            await self._app(scope, read, patiently)
 
     def _let_in(self, method: str, path: str, headers: Headers) -> str:
         """Whose request it is.

@@ -185,7 +185,7 @@ class Runs:
 
         Raises:
             InputError, RequestTooLongError: its inputs are wrong.
-            RefusedError: there is no room, or the server is about to stop.
+            RefusedError: an input is missing, there is no room, or the server is about to stop.
         """
         if self.closing:
             raise RefusedError(503, "the server is about to stop", kind=SERVER, code="closing", retry_after=5)

@@ -53,6 +53,7 @@ def run(service: Service, listen: socket.socket, say: Callable[[str], None]) -> 
         log_level="warning",
         access_log=False,
         lifespan="on",
+        ws="none",
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(service.limits.drain_s) + 5,

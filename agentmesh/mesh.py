@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -21,7 +21,7 @@ from agentmesh.blueprint import Blueprint, draft
 from agentmesh.calls import Caller
 from agentmesh.checks import Checks
 from agentmesh.config.load import LoadedMesh, load_mesh, mesh_from_dict
-from agentmesh.config.mesh import LlmAgentSpec
+from agentmesh.config.mesh import AnswerSpec, LlmAgentSpec
 from agentmesh.errors import RecordError, RunError, TemplateError, UsageError
 from agentmesh.events import Event, RunCancelled, RunFailed, RunFinished, RunStarted
 from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate, Scope
@@ -33,6 +33,18 @@ from agentmesh.turns import Turns, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one run is asked to do, as ``Mesh.arun`` says, and who reads for it."""
+
+    inputs: Mapping[str, str]
+    seed: int
+    sample: str
+    reader: Reader
+    check: bool
+    answer: AnswerSpec | None
 
 
 @final
@@ -142,8 +154,12 @@ class Mesh:
         """The model at work: the one that was given or loaded; ``None`` before it is loaded."""
         return self._backend
 
-    def load(self, progress: Progress | None = None) -> Backend:
+    def load(self, progress: Progress | None = None, *, beside: Backend | None = None) -> Backend:
         """Load the model now instead of at the first run.
+
+        Args:
+            progress: told how far fetching and converting are.
+            beside: what another mesh has loaded for the same model; its weights and its thread serve both then.
 
         Raises:
             ModelError: the weights cannot be fetched or read.
@@ -153,7 +169,10 @@ class Mesh:
             from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
 
             spec, exact = self.blueprint.communicator, self.blueprint.run.deterministic
-            backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
+            if isinstance(beside, LocalBackend):
+                backend = LocalBackend(beside.engine, spec)
+            else:
+                backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
             try:
                 if spec.realigners is not None:
                     path = self.blueprint.folder / Path(spec.realigners).expanduser()
@@ -216,6 +235,7 @@ class Mesh:
         sinks: Sequence[Sink] = (),
         check_judges: bool = False,
         tenant: str = "",
+        answer: AnswerSpec | None = None,
         **named: str,
     ) -> RunResult:
         """Run once; runs beyond ``run.concurrency`` of one mesh wait for their turn.
@@ -229,6 +249,7 @@ class Mesh:
                 seed and sample; what it says then is in the result's ``checks`` alone.
             tenant: for whom it is. What is kept and learned for one tenant is never used for another: neither KV nor
                 time to first token tell what others have asked.
+            answer: what the run asks of the output node's message in the last round, over its own ``generate``.
             named: more inputs.
 
         Raises:
@@ -237,8 +258,9 @@ class Mesh:
             RunError: the run has no answer.
         """
         given = self.blueprint.all_inputs({**(inputs or {}), **named})
+        run_seed = self.blueprint.run.seed if seed is None else seed
         async with self._turns.turn(tenant) as reader:
-            return await self._run(given, seed, sample, sinks, reader, check=check_judges)
+            return await self._run(_Asked(given, run_seed, sample, reader, check_judges, answer), sinks)
 
     @property
     def width(self) -> int:
@@ -246,25 +268,16 @@ class Mesh:
         wanted = self.blueprint.run.concurrency
         return self.load().width if wanted == "auto" else wanted
 
-    async def _run(
-        self,
-        given: Mapping[str, str],
-        seed: int | None,
-        sample: str,
-        sinks: Sequence[Sink],
-        reader: Reader,
-        *,
-        check: bool,
-    ) -> RunResult:
+    async def _run(self, asked: _Asked, sinks: Sequence[Sink]) -> RunResult:
         """One run from its first event to its result."""
         backend, gathered = self.load(), Gathered()
-        stream = EventStream((gathered.take, *sinks), sample)
+        stream = EventStream((gathered.take, *sinks), asked.sample)
         begun = time.perf_counter()
-        stream.emit(self._started(backend, given))
+        stream.emit(self._started(backend, asked.inputs))
         finished = False
         try:
-            await backend.begin(reader)
-            walk = self._walk(backend, given, stream, seed, reader, check=check)
+            await backend.begin(asked.reader)
+            walk = self._walk(backend, stream, asked)
             messages = await walk.run()
             answer = self._answer(messages)
             wall = time.perf_counter() - begun
@@ -280,7 +293,7 @@ class Mesh:
             stream.emit(RunFailed(error_type=type(error).__name__, error=str(error), wall_s=wall))
             raise
         finally:
-            await backend.release(reader.run)
+            await backend.release(asked.reader.run)
             if not finished:
                 stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
         return gathered.result(answer, ((message.node, message.round) for message in messages), wall)
@@ -319,23 +332,16 @@ class Mesh:
             task.cancel()
             await asyncio.wait({task})
 
-    def _walk(
-        self,
-        backend: Backend,
-        given: Mapping[str, str],
-        stream: EventStream,
-        seed: int | None,
-        reader: Reader,
-        *,
-        check: bool,
-    ) -> Walk:
-        inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in given.items()}
+    def _walk(self, backend: Backend, stream: EventStream, asked: _Asked) -> Walk:
+        inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in asked.inputs.items()}
         renderer = PromptRenderer(backend.tokenizer, self.blueprint.communicator.min_tokens)
         if self._leads is None:
             self._leads = self._find_leads(renderer)
-        run_seed = self.blueprint.run.seed if seed is None else seed
-        caller = Caller(backend, renderer, stream.emit, run_seed, self._leads)
-        checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{run_seed}") if check else None
+        output = self.blueprint.topology.output
+        caller = Caller(backend, renderer, stream.emit, asked.seed, self._leads, output, asked.answer)
+        checks = None
+        if asked.check:
+            checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{asked.seed}")
         return Walk(
             self.blueprint.topology,
             self._workers,
@@ -344,7 +350,7 @@ class Mesh:
             stream.emit,
             self._predicates,
             lambda text: len(backend.tokenizer.encode(text, control=False)),
-            reader,
+            asked.reader,
             checks,
         )
 

@@ -80,8 +80,8 @@ class Backend(Protocol):
     async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:
         """Answer a prompt. Cancelling frees what the call holds."""
 
-    async def ingest(self, contents: Sequence[Content]) -> int:
-        """Keep passages of a corpus before anybody reads them; how many were new and kept."""
+    async def ingest(self, contents: Sequence[Content], tenant: str = "") -> int:
+        """Keep passages of a corpus for a tenant before anybody reads them; how many were new and kept."""
 
     async def begin(self, reader: Reader) -> None:
         """A run begins; called in the order of the runs."""

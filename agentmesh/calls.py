@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from agentmesh.agents.base import Turn
 from agentmesh.backend import Backend, Completion
-from agentmesh.config.mesh import GenerateSpec
+from agentmesh.config.mesh import AnswerSpec, GenerateSpec
 from agentmesh.events import CallRecord, Event, FirstToken, ModelFinished, ModelStarted, PlanRow, TokenText, Treatment
 from agentmesh.prompt import Content, ContentKind, Exchange, PromptRenderer, RoleTemplate, Scope, said, texts_of
 
@@ -23,6 +23,8 @@ class Caller:
         emit: takes events.
         seed: of the run; every call's own seed derives from it and the call's place in the graph.
         leads: how the mesh's prompts begin, to find what they have in common.
+        output: the node whose last message is the answer.
+        answer: what is asked of that message.
     """
 
     backend: Backend
@@ -30,12 +32,16 @@ class Caller:
     emit: Callable[[Event], None]
     seed: int
     leads: Sequence[Sequence[int]] = ()
+    output: str = ""
+    answer: AnswerSpec | None = None
 
     async def __call__(
         self, turn: Turn, template: RoleTemplate, generate: GenerateSpec, history: list[Exchange] | None
     ) -> Content:
         """The message for one turn; a ``history`` is continued and gets the new exchange."""
         prompt, pieces = self.renderer.render(template, scope_of(turn), history, leads=self.leads)
+        if self.answer is not None and (turn.node, turn.round) == (self.output, turn.rounds - 1):
+            generate = self.answer.within(generate)
         listener = _Listener(self.emit, turn)
         seed = call_seed(self.seed, turn.node, turn.round, turn.attempt)
         label = said(ContentKind.MESSAGE, turn.node, turn.round)

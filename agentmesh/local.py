@@ -195,14 +195,14 @@ class LocalBackend:
             raise UsageError(f"preset {self._preset!r} has no realigners that could be {what}; use `linear`")
         return self.communicator.learner
 
-    async def ingest(self, contents: Sequence[Content]) -> int:
-        """Keep passages, each behind a neutral header; the engine serves others between two of them."""
+    async def ingest(self, contents: Sequence[Content], tenant: str = "") -> int:
+        """Keep passages for a tenant, each behind a neutral header; the engine serves others between two of them."""
         header, kept = neutral_header(self.tokenizer), 0
         for content in contents:
             ids = self.tokenizer.encode(content.text, control=False) if content.tokens is None else content.tokens
             passage = replace(content, tokens=tuple(ids))
             if len(header) + len(ids) <= self.engine.loaded.max_context:
-                kept += await self.engine.do(partial(self.communicator.ingest, (passage,), header))
+                kept += await self.engine.do(partial(self.communicator.ingest, (passage,), header, tenant))
         return kept
 
     async def begin(self, reader: Reader) -> None:

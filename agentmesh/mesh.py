@@ -21,7 +21,7 @@ from agentmesh.blueprint import Blueprint, draft
 from agentmesh.calls import Caller
 from agentmesh.checks import Checks
 from agentmesh.config.load import LoadedMesh, load_mesh, mesh_from_dict
-from agentmesh.config.mesh import LlmAgentSpec
+from agentmesh.config.mesh import AnswerSpec, LlmAgentSpec
 from agentmesh.errors import RecordError, RunError, TemplateError, UsageError
 from agentmesh.events import Event, RunCancelled, RunFailed, RunFinished, RunStarted
 from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate, Scope
@@ -29,7 +29,7 @@ from agentmesh.results import Gathered, RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
-from agentmesh.turns import Turns, refuse_inside_loop, together
+from agentmesh.turns import Turns, check_tenant, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
 
 Progress = Callable[[str, int, int], None]
@@ -140,8 +140,12 @@ class Mesh:
         """The model at work: the one that was given or loaded; ``None`` before it is loaded."""
         return self._backend
 
-    def load(self, progress: Progress | None = None) -> Backend:
+    def load(self, progress: Progress | None = None, *, beside: Backend | None = None) -> Backend:
         """Load the model now instead of at the first run.
+
+        Args:
+            progress: told how far fetching and converting are.
+            beside: what another mesh has loaded for the same model; its weights and its thread serve both then.
 
         Raises:
             ModelError: the weights cannot be fetched or read.
@@ -151,7 +155,10 @@ class Mesh:
             from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
 
             spec, exact = self.blueprint.communicator, self.blueprint.run.deterministic
-            backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
+            if isinstance(beside, LocalBackend):
+                backend = LocalBackend(beside.engine, spec)
+            else:
+                backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
             try:
                 if self.blueprint.communicator.realigners is not None:
                     path = self.blueprint.folder / Path(self.blueprint.communicator.realigners).expanduser()
@@ -168,26 +175,29 @@ class Mesh:
             self._backend.close()
             self._backend = None
 
-    def ingest(self, tick: Callable[[int, int], None] | None = None) -> int:
+    def ingest(self, tick: Callable[[int, int], None] | None = None, *, tenant: str = "") -> int:
         """Make and keep the KV of all documents that agents may hand out, so that their first readers share it, too.
 
         Args:
             tick: told after each document how many are done, and of how many.
+            tenant: whose runs may use it; see ``arun``.
 
         Returns:
             How many were kept; the others are too short, beyond the budget, or the preset places no documents.
 
         Raises:
             UsageError: an event loop is running here already.
+            InputError: no name for a tenant.
         """
         refuse_inside_loop("`await asyncio.to_thread(mesh.ingest)` instead of `mesh.ingest()`")
+        check_tenant(tenant)
         backend = self.load()
         contents = [content for worker in self._workers.values() for content in worker.agent.corpus()]
 
         async def keep() -> int:
             kept = 0
             for number, content in enumerate(contents, 1):
-                kept += await backend.ingest([content])
+                kept += await backend.ingest([content], tenant)
                 if tick is not None:
                     tick(number, len(contents))
             return kept
@@ -207,6 +217,8 @@ class Mesh:
         sample: str = "",
         sinks: Sequence[Sink] = (),
         check_judges: bool = False,
+        tenant: str = "",
+        answer: AnswerSpec | None = None,
         **named: str,
     ) -> RunResult:
         """Run once; runs beyond ``run.concurrency`` of one mesh wait for their turn.
@@ -218,16 +230,20 @@ class Mesh:
             sinks: called with every event, in order.
             check_judges: whether each judge acts once more when the run is over, with its inbox in an order drawn from
                 seed and sample; what it says then is in the result's ``checks`` alone.
+            tenant: for whom it is. What is kept and learned for one tenant is never used for another: neither KV nor
+                time to first token tell what others have asked.
+            answer: what the run asks of the output node's message in the last round, over its own ``generate``.
             named: more inputs.
 
         Raises:
-            InputError: the inputs are not what the mesh reads.
+            InputError: the inputs are not what the mesh reads, or no name for a tenant.
             NodeError: an agent failed for good.
             RunError: the run has no answer.
         """
         given = self.blueprint.all_inputs({**(inputs or {}), **named})
-        async with self._turns.turn() as reader:
-            return await self._run(given, seed, sample, sinks, reader, check=check_judges)
+        check_tenant(tenant)
+        async with self._turns.turn(tenant) as reader:
+            return await self._run(given, seed, sample, sinks, reader, check=check_judges, answer=answer)
 
     @property
     def width(self) -> int:
@@ -244,6 +260,7 @@ class Mesh:
         reader: Reader,
         *,
         check: bool,
+        answer: AnswerSpec | None,
     ) -> RunResult:
         """One run from its first event to its result."""
         backend, gathered = self.load(), Gathered()
@@ -253,13 +270,13 @@ class Mesh:
         finished = False
         try:
             await backend.begin(reader)
-            walk = self._walk(backend, given, stream, seed, reader, check=check)
+            walk = self._walk(backend, given, stream, seed, reader, check=check, asked=answer)
             messages = await walk.run()
-            answer = self._answer(messages)
+            said = self._answer(messages)
             wall = time.perf_counter() - begun
             await walk.check_judges()
             finished = True
-            stream.emit(RunFinished(answer=answer, wall_s=wall))
+            stream.emit(RunFinished(answer=said, wall_s=wall))
         except RecordError:
             finished = True  # no record can be written, so none of the failure either
             raise
@@ -272,7 +289,7 @@ class Mesh:
             await backend.release(reader.run)
             if not finished:
                 stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
-        return gathered.result(answer, ((message.node, message.round) for message in messages), wall)
+        return gathered.result(said, ((message.node, message.round) for message in messages), wall)
 
     async def arun_all(
         self, samples: Iterable[Mapping[str, str]], tick: Callable[[], None] = lambda: None
@@ -317,13 +334,15 @@ class Mesh:
         reader: Reader,
         *,
         check: bool,
+        asked: AnswerSpec | None,
     ) -> Walk:
         inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in given.items()}
         renderer = PromptRenderer(backend.tokenizer, self.blueprint.communicator.min_tokens)
         if self._leads is None:
             self._leads = self._find_leads(renderer)
         run_seed = self.blueprint.run.seed if seed is None else seed
-        caller = Caller(backend, renderer, stream.emit, run_seed, self._leads)
+        output = self.blueprint.topology.output
+        caller = Caller(backend, renderer, stream.emit, run_seed, self._leads, output, asked)
         checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{run_seed}") if check else None
         return Walk(
             self.blueprint.topology,

@@ -27,6 +27,14 @@ class Usage(Frozen):
         return Usage(calls=self.calls + 1, **sums)
 
 
+def usage_of(calls: Iterable[CallRecord]) -> Usage:
+    """The usage of some calls together."""
+    total = Usage()
+    for call in calls:
+        total = total.plus(call)
+    return total
+
+
 class RunResult(Frozen):
     """A finished run.
 
@@ -43,10 +51,7 @@ class RunResult(Frozen):
     @property
     def usage(self) -> Usage:
         """The whole run's usage."""
-        total = Usage()
-        for call in self.calls:
-            total = total.plus(call)
-        return total
+        return usage_of(self.calls)
 
     @property
     def usage_by_agent(self) -> dict[str, Usage]:

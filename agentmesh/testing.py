@@ -114,7 +114,7 @@ class ScriptedModel:
         tokens = tuple(self.tokenizer.encode(text, control=False))
         return Completion(tokens, text, "stop", 0.0, ttft, 0.0, rows, self.preset)
 
-    async def ingest(self, contents: Sequence[Content]) -> int:  # noqa: ARG002  # the interface of a backend
+    async def ingest(self, contents: Sequence[Content], tenant: str = "") -> int:  # noqa: ARG002  # the interface of a backend
         """Nothing is kept."""
         return 0
 

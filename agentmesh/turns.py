@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, final
 
-from agentmesh.errors import UsageError
+from agentmesh.config.base import PATTERN_WORDS, TENANT
+from agentmesh.errors import InputError, UsageError
 from agentmesh.prompt import Reader
 
 Result = TypeVar("Result")
@@ -44,6 +46,16 @@ def refuse_inside_loop(instead: str) -> None:
     raise UsageError(f"an event loop is running here already; use {instead}")
 
 
+def check_tenant(tenant: str) -> None:
+    """Refuse what cannot name a tenant.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not re.fullmatch(TENANT, tenant):
+        raise InputError(f"tenant {tenant!r}: expected {PATTERN_WORDS[TENANT]}")
+
+
 @final
 class Turns:
     """Numbers runs in the order they are asked for, and lets as many run at once as the mesh is wide.
@@ -61,8 +73,8 @@ class Turns:
         self._room: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[Reader]:
-        """Wait for room, and give the run its number and what it sees."""
+    async def turn(self, tenant: str = "") -> AsyncIterator[Reader]:
+        """Wait for room, and give a tenant's run its number and what it sees."""
         number = next(self._numbers)
         sees = number - LAG if self._deterministic else None
         self._ends[number] = asyncio.Event()
@@ -70,7 +82,7 @@ class Turns:
             async with self._semaphore():
                 if sees is not None:
                     await self._wait_for(sees)
-                yield Reader(run=f"run {number}", order=number, sees=sees)
+                yield Reader(run=f"run {number}", order=number, sees=sees, tenant=tenant)
         finally:
             self._ends.pop(number).set()
 

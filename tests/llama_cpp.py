@@ -90,7 +90,7 @@ class LlamaBackend:
                 break
         return tuple(found), first - begun, time.perf_counter() - first
 
-    async def ingest(self, contents: Sequence[Content]) -> int:  # the interface of a backend
+    async def ingest(self, contents: Sequence[Content], tenant: str = "") -> int:  # the interface of a backend
         """Nothing is kept."""
         return 0
 

@@ -35,7 +35,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "testing",
         }
     ),
-    frozenset({"bench", "display", "evaluate", "suites", "tables", "plots"}),
+    frozenset({"bench", "display", "evaluate", "serve", "suites", "tables", "plots"}),
     frozenset({"cli", "__main__"}),
 )
 HALVES = ({"kv"}, {"topology", "prompt"})

@@ -87,7 +87,7 @@ def test_a_prefix_hit_is_bit_equal_to_the_same_prompt_computed_cold(name: str, d
     runner = runner_of(model)
     prompt = Prompt((Segment("fixed", "", TOKENS[:60]), Segment("question", "", TOKENS[60:])), (60,))
     other = Prompt((Segment("fixed", "", TOKENS[:60]), Segment("question", "", TOKENS[10:30])), (60,))
-    warm, cold = Prefix(PrefixStore(Budget(2**24)), b"m"), Prefix(PrefixStore(Budget(2**24)), b"m")
+    warm, cold = Prefix(PrefixStore(Budget(2**24)), "m"), Prefix(PrefixStore(Budget(2**24)), "m")
     first = runner.open(90)
     runner.prefill(first, warm.plan(other).composition)
     warm.prefilled(other, warm.plan(other), first.arena)

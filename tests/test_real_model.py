@@ -46,7 +46,7 @@ def test_a_prefix_hit_is_bit_equal_to_a_cold_prefill(dtype: str, request: pytest
     assert support.level is Level.REALIGN
     assert isinstance(runner, ArenaRunner)
     first, second = prompts(loaded)
-    warm, cold = Prefix(PrefixStore(Budget(2**30)), b"m"), Prefix(PrefixStore(Budget(2**30)), b"m")
+    warm, cold = Prefix(PrefixStore(Budget(2**30)), "m"), Prefix(PrefixStore(Budget(2**30)), "m")
     caches = [runner.open(len(first.tokens)), runner.open(len(second.tokens)), runner.open(len(second.tokens))]
     runner.prefill(caches[0], warm.plan(first).composition)
     warm.prefilled(first, warm.plan(first), caches[0].arena)

@@ -109,7 +109,7 @@ class GenerateBackend:
         tokens = tuple(token for token in found[0, len(prompt) :].tolist() if token not in loaded.stop_token_ids)
         return tokens, clock
 
-    async def ingest(self, contents: Sequence[Content]) -> int:  # noqa: ARG002  # the interface of a backend
+    async def ingest(self, contents: Sequence[Content], tenant: str = "") -> int:  # noqa: ARG002  # the interface of a backend
         """Nothing is kept."""
         return 0
 

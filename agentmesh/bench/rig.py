@@ -165,9 +165,9 @@ class Recording:
         self.calls.append(Call(prompt, done.tokens))
         return done
 
-    async def ingest(self, contents: Sequence[Content]) -> int:
+    async def ingest(self, contents: Sequence[Content], tenant: str = "") -> int:
         """As the backend that answers."""
-        return await self._inner.ingest(contents)
+        return await self._inner.ingest(contents, tenant)
 
     async def begin(self, reader: Reader) -> None:
         """As the backend that answers."""

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from agentmesh.cli import bench, calibrate, doctor, evaluate, look, models, plan, run, runs
+from agentmesh.cli import bench, calibrate, doctor, evaluate, look, models, plan, run, runs, serve
 from agentmesh.errors import AgentmeshError
 
 INTERRUPTED = 130
@@ -23,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("validate")(look.validate)
 app.command("plan")(plan.plan)
 app.command("graph")(look.graph)

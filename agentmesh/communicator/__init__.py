@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,14 +32,13 @@ REALIGNERS: dict[RealignerKind, Callable[[KVShape], Realigner[Any]]] = {
 """Kind → a realigner that has learned nothing. ``anchors`` is a preset of its own: it places fixed text, too."""
 
 
-def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel, tenant: str = "local") -> Preset:
+def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Preset:
     """The preset a mesh asks for, or the most that its model supports.
 
     Args:
         spec: the mesh's communicator.
         support: what the model supports.
         loaded: the model; its fingerprint is part of every key.
-        tenant: whose KV it is; tenants never share.
 
     Raises:
         NotFoundError: no such preset.
@@ -55,13 +53,13 @@ def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel, tenant: 
         return Dense(Budget(spec.budget))
     if support.level is Level.DENSE or not isinstance(runner, ArenaRunner):
         return Dense(Budget(spec.budget), Reason.MODEL_UNSUPPORTED)
-    root = hashlib.sha256(f"{loaded.fingerprint}\n{tenant}".encode()).digest()
+    fingerprint = loaded.fingerprint
     if choice.share is Share.PREFIX:
-        return Prefix(PrefixStore(Budget(spec.budget)), root, spec.min_tokens)
+        return Prefix(PrefixStore(Budget(spec.budget)), fingerprint, spec.min_tokens)
     if support.level is Level.PREFIX:
-        return Prefix(PrefixStore(Budget(spec.budget)), root, spec.min_tokens, Reason.MODEL_UNSUPPORTED)
+        return Prefix(PrefixStore(Budget(spec.budget)), fingerprint, spec.min_tokens, Reason.MODEL_UNSUPPORTED)
     if choice.realigner is RealignerKind.ANCHORS:
         assert runner.rope is not None, "the probe found it"
-        return KVComm(spec, root, runner.rope, runner.spans)
+        return KVComm(spec, fingerprint, runner.rope, runner.spans)
     empty = REALIGNERS[choice.realigner]
-    return Slots(spec, choice, Scout(runner), root, lambda: empty(runner.shape), loaded.line_breaks)
+    return Slots(spec, choice, Scout(runner), fingerprint, lambda: empty(runner.shape), loaded.line_breaks)

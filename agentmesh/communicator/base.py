@@ -84,8 +84,8 @@ class Preset(ABC):
     def release(self, run: str) -> None:  # noqa: B027  # most presets keep nothing for a run
         """Free what a finished run needed, and commit what it taught."""
 
-    def ingest(self, contents: Sequence[Content], header: tuple[int, ...]) -> int:  # noqa: ARG002  # few presets can
-        """Keep passages of a corpus, each behind a neutral header; how many were new and kept."""
+    def ingest(self, contents: Sequence[Content], header: tuple[int, ...], tenant: str = "") -> int:  # noqa: ARG002  # few presets can
+        """Keep passages of a corpus for a tenant, each behind a neutral header; how many were new and kept."""
         return 0
 
     def observe_only(self, *, on: bool) -> None:  # noqa: B027  # most presets have nothing to learn
@@ -106,6 +106,11 @@ class Preset(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that the preset keeps now."""
+
+
+def root_of(fingerprint: str, tenant: str) -> bytes:
+    """What KV depends on besides tokens; stores compare it on every hit, so it is the text itself and no digest."""
+    return f"{fingerprint}\n{tenant}".encode()
 
 
 def rows(prompt: Prompt, placed: int, source: str, reason: Reason) -> tuple[PlanRow, ...]:

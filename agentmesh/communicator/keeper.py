@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from typing_extensions import Self
 
-from agentmesh.communicator.base import Plan
+from agentmesh.communicator.base import Plan, root_of
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.composition import Placement
 from agentmesh.kv.arena import Arena
@@ -57,16 +57,16 @@ class Keeper:
 
     Args:
         spec: the budget, and what is too short to keep.
-        root: what KV depends on besides tokens (model fingerprint, tenant).
+        fingerprint: of the model.
         rope: the model's rotation.
     """
 
-    def __init__(self, spec: CommunicatorSpec, root: bytes, rope: Rope) -> None:
+    def __init__(self, spec: CommunicatorSpec, fingerprint: str, rope: Rope) -> None:
         self._min_tokens = spec.min_tokens
-        self._root = root
+        self._fingerprint = fingerprint
         self.rope = rope
         self.budget = Budget(spec.budget, LOW_WATERMARK)
-        self.segments = SegmentStore(self.budget, root)
+        self.segments = SegmentStore(self.budget, fingerprint.encode())
         self.prefixes = PrefixStore(self.budget)
 
     @property
@@ -77,7 +77,7 @@ class Keeper:
     def lead(self, prompt: Prompt) -> list[Placement]:
         """The longest exact prefix of a prompt, piece by piece."""
         placed: list[Placement] = []
-        for kv in self.prefixes.match(self._root, prompt.tokens, prompt.points):
+        for kv in self.prefixes.match(self._root(prompt), prompt.tokens, prompt.points):
             placed.append(Placement(placed[-1].stop if placed else 0, kv))
         return placed
 
@@ -100,9 +100,9 @@ class Keeper:
         wanted = {**dict.fromkeys(reader.held, LAST), **reader.awaited}
         self.segments.pass_on(reader.run, wanted)
         spans = tuple(
-            Span(self.segments.key(segment.tokens), segment.content.origin, start, start + len(segment.tokens))
+            Span(self.segments.key(tokens, reader.tenant), segment.content.origin, start, start + len(tokens))
             for segment, start in zip(prompt.segments, prompt.starts, strict=True)
-            if segment.content is not None and segment.tokens
+            if segment.content is not None and (tokens := segment.tokens)
         )
         read = bool(spans) and (prompt.continues or any(span.origin in reader.awaited for span in spans))
         if not read and reader.writes not in reader.awaited:
@@ -111,7 +111,8 @@ class Keeper:
         if read:
             stop = len(prompt.tokens) if prompt.continues else spans[-1].stop
             rows = (Rows(spans[0].start, arena.read_free(spans[0].start, stop, self.rope)),)
-        reading = Reading(reader.run, reader.consumer, prompt.tokens, spans if read else (), rows, plan.depths)
+        found = spans if read else ()
+        reading = Reading(reader.run, reader.consumer, prompt.tokens, found, rows, plan.depths, reader.tenant)
         number = self.segments.add(reading, wanted)
         if number is not None:
             self.segments.pin(number)
@@ -125,24 +126,27 @@ class Keeper:
             return
         stop = min(arena.length, begin + len(message))
         rows = Rows(begin, arena.read_free(begin, stop, self.rope)) if stop > begin else None
-        span = Span(self.segments.key(message), reader.writes, begin, begin + len(message), written=True)
+        span = Span(self.segments.key(message, reader.tenant), reader.writes, begin, begin + len(message), written=True)
         self.segments.extend(plan.kept[0], span, message, rows, int(plan.approximate), reader.awaited)
 
-    def knows(self, tokens: tuple[int, ...]) -> bool:
-        """Whether a passage of a corpus is kept."""
-        return next(self.segments.find(tokens, ""), None) is not None
+    def knows(self, tokens: tuple[int, ...], tenant: str) -> bool:
+        """Whether a passage of a corpus is kept for a tenant."""
+        return next(self.segments.find(tokens, "", tenant), None) is not None
 
-    def keep_passage(self, content: Content, begin: int, arena: Arena) -> bool:
+    def keep_passage(self, content: Content, begin: int, arena: Arena, tenant: str) -> bool:
         """Keep a passage whose KV stands at row ``begin`` of an arena, behind a neutral header; False without room."""
         tokens = content.tokens or ()
         rows = Rows(0, arena.read_free(begin, begin + len(tokens), self.rope))
-        span = Span(self.segments.key(tokens), content.origin, 0, len(tokens))
-        reading = Reading("", "", tokens, (span,), (rows,), bytes(len(tokens)))
+        span = Span(self.segments.key(tokens, tenant), content.origin, 0, len(tokens))
+        reading = Reading("", "", tokens, (span,), (rows,), bytes(len(tokens)), tenant)
         return self.segments.add(reading, {}) is not None
+
+    def _root(self, prompt: Prompt) -> bytes:
+        return root_of(self._fingerprint, prompt.reader.tenant)
 
     def _keep_prefix(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
         points, end = tuple(point for point in prompt.points if point <= plan.exact_until), len(prompt.tokens)
         whole = prompt.continues and plan.exact_until == end
         if whole and end - (points[-1] if points else 0) >= self._min_tokens:
             points = (*points, end)
-        self.prefixes.insert(self._root, prompt.tokens, points, arena.read)
+        self.prefixes.insert(self._root(prompt), prompt.tokens, points, arena.read)

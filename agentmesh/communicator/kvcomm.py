@@ -130,15 +130,15 @@ class KVComm(Preset):
 
     Args:
         spec: budget and anchor pools.
-        root: what KV depends on besides tokens (model fingerprint, tenant).
+        fingerprint: of the model.
         rope: the model's rotation.
         spans: notes where the time goes.
     """
 
-    def __init__(self, spec: CommunicatorSpec, root: bytes, rope: Rope, spans: Spans) -> None:
+    def __init__(self, spec: CommunicatorSpec, fingerprint: str, rope: Rope, spans: Spans) -> None:
         self._spec = spec
         self._spans = spans
-        self.keeper = Keeper(spec, root, rope)
+        self.keeper = Keeper(spec, fingerprint, rope)
         self.budget = self.keeper.budget
         self.pools = Pools(spec.anchors, self.budget)
         self._matcher = Matcher(self.keeper.segments, blocks=False, max_depth=DEEPEST)
@@ -242,11 +242,11 @@ class KVComm(Preset):
 
     @staticmethod
     def _name(prompt: Prompt, match: Match) -> str:
-        """A slot of a consumer: the same origin and the same fixed text behind it."""
+        """A slot of a tenant's consumer: the same origin and the same fixed text behind it."""
         content = prompt.segments[match.first].content
         assert content is not None, "a match begins at a slot"
         behind = prompt.segments[match.first + 1].tokens if match.first + 1 < len(prompt.segments) else ()
-        return f"{prompt.reader.consumer} {content.origin} {hash(behind)}"
+        return f"{prompt.reader.tenant} {prompt.reader.consumer} {content.origin} {hash(behind)}"
 
     def _weighed(self, prompt: Prompt, match: Match, pools: Mapping[str, AnchorPool]) -> Slot:
         pool = pools.get(self._name(prompt, match), AnchorPool())

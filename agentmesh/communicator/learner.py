@@ -26,6 +26,8 @@ KL_PER_RESIDUAL = 0.1
 
 AUDITS_KEPT = 50
 AUDITS_NEEDED = 10
+OF_TENANT = " of "
+"""Between a link's name and its tenant."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Learner:
         self._empty = empty
         self._budget = budget
         self.fresh = LinkState(empty(), empty())
+        self._given: Mapping[str, LinkState] = {}
         self.observing = False
         self.frozen = False
         self.ledger: Ledger[LinkState, Finding] = Ledger(self._learn)
@@ -123,7 +126,7 @@ class Learner:
         return 0
 
     def begin_with(self, states: Mapping[str, LinkState], origin: str) -> None:
-        """Begin with links that were learned before.
+        """Begin with links that were learned before, for all tenants.
 
         Raises:
             InputError: they do not fit the budget.
@@ -135,10 +138,11 @@ class Learner:
                 f"{self._budget.limit / 2**20:.1f} MiB; raise it to at least twice that, so that KV has room, too"
             )
         self.ledger.states.update(states)
+        self._given = dict(states)
 
     def verdict(self, reader: Reader, match: Match) -> Verdict:
         """Whether a match may be placed now."""
-        state = self._view(reader).get(link(reader, match), self.fresh)
+        state = self._state(reader, link(reader, match))
         realigner = state.realigner(match.depth, self._spec.warmup)
         if self.observing:
             return Verdict(None, Reason.NOT_WARM)
@@ -162,7 +166,7 @@ class Learner:
         if reader.sees is None and not self._budget.room(self.fresh.exact.nbytes, most=Worth.LATER):
             return
         name = link(reader, match)
-        state = self._view(reader).get(name, self.fresh)
+        state = self._state(reader, name)
         deep = match.depth > 0
         finding = (state.deep if deep else state.exact).study(base, truth, begin)
         self.ledger.note(reader.run, name, Observed(deep, finding))
@@ -171,7 +175,7 @@ class Learner:
         """Note an audit for every slot that was placed; names those whose breaker it opens."""
         opened = []
         for name in sorted({link(reader, match) for match in matches}):
-            state = self._view(reader).get(name, self.fresh)
+            state = self._state(reader, name)
             residual = max(state.exact.residual, state.deep.residual)
             found = Audited(kl, flip, residual)
             if not self.frozen:
@@ -203,8 +207,16 @@ class Learner:
     def _view(self, reader: Reader) -> Mapping[str, LinkState]:
         return self.ledger.view(reader.run, reader.order, reader.sees)
 
-    def _learn(self, _name: str, state: LinkState | None, finding: Finding) -> LinkState | None:
-        state = state or self.fresh
+    def _state(self, reader: Reader, name: str) -> LinkState:
+        """What a run knows of a link."""
+        return self._view(reader).get(name) or self._at_first(name)
+
+    def _at_first(self, name: str) -> LinkState:
+        """What is known of a link before a tenant has taught anything: what the mesh was given, else nothing."""
+        return self._given.get(name.rpartition(OF_TENANT)[0] or name, self.fresh)
+
+    def _learn(self, name: str, state: LinkState | None, finding: Finding) -> LinkState | None:
+        state = state or self._at_first(name)
         if isinstance(finding, Audited):
             audits = (*state.audits, finding)[-AUDITS_KEPT:]
             if state.wait or not self._too_far(audits):
@@ -227,8 +239,9 @@ class Learner:
 
 
 def link(reader: Reader, match: Match) -> str:
-    """The name of a link: offsets are learned by consumer, what the source did with the text, and its kind."""
-    return f"{reader.consumer} {match.relation} {match.kind}"
+    """The name of a link: offsets are learned by consumer, what the source did with the text, its kind, and tenant."""
+    name = f"{reader.consumer} {match.relation} {match.kind}"
+    return f"{name}{OF_TENANT}{reader.tenant}" if reader.tenant else name
 
 
 def shares(relation: Relation) -> bool:

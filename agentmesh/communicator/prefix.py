@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import final
 
-from agentmesh.communicator.base import Plan, Preset, rows
+from agentmesh.communicator.base import Plan, Preset, root_of, rows
 from agentmesh.engine.composition import Composition, Placement
 from agentmesh.events import Reason
 from agentmesh.kv.arena import Arena
@@ -21,24 +21,24 @@ class Prefix(Preset):
 
     Args:
         store: where prefixes are kept.
-        root: what their KV depends on besides tokens (model fingerprint, tenant).
+        fingerprint: of the model.
         limit: why what lies behind a prefix is computed; another where the model supports no more than prefixes.
         min_tokens: shorter pieces are not worth keeping; the renderer declares no reuse points closer than this.
     """
 
     def __init__(
-        self, store: PrefixStore, root: bytes, min_tokens: int = 1, limit: Reason = Reason.BEHIND_PREFIX
+        self, store: PrefixStore, fingerprint: str, min_tokens: int = 1, limit: Reason = Reason.BEHIND_PREFIX
     ) -> None:
         self.store = store
         self.budget = store.budget
-        self._root = root
+        self._fingerprint = fingerprint
         self._min_tokens = min_tokens
         self._limit = limit
 
     def plan(self, prompt: Prompt) -> Plan:
         """Place the longest stored prefix that ends at a reuse point."""
         placed, at = [], 0
-        for kv in self.store.match(self._root, prompt.tokens, prompt.points):
+        for kv in self.store.match(self._root(prompt), prompt.tokens, prompt.points):
             placed.append(Placement(at, kv))
             at += kv.tokens
         limited = self._limit is not Reason.BEHIND_PREFIX
@@ -51,9 +51,12 @@ class Prefix(Preset):
         points, end = prompt.points, len(prompt.tokens)
         if prompt.continues and end - (points[-1] if points else 0) >= self._min_tokens:
             points = (*points, end)
-        self.store.insert(self._root, prompt.tokens, points, arena.read)
+        self.store.insert(self._root(prompt), prompt.tokens, points, arena.read)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all stored prefixes."""
         return self.store.nbytes
+
+    def _root(self, prompt: Prompt) -> bytes:
+        return root_of(self._fingerprint, prompt.reader.tenant)

@@ -66,7 +66,7 @@ class Slots(Preset):
         spec: limits and gates.
         choice: the preset's choices.
         scout: looks at caches and checks calls.
-        root: what KV depends on besides tokens (model fingerprint, tenant).
+        fingerprint: of the model.
         empty: makes a realigner that has learned nothing.
         line_breaks: token ids whose text holds a line break.
     """
@@ -76,7 +76,7 @@ class Slots(Preset):
         spec: CommunicatorSpec,
         choice: PresetSpec,
         scout: Scout,
-        root: bytes,
+        fingerprint: str,
         empty: Callable[[], Realigner[Any]],
         line_breaks: frozenset[int] = frozenset(),
     ) -> None:
@@ -86,7 +86,7 @@ class Slots(Preset):
         self._spans = scout.runner.spans
         self._line_breaks = line_breaks
         assert scout.runner.rope is not None, "slots are shared in models with a known rotation"
-        self.keeper = Keeper(spec, root, scout.runner.rope)
+        self.keeper = Keeper(spec, fingerprint, scout.runner.rope)
         self.budget = self.keeper.budget
         self.learner = Learner(spec, empty, self.budget)
         self._matcher = Matcher(self.keeper.segments, choice.blocks, spec.max_depth)
@@ -163,15 +163,15 @@ class Slots(Preset):
         with self._spans.part(Part.LEARN):
             self.learner.end(run)
 
-    def ingest(self, contents: Sequence[Content], header: tuple[int, ...]) -> int:
+    def ingest(self, contents: Sequence[Content], header: tuple[int, ...], tenant: str = "") -> int:
         """Keep passages of a corpus; those that are too short, kept already, or beyond the budget are left out."""
         kept = 0
         for content in contents:
             tokens = content.tokens or ()
-            if len(tokens) >= self._spec.min_tokens and not self.keeper.knows(tokens):
+            if len(tokens) >= self._spec.min_tokens and not self.keeper.knows(tokens, tenant):
                 ingesting = self._spans.part(Part.INGEST, whole=True)
                 with ingesting, self._scout.dense((*header, *tokens)) as (_, arena):
-                    kept += self.keeper.keep_passage(content, len(header), arena)
+                    kept += self.keeper.keep_passage(content, len(header), arena, tenant)
         return kept
 
     def observe_only(self, *, on: bool) -> None:

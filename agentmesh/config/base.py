@@ -23,6 +23,7 @@ REFERENCE = r"^\$[A-Za-z_][A-Za-z0-9_]*$"
 GROUP_NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 NODE_NAME = r"^[A-Za-z][A-Za-z0-9_-]*(\.[0-9]+)?$"
 VARIABLE = r"^[A-Za-z_]\w*$"
+TENANT = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 PATTERN_WORDS: Mapping[str, str] = MappingProxyType(
     {
         PYTHON_REF: "package.module:Name",
@@ -30,6 +31,7 @@ PATTERN_WORDS: Mapping[str, str] = MappingProxyType(
         GROUP_NAME: "a name of letters, digits, - and _ that starts with a letter",
         NODE_NAME: "the name of a group or node, such as solver or solver.2",
         VARIABLE: "a variable name of letters, digits and _",
+        TENANT: "at most 64 letters, digits, dots, - and _, the first one a letter or digit, or nothing",
     }
 )
 """What each pattern asks for, in words an error message can use."""

@@ -69,6 +69,21 @@ class GenerateSpec(Frozen):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
 
+class AnswerSpec(Frozen):
+    """What one run asks of its answer, within what the output node's own settings allow."""
+
+    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+    def within(self, own: GenerateSpec) -> GenerateSpec:
+        """The node's settings with what is asked for: never more tokens, and stop strings are added."""
+        asked = self.model_dump(exclude_none=True)
+        most = min(own.max_tokens, self.max_tokens or own.max_tokens)
+        return own.model_copy(update={**asked, "max_tokens": most, "stop": (*own.stop, *self.stop)})
+
+
 class TopologyUse(Frozen):
     """A topology file by name or path, with values for its parameters."""
 

@@ -84,6 +84,7 @@ class Reader:
         writes: origin of the message that this call writes.
         seed: of the call; decides whether it is audited.
         aside: whether the call is no part of its run: nothing is kept of it, and nothing learned from it.
+        tenant: for whom the run is; what is kept or learned for one tenant is never seen by another.
     """
 
     run: str = ""
@@ -96,6 +97,7 @@ class Reader:
     writes: str = ""
     seed: int = 0
     aside: bool = False
+    tenant: str = ""
 
 
 @dataclass(frozen=True)

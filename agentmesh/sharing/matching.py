@@ -129,10 +129,10 @@ class Matcher:
         assert content is not None
         if content.deliver == "text":
             return None, Reason.DELIVERED_AS_TEXT
-        tokens, run = prompt.segments[index].tokens, prompt.reader.run
-        candidates = [self._follow(prompt, index, *found) for found in self.store.find(tokens, run)]
+        tokens, run, tenant = prompt.segments[index].tokens, prompt.reader.run, prompt.reader.tenant
+        candidates = [self._follow(prompt, index, *found) for found in self.store.find(tokens, run, tenant)]
         if not candidates:
-            evicted = self.store.was_evicted(tokens, run)
+            evicted = self.store.was_evicted(tokens, run, tenant)
             return None, Reason.EVICTED if evicted else Reason.FIRST_READER
         usable = [match for match in candidates if match is not None]
         if not usable:

@@ -1,8 +1,9 @@
 """The exact prefix store: KV of prompts' beginnings, reused bit for bit.
 
 An entry is the KV of the tokens between two reuse points, after a history that its key chains to: ``key = sha256(key of
-the history, token ids)``. So a hit has the same tokens after the same history, computed in the same cuts. Token ids
-are compared on every hit: a hash collision costs a miss, never a wrong token. Nothing approximate is ever stored here.
+the history, token ids)``. So a hit has the same tokens after the same history, computed in the same cuts. Model,
+tenant, history and token ids are compared on every hit: a hash collision costs a miss, never a wrong token. Nothing
+approximate is ever stored here.
 
 One owner (a communicator) uses a store from one thread.
 """
@@ -24,10 +25,15 @@ from agentmesh.sharing.budget import Budget, Worth
 class Entry:
     """KV of one piece of a prefix; ``children`` counts the entries that continue it."""
 
+    root: bytes
     parent: bytes | None
     tokens: tuple[int, ...]
     kv: KV
     children: int = 0
+
+    def holds(self, root: bytes, parent: bytes | None, tokens: tuple[int, ...]) -> bool:
+        """Whether it is of this model and tenant, and holds these tokens behind this history."""
+        return (self.root, self.parent, self.tokens) == (root, parent, tokens)
 
 
 @dataclass
@@ -69,9 +75,9 @@ class PrefixStore:
             points: its reuse points, ascending.
         """
         found: list[KV] = []
-        for key, _, piece in _chain(root, tokens, points):
+        for key, parent, piece in _chain(root, tokens, points):
             entry = self._entries.get(key)
-            if entry is None or entry.tokens != piece:
+            if entry is None or not entry.holds(root, parent, piece):
                 break
             self._entries.move_to_end(key)
             found.append(entry.kv)
@@ -88,7 +94,10 @@ class PrefixStore:
             read: gives the KV between two positions; it is copied.
         """
         for key, parent, piece in _chain(root, tokens, points):
-            if key in self._entries:
+            there = self._entries.get(key)
+            if there is not None:
+                if not there.holds(root, parent, piece):
+                    break
                 self._entries.move_to_end(key)
                 continue
             start = 0 if parent is None else self._reach(parent)
@@ -99,7 +108,7 @@ class PrefixStore:
                 break
             if parent is not None:
                 self._entries[parent].children += 1
-            self._entries[key] = Entry(parent, piece, kv.owned())
+            self._entries[key] = Entry(root, parent, piece, kv.owned())
             self.nbytes += kv.nbytes
             self.stats.stored += 1
         self._growing = None

@@ -59,6 +59,7 @@ class Reading:
         spans: the contents in it.
         rows: position-free KV of parts of it, ascending.
         depths: one for each token.
+        tenant: for whom it was read; nobody else is given it.
     """
 
     run: str
@@ -67,6 +68,7 @@ class Reading:
     spans: tuple[Span, ...]
     rows: tuple[Rows, ...]
     depths: bytes
+    tenant: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +137,7 @@ class SegmentStore:
 
     Args:
         budget: the limit that it shares with other stores.
-        root: what KV depends on besides tokens: model fingerprint and tenant.
+        root: what KV depends on besides tokens and tenant: the model's fingerprint.
     """
 
     budget: Budget
@@ -154,9 +156,9 @@ class SegmentStore:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def key(self, tokens: Sequence[int]) -> bytes:
-        """The name of a content."""
-        return hashlib.sha256(self.root + array("q", tokens).tobytes()).digest()
+    def key(self, tokens: Sequence[int], tenant: str = "") -> bytes:
+        """The name of a tenant's content."""
+        return hashlib.sha256(self.root + tenant.encode() + b"\0" + array("q", tokens).tobytes()).digest()
 
     def add(self, reading: Reading, awaited: Mapping[str, int]) -> int | None:
         """Keep a reading.
@@ -210,27 +212,30 @@ class SegmentStore:
         self._index(number, kept.reading)
         self.nbytes += kept.reading.nbytes - old.nbytes
 
-    def find(self, tokens: Sequence[int], run: str, *, exact: bool = False) -> Iterator[tuple[int, Reading, Span]]:
+    def find(
+        self, tokens: Sequence[int], run: str, tenant: str = "", *, exact: bool = False
+    ) -> Iterator[tuple[int, Reading, Span]]:
         """Readings of a run, and passages, that hold a content, the newest first.
 
         Args:
             tokens: the content.
             run: whose readings.
+            tenant: for whom the run is; a hash collision with another tenant's content is a miss.
             exact: whether only exact KV will do.
         """
-        key = self.key(tokens)
+        key = self.key(tokens, tenant)
         numbers = self._exact.get(key, set()) | (set() if exact else self._approximate.get(key, set()))
         for number in sorted(numbers, reverse=True):
             reading = self._kept[number].reading
-            if reading.run not in (run, ""):
+            if reading.run not in (run, "") or reading.tenant != tenant:
                 continue
             for span in reading.spans:
                 if span.key == key and reading.tokens[span.start : span.stop] == tuple(tokens):
                     yield number, reading, span
 
-    def was_evicted(self, tokens: Sequence[int], run: str) -> bool:
+    def was_evicted(self, tokens: Sequence[int], run: str, tenant: str = "") -> bool:
         """Whether a run read this content and the budget had no room for it."""
-        return self.key(tokens) in self._lost.get(run, ())
+        return self.key(tokens, tenant) in self._lost.get(run, ())
 
     def pin(self, number: int) -> None:
         """Keep a reading until ``unpin``, whatever the budget says; pins count."""

@@ -1,0 +1,94 @@
+"""The meshes that a server offers. Those that name the same model share it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentmesh.backend import Backend
+from agentmesh.config.load import LoadedMesh
+from agentmesh.config.mesh import ModelSpec
+from agentmesh.errors import RequestTooLongError, UsageError
+from agentmesh.graphview import render
+from agentmesh.mesh import Mesh, Progress
+
+
+@dataclass(frozen=True)
+class Served:
+    """One mesh and what it is about."""
+
+    mesh: Mesh
+    about: str = ""
+
+    @property
+    def name(self) -> str:
+        """The mesh's name, and the model's for OpenAI's clients."""
+        return self.mesh.blueprint.name
+
+    def complete(self, given: Mapping[str, str], most: int) -> dict[str, str]:
+        """A run's inputs with the mesh's defaults.
+
+        Args:
+            given: what the client gives.
+            most: tokens that all of them may have together.
+
+        Raises:
+            InputError: one is missing, unknown, empty or not text.
+            RequestTooLongError: they have more tokens.
+        """
+        inputs, tokenizer = self.mesh.blueprint.all_inputs(given), self.mesh.load().tokenizer
+        tokens = sum(len(tokenizer.encode(text, control=False)) for text in inputs.values())
+        if tokens > most:
+            raise RequestTooLongError(f"the inputs have {tokens:,} tokens, this server takes at most {most:,}")
+        return inputs
+
+    def describe(self) -> dict[str, Any]:
+        """What a page needs to know of it."""
+        blueprint = self.mesh.blueprint
+        return {
+            "name": self.name,
+            "about": self.about,
+            "model": blueprint.model.name,
+            "preset": blueprint.communicator.preset,
+            "inputs": list(blueprint.inputs),
+            "defaults": dict(blueprint.defaults),
+            "graph": json.loads(render(blueprint.topology, "json", unrolled=True)),
+        }
+
+
+def by_name(loaded: Sequence[LoadedMesh]) -> dict[str, Served]:
+    """Name → mesh; no model is loaded.
+
+    Raises:
+        UsageError: two have the same name.
+        ConfigError, TopologyError: one is wrong.
+    """
+    found: dict[str, Served] = {}
+    for each in loaded:
+        served = Served(Mesh.from_loaded(each), each.spec.about)
+        if served.name in found:
+            raise UsageError(f"two meshes are named {served.name!r}; give one of them another `name:` in its file")
+        found[served.name] = served
+    return found
+
+
+def load_models(meshes: Mapping[str, Served], progress: Progress | None = None) -> None:
+    """Load every mesh's model, each once.
+
+    Raises:
+        ModelError: the weights cannot be fetched or read.
+        InputError: a mesh's realigners were made for something else.
+    """
+    opened: dict[tuple[ModelSpec, bool], Backend] = {}
+    for served in meshes.values():
+        blueprint = served.mesh.blueprint
+        key = blueprint.model, blueprint.run.deterministic
+        opened[key] = served.mesh.load(progress, beside=opened.get(key))
+
+
+def close(meshes: Mapping[str, Served]) -> None:
+    """Free all models."""
+    for served in meshes.values():
+        served.mesh.close()

@@ -28,6 +28,7 @@ export class Graph {
   grows = true;
   #run = null;
   #size = "";
+  #width = 0;
 
   constructor(box, why) {
     [this.box, this.why] = [box, why];
@@ -35,7 +36,12 @@ export class Graph {
     this.layers = box.querySelector(".layers");
     telling(box, why);
     for (const kind of ["mouseover", "focusin", "mouseout", "focusout"]) box.addEventListener(kind, (event) => this.#light(event));
-    new ResizeObserver(() => this.#run && this.#wires()).observe(box);
+    new ResizeObserver(([{ contentRect }]) => {
+      if (!this.#run) return;
+      if (contentRect.width === this.#width) this.#wires();
+      else this.update();
+      this.#width = contentRect.width;
+    }).observe(box);
   }
 
   show(run) {

@@ -4,9 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 MINUTES ?= 60
 SOAK ?=
+LOAD ?=
 QUESTION ?= A box holds 6 eggs. How many eggs are in 5 boxes?
 
-.PHONY: run test check bench soak wheel clean
+.PHONY: run test check bench soak load channel wheel clean
 
 run: $(READY)   ## three agents on a small question, with the embedded model
 	$(BIN)/agentmesh run configs/demo.yaml -i question="$(QUESTION)"
@@ -26,6 +27,12 @@ bench: $(READY) ## the figures that README quotes
 
 soak: $(READY)  ## many runs at once for MINUTES, a line a minute; SOAK="--model smollm2-135m --deterministic" for others
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(SOAK)
+
+load: $(READY)  ## a server under 32 clients for MINUTES, who go when they like; LOAD="--model smollm2-135m" for others
+	$(BIN)/python tests/load.py --minutes $(MINUTES) $(LOAD)
+
+channel: $(READY) ## whether a tenant can tell by time or cached tokens what another one has asked
+	$(BIN)/python tests/channel.py
 
 wheel: $(READY) ## build the wheel and run it from an empty folder
 	rm -rf dist

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -33,6 +33,18 @@ from agentmesh.turns import Turns, check_tenant, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one run is asked to do, as ``Mesh.arun`` says, and who reads for it."""
+
+    inputs: Mapping[str, str]
+    seed: int
+    sample: str
+    reader: Reader
+    check: bool
+    answer: AnswerSpec | None
 
 
 @final
@@ -242,8 +254,9 @@ class Mesh:
         """
         given = self.blueprint.all_inputs({**(inputs or {}), **named})
         check_tenant(tenant)
+        run_seed = self.blueprint.run.seed if seed is None else seed
         async with self._turns.turn(tenant) as reader:
-            return await self._run(given, seed, sample, sinks, reader, check=check_judges, answer=answer)
+            return await self._run(_Asked(given, run_seed, sample, reader, check_judges, answer), sinks)
 
     @property
     def width(self) -> int:
@@ -251,32 +264,22 @@ class Mesh:
         wanted = self.blueprint.run.concurrency
         return self.load().width if wanted == "auto" else wanted
 
-    async def _run(
-        self,
-        given: Mapping[str, str],
-        seed: int | None,
-        sample: str,
-        sinks: Sequence[Sink],
-        reader: Reader,
-        *,
-        check: bool,
-        answer: AnswerSpec | None,
-    ) -> RunResult:
+    async def _run(self, asked: _Asked, sinks: Sequence[Sink]) -> RunResult:
         """One run from its first event to its result."""
         backend, gathered = self.load(), Gathered()
-        stream = EventStream((gathered.take, *sinks), sample)
+        stream = EventStream((gathered.take, *sinks), asked.sample)
         begun = time.perf_counter()
-        stream.emit(self._started(backend, given))
+        stream.emit(self._started(backend, asked.inputs))
         finished = False
         try:
-            await backend.begin(reader)
-            walk = self._walk(backend, given, stream, seed, reader, check=check, asked=answer)
+            await backend.begin(asked.reader)
+            walk = self._walk(backend, stream, asked)
             messages = await walk.run()
-            said = self._answer(messages)
+            answer = self._answer(messages)
             wall = time.perf_counter() - begun
             await walk.check_judges()
             finished = True
-            stream.emit(RunFinished(answer=said, wall_s=wall))
+            stream.emit(RunFinished(answer=answer, wall_s=wall))
         except RecordError:
             finished = True  # no record can be written, so none of the failure either
             raise
@@ -286,10 +289,10 @@ class Mesh:
             stream.emit(RunFailed(error_type=type(error).__name__, error=str(error), wall_s=wall))
             raise
         finally:
-            await backend.release(reader.run)
+            await backend.release(asked.reader.run)
             if not finished:
                 stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
-        return gathered.result(said, ((message.node, message.round) for message in messages), wall)
+        return gathered.result(answer, ((message.node, message.round) for message in messages), wall)
 
     async def arun_all(
         self, samples: Iterable[Mapping[str, str]], tick: Callable[[], None] = lambda: None
@@ -325,25 +328,16 @@ class Mesh:
             task.cancel()
             await asyncio.wait({task})
 
-    def _walk(
-        self,
-        backend: Backend,
-        given: Mapping[str, str],
-        stream: EventStream,
-        seed: int | None,
-        reader: Reader,
-        *,
-        check: bool,
-        asked: AnswerSpec | None,
-    ) -> Walk:
-        inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in given.items()}
+    def _walk(self, backend: Backend, stream: EventStream, asked: _Asked) -> Walk:
+        inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in asked.inputs.items()}
         renderer = PromptRenderer(backend.tokenizer, self.blueprint.communicator.min_tokens)
         if self._leads is None:
             self._leads = self._find_leads(renderer)
-        run_seed = self.blueprint.run.seed if seed is None else seed
         output = self.blueprint.topology.output
-        caller = Caller(backend, renderer, stream.emit, run_seed, self._leads, output, asked)
-        checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{run_seed}") if check else None
+        caller = Caller(backend, renderer, stream.emit, asked.seed, self._leads, output, asked.answer)
+        checks = None
+        if asked.check:
+            checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{asked.seed}")
         return Walk(
             self.blueprint.topology,
             self._workers,
@@ -352,7 +346,7 @@ class Mesh:
             stream.emit,
             self._predicates,
             lambda text: len(backend.tokenizer.encode(text, control=False)),
-            reader,
+            asked.reader,
             checks,
         )
 

@@ -2,50 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from agentmesh.errors import AgentmeshError
 from agentmesh.serve.asked import Unheard
-from agentmesh.serve.guard import Guard
+from agentmesh.serve.guard import Guard, response
 from agentmesh.serve.keys import Keys
 from agentmesh.serve.limits import Gate, Limits
 from agentmesh.serve.meshes import Served
+from agentmesh.serve.metrics import Metrics
 from agentmesh.serve.native import NativeApi
 from agentmesh.serve.openai import OpenAiApi
-from agentmesh.serve.problems import RefusedError, refusal, response
-from agentmesh.serve.runs import Runs
+from agentmesh.serve.problems import RefusedError, refusal
+from agentmesh.serve.runs import Runs, Watcher
 
 PAGE = Path(__file__).parent / "page"
 
 
-def make_app(meshes: Mapping[str, Served], keys: Keys, limits: Limits, unheard: Unheard = Unheard.REFUSE) -> FastAPI:
-    """A server of meshes whose models are loaded; its ``state.runs`` owns the runs.
+@dataclass(frozen=True)
+class Service:
+    """What a server is made of.
 
     Args:
-        meshes: by name.
+        meshes: by name; their models are loaded.
         keys: whose requests are answered; without any, everybody's on this machine.
         limits: how much it takes on.
         unheard: what to do with messages that a mesh has no input for.
+        watchers: hear of all runs.
     """
+
+    meshes: Mapping[str, Served]
+    keys: Keys = field(default_factory=Keys)
+    limits: Limits = field(default_factory=Limits)
+    unheard: Unheard = Unheard.REFUSE
+    watchers: Sequence[Watcher] = ()
+
+
+def make_app(service: Service) -> FastAPI:
+    """The server of a service; its ``state.runs`` owns the runs."""
+    meshes, limits = service.meshes, service.limits
     gate = Gate(limits)
-    runs = Runs(limits, gate)
+    metrics = Metrics(gate, meshes)
+    runs = Runs(limits, gate, (metrics, *service.watchers))
 
     @asynccontextmanager
     async def life(_app: FastAPI) -> AsyncIterator[None]:
         yield
         await runs.drain()
 
+    async def counted() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
     app = FastAPI(title="agentmesh", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.runs = runs
     app.include_router(NativeApi(meshes, runs, limits).router)
-    app.include_router(OpenAiApi(meshes, runs, limits, unheard).router)
+    app.include_router(OpenAiApi(meshes, runs, limits, service.unheard).router)
+    app.add_api_route("/metrics", counted)
     app.add_api_route("/health", health)
     app.add_api_route("/ready", ready)
     app.add_api_route("/", page)
@@ -54,7 +75,7 @@ def make_app(meshes: Mapping[str, Served], keys: Keys, limits: Limits, unheard: 
         app.add_exception_handler(wrong, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _elsewhere)
-    app.add_middleware(Guard, keys=keys, limits=limits)
+    app.add_middleware(Guard, keys=service.keys, limits=limits, responded=metrics.responded)
     return app
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from agentmesh.blueprint import Blueprint
 from agentmesh.config.base import Choice, Integer, Number
 from agentmesh.config.mesh import AnswerSpec
-from agentmesh.errors import did_you_mean, listing
+from agentmesh.errors import did_you_mean
 from agentmesh.serve.problems import RefusedError
 
 SYSTEM, HISTORY = "system", "history"
@@ -156,7 +156,7 @@ def inputs_of(asked: ChatRequest, blueprint: Blueprint, unheard: Unheard) -> tup
         unheard: what to do with messages that it has no input for.
 
     Raises:
-        RefusedError: an input is missing, unknown or given twice, or messages have no input to go to.
+        RefusedError: an input is given twice, or messages have no input to go to.
     """
     *earlier, last = asked.messages
     if last.role != "user":
@@ -180,15 +180,6 @@ def inputs_of(asked: ChatRequest, blueprint: Blueprint, unheard: Unheard) -> tup
         if name in found:
             raise RefusedError(400, f"input {name!r} is given twice, by a message and in `inputs`", param="inputs")
         found[name] = text
-    missing = [name for name in blueprint.inputs if name not in found and name not in blueprint.defaults]
-    if missing:
-        raise RefusedError(
-            400,
-            f"mesh {blueprint.name!r} reads {listing(blueprint.inputs)}; give {listing(missing)} in the field `inputs` "
-            '(extra_body={"inputs": {…}} in the Python client)',
-            param="inputs",
-            code="missing_input",
-        )
     return found, tuple(dropped)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import suppress
 from typing import final
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentmesh.serve.keys import METRICS, Keys, is_loopback
 from agentmesh.serve.limits import Limits
-from agentmesh.serve.problems import RefusedError, response
+from agentmesh.serve.problems import RefusedError
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -22,10 +25,19 @@ HEADERS = {
 PRIVATE = ("/v1/", "/api/", "/metrics")
 
 
+class _StalledError(Exception):
+    """A client has read nothing for too long."""
+
+
 def tenant_of(request: Request) -> str:
     """Whose request it is; the guard has found that out."""
     tenant: str = request.state.tenant
     return tenant
+
+
+def response(refused: RefusedError) -> JSONResponse:
+    """An error as the client gets it."""
+    return JSONResponse(refused.body, refused.status, refused.headers)
 
 
 @final
@@ -36,12 +48,14 @@ class Guard:
         app: everything else.
         keys: whose requests are answered.
         limits: of bodies, and of a client's slowness.
+        responded: told the status of every answer.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, limits: Limits, responded: Callable[[int], None]) -> None:
         self._app = app
         self._keys = keys
         self._limits = limits
+        self._responded = responded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -52,7 +66,11 @@ class Guard:
         async def patiently(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
-            await asyncio.wait_for(send(message), self._limits.stall_s)
+                self._responded(message["status"])
+            try:
+                await asyncio.wait_for(send(message), self._limits.stall_s)
+            except asyncio.TimeoutError:
+                raise _StalledError from None
 
         try:
             scope.setdefault("state", {})["tenant"] = self._let_in(scope["method"], scope["path"], Headers(scope=scope))
@@ -67,7 +85,8 @@ class Guard:
         async def read() -> Message:
             return first.pop() if first else await receive()
 
-        await self._app(scope, read, patiently)
+        with suppress(_StalledError):  # the connection is closed, because its answer is not complete
+            await self._app(scope, read, patiently)
 
     def _let_in(self, method: str, path: str, headers: Headers) -> str:
         """Whose request it is.

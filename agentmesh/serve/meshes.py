@@ -10,9 +10,10 @@ from typing import Any
 from agentmesh.backend import Backend
 from agentmesh.config.load import LoadedMesh
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.errors import RequestTooLongError, UsageError
+from agentmesh.errors import RequestTooLongError, UsageError, listing
 from agentmesh.graphview import render
 from agentmesh.mesh import Mesh, Progress
+from agentmesh.serve.problems import RefusedError
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,21 @@ class Served:
             most: tokens that all of them may have together.
 
         Raises:
-            InputError: one is missing, unknown, empty or not text.
+            RefusedError: one is missing.
+            InputError: one is unknown, empty or not text.
             RequestTooLongError: they have more tokens.
         """
-        inputs, tokenizer = self.mesh.blueprint.all_inputs(given), self.mesh.load().tokenizer
+        blueprint, tokenizer = self.mesh.blueprint, self.mesh.load().tokenizer
+        missing = [name for name in blueprint.inputs if name not in given and name not in blueprint.defaults]
+        if missing:
+            raise RefusedError(
+                400,
+                f"mesh {self.name!r} reads {listing(blueprint.inputs)}; give {listing(missing)} in the field `inputs` "
+                '(extra_body={"inputs": {…}} in OpenAI\'s Python client)',
+                param="inputs",
+                code="missing_input",
+            )
+        inputs = blueprint.all_inputs(given)
         tokens = sum(len(tokenizer.encode(text, control=False)) for text in inputs.values())
         if tokens > most:
             raise RequestTooLongError(f"the inputs have {tokens:,} tokens, this server takes at most {most:,}")
@@ -86,6 +98,11 @@ def load_models(meshes: Mapping[str, Served], progress: Progress | None = None) 
         blueprint = served.mesh.blueprint
         key = blueprint.model, blueprint.run.deterministic
         opened[key] = served.mesh.load(progress, beside=opened.get(key))
+
+
+def width(meshes: Mapping[str, Served]) -> int:
+    """How many runs their models serve well at once."""
+    return max(served.mesh.width for served in meshes.values())
 
 
 def close(meshes: Mapping[str, Served]) -> None:

@@ -18,11 +18,10 @@ from agentmesh.blueprint import Blueprint
 from agentmesh.config.mesh import LlmAgentSpec
 from agentmesh.events import CallRecord, TokenText, parse_event
 from agentmesh.serve.asked import ChatRequest, Unheard, inputs_of
-from agentmesh.serve.guard import tenant_of
+from agentmesh.serve.guard import response, tenant_of
 from agentmesh.serve.limits import Limits
 from agentmesh.serve.meshes import Served
 from agentmesh.serve.native import SSE, STREAM_HEADERS, find
-from agentmesh.serve.problems import response
 from agentmesh.serve.runs import Order, Run, Runs
 
 GONE = 499

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from fastapi.responses import JSONResponse
-
 from agentmesh.errors import AgentmeshError, NodeError, RequestTooLongError, UsageError
 
 INVALID = "invalid_request_error"
@@ -47,11 +45,6 @@ class RefusedError(AgentmeshError):
         if self.retry_after:
             return {"Retry-After": str(self.retry_after)}
         return {"x-should-retry": "false"} if self.status >= 500 else {}
-
-
-def response(refused: RefusedError) -> JSONResponse:
-    """An error as the client gets it."""
-    return JSONResponse(refused.body, refused.status, refused.headers)
 
 
 def busy(message: str, retry_after: int) -> RefusedError:

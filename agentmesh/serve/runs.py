@@ -64,6 +64,7 @@ class Run:
 
     order: Order
     id: str = field(default_factory=lambda: f"run-{uuid.uuid4().hex}")
+    came: float = field(default_factory=time.perf_counter)
     begun: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     status: Status = Status.RUNNING
     answer: str | None = None
@@ -116,6 +117,11 @@ class Run:
                     waiting.cancel()
                 if not done:
                     yield None
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was asked for."""
+        return time.perf_counter() - self.came
 
     @property
     def usage(self) -> Usage:
@@ -179,7 +185,7 @@ class Runs:
 
         Raises:
             InputError, RequestTooLongError: its inputs are wrong.
-            RefusedError: there is no room, or the server is about to stop.
+            RefusedError: an input is missing, there is no room, or the server is about to stop.
         """
         if self.closing:
             raise RefusedError(503, "the server is about to stop", kind=SERVER, code="closing", retry_after=5)
@@ -239,12 +245,11 @@ class Runs:
 
     async def _conduct(self, run: Run, ticket: Ticket, work: asyncio.Task[RunResult]) -> None:
         """Watch over a run until it has ended, and give back what it held."""
-        begun = time.perf_counter()
         done, _ = await asyncio.wait({work}, timeout=self._limits.run_s)
         if not done:
             work.cancel()
             await asyncio.wait({work})
-        took = time.perf_counter() - begun
+        took = run.age_s
         self._gate.close(ticket, took)
         del self._tasks[run]
         if not done:

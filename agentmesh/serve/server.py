@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import final
@@ -13,10 +13,7 @@ from typing import final
 import uvicorn
 
 from agentmesh.errors import UsageError
-from agentmesh.serve.app import make_app
-from agentmesh.serve.keys import Keys
-from agentmesh.serve.limits import Limits
-from agentmesh.serve.meshes import Served
+from agentmesh.serve.app import Service, make_app
 from agentmesh.serve.runs import Runs
 
 CONNECTIONS = 1024
@@ -39,34 +36,31 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(
-    meshes: Mapping[str, Served], keys: Keys, limits: Limits, listen: socket.socket, say: Callable[[str], None]
-) -> None:
+def run(service: Service, listen: socket.socket, say: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT, let runs end, and return.
 
     Args:
-        meshes: their models are loaded.
-        keys: whose requests are answered.
-        limits: how much is taken on.
+        service: what is served.
         listen: where.
         say: told what a person wants to know.
 
     Raises:
         KeyboardInterrupt: SIGINT ended it.
     """
-    app = make_app(meshes, keys, limits)
+    app = make_app(service)
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         lifespan="on",
+        ws="none",
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(limits.drain_s) + 5,
+        timeout_graceful_shutdown=int(service.limits.drain_s) + 5,
         server_header=False,
     )
     host, port = listen.getsockname()[:2]
-    say(f"serving {', '.join(meshes)} at http://{f'[{host}]' if ':' in host else host}:{port}")
+    say(f"serving {', '.join(service.meshes)} at http://{f'[{host}]' if ':' in host else host}:{port}")
     server = _Server(config, app.state.runs, say)
     asyncio.run(server.serve(sockets=[listen]))
     if server.interrupted:

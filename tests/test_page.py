@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 from browsing import colour, look_at, resize, wait_for
+from serving import serving
 
 from agentmesh import Mesh, agent
 from agentmesh.agents.base import Turn
 from agentmesh.prompt import Content
-
-pytest.importorskip("fastapi", reason="the page's server needs the extra `serve`")
+from agentmesh.serve.app import Service
+from agentmesh.serve.keys import read_keys
+from agentmesh.serve.limits import Limits
+from agentmesh.serve.meshes import Served
 
 QUESTION = "How many are 3 🍐 and 4? </p><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
 PROMPT = """{{ role }} of a team that answers
@@ -52,27 +55,11 @@ class Door:
 
 
 @contextmanager
-def serving(mesh: Mesh, keys: str = "") -> Iterator[str]:
-    """The address of a server of one mesh, on this machine."""
-    import uvicorn
-
-    from agentmesh.serve.app import make_app
-    from agentmesh.serve.keys import read_keys
-    from agentmesh.serve.limits import Limits
-    from agentmesh.serve.meshes import Served
-    from agentmesh.serve.server import bound
-
-    app = make_app({"team": Served(mesh, "Three of a team.")}, read_keys(None, keys), Limits(drain_s=5.0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
-    with bound("127.0.0.1", 0) as socket:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{socket.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(30)
-        assert not thread.is_alive()
+def serving_page(mesh: Mesh, keys: str = "") -> Iterator[str]:
+    """The address of a server of one mesh."""
+    limits = Limits(drain_s=5.0)
+    with serving(Service({"team": Served(mesh, "Three of a team.")}, read_keys(None, keys), limits)) as server:
+        yield server.url
 
 
 @pytest.fixture
@@ -134,7 +121,7 @@ def plan_of(address: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_a_run_of_three_agents_is_shown_from_start_to_end(team: Mesh, door: Door, browser: Any) -> None:
-    with serving(team) as address:
+    with serving_page(team) as address:
         look_at(browser, address, 1280, "light")
         ask(browser, QUESTION)
         wait_for(browser, lambda page: "at work" in one(page, '[data-key="agent.2@0"] .state').text)
@@ -200,7 +187,7 @@ def check_prompts(browser: Any, plans: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def test_runs_are_cancelled_fail_and_are_opened_again(team: Mesh, door: Door, browser: Any) -> None:
-    with serving(team) as address:
+    with serving_page(team) as address:
         look_at(browser, address, 1280, "light")
         ask(browser, "one")
         wait_for(browser, lambda page: "at work" in one(page, '[data-key="agent.2@0"] .state').text)
@@ -233,7 +220,7 @@ def test_runs_are_cancelled_fail_and_are_opened_again(team: Mesh, door: Door, br
 
 def test_light_and_dark_narrow_and_wide_are_readable(team: Mesh, door: Door, browser: Any) -> None:
     door.open.set()
-    with serving(team) as address:
+    with serving_page(team) as address:
         look_at(browser, address, 420, "dark")
         ask(browser, QUESTION)
         ended(browser, "done")
@@ -259,7 +246,7 @@ def test_light_and_dark_narrow_and_wide_are_readable(team: Mesh, door: Door, bro
 def test_a_server_with_keys_is_asked_with_the_key_that_is_typed(team: Mesh, door: Door, browser: Any) -> None:
     door.open.set()
     key = "0123456789-secret"
-    with serving(team, f"a {key}") as address:
+    with serving_page(team, f"a {key}") as address:
         look_at(browser, address, 1280, "light")
         field = wait_for(browser, lambda page: one(page, "#key").is_displayed() and one(page, "#key-field"))
         field.send_keys("wrong", ENTER)

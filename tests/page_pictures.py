@@ -22,7 +22,7 @@ WARM_UP = 7
 QUESTION = (
     "A farmer packs eggs into boxes for the market. Each box holds 6 eggs, and each crate holds 4 boxes. On Monday he "
     "fills 5 crates and 3 single boxes, on Tuesday twice as many crates but no single boxes. Three boxes fall from the "
-    "cart and every egg in them breaks. How many whole eggs does the farmer bring to the market on the two days together?"
+    "cart and every egg in them breaks. How many whole eggs does the farmer bring to the market on both days together?"
 )
 
 

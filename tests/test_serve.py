@@ -6,18 +6,23 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from serving import HeldModel, InThread, events_of, eventually, offered, serving
 
+from agentmesh.events import TokenText
 from agentmesh.serve.app import Service
 from agentmesh.serve.asked import Unheard
 from agentmesh.serve.guard import Guard
 from agentmesh.serve.keys import Keys, read_keys
 from agentmesh.serve.limits import Gate, Limits
+from agentmesh.serve.openai import Words
 from agentmesh.serve.problems import RefusedError
 from agentmesh.testing import ScriptedModel
 
@@ -294,7 +299,7 @@ def test_bodies_that_are_too_long_or_too_slow_are_refused(held: tuple[InThread, 
 def test_inputs_of_too_many_tokens_are_refused() -> None:
     with (
         serving(Service(offered(ScriptedModel(words)), limits=Limits(input_tokens=10))) as served,
-        pytest.raises(openai.BadRequestError, match="14 tokens, this server takes at most 10") as caught,
+        pytest.raises(openai.BadRequestError, match="14 tokens; this server takes at most 10") as caught,
     ):
         client(served).chat.completions.create(**ASK)
 
@@ -491,3 +496,17 @@ def test_a_client_that_reads_nothing_loses_its_answer() -> None:
     asyncio.run(guard(scope, receive, send))
 
     assert over == [True]
+
+
+@given(st.text(alphabet="ab \n", min_size=1).filter(str.strip), st.lists(st.integers(0, 12)))
+def test_the_pieces_of_a_stream_are_the_answer_however_it_is_cut(text: str, cuts: list[int]) -> None:
+    served = offered(ScriptedModel(words))["pair"]
+    streamed = Words(served.mesh.blueprint)
+    places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    tokens = [text[start:stop] for start, stop in pairwise(places)]
+
+    pieces = [streamed.take(TokenText(node="agent.2", round=0, text=token).model_dump_json()) for token in tokens]
+    other = streamed.take(TokenText(node="agent.1", round=0, text="no").model_dump_json())
+
+    assert "".join(pieces) == text.strip()
+    assert (other, streamed.rest(text.strip())) == ("", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from agentmesh.errors import RequestTooLongError, UsageError, listing
 from agentmesh.graphview import render
 from agentmesh.mesh import Mesh, Progress
 from agentmesh.serve.problems import RefusedError
+
+CHARACTERS = 16
+"""Of a token, more than texts have on average: longer inputs are refused uncounted, because counting takes seconds."""
+
+WHOLE = "this server takes at most {:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Served:
         """The mesh's name, and the model's for OpenAI's clients."""
         return self.mesh.blueprint.name
 
-    def complete(self, given: Mapping[str, str], most: int) -> dict[str, str]:
+    async def complete(self, given: Mapping[str, str], most: int) -> dict[str, str]:
         """A run's inputs with the mesh's defaults.
 
         Args:
@@ -51,9 +57,14 @@ class Served:
                 code="missing_input",
             )
         inputs = blueprint.all_inputs(given)
-        tokens = sum(len(tokenizer.encode(text, control=False)) for text in inputs.values())
+        characters = sum(map(len, inputs.values()))
+        if characters > most * CHARACTERS:
+            raise RequestTooLongError(f"the inputs have {characters:,} characters; {WHOLE.format(most)}")
+        tokens = await asyncio.to_thread(
+            lambda: sum(len(tokenizer.encode(text, control=False)) for text in inputs.values())
+        )
         if tokens > most:
-            raise RequestTooLongError(f"the inputs have {tokens:,} tokens, this server takes at most {most:,}")
+            raise RequestTooLongError(f"the inputs have {tokens:,} tokens; {WHOLE.format(most)}")
         return inputs
 
     def describe(self) -> dict[str, Any]:

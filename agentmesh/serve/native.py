@@ -56,7 +56,7 @@ class NativeApi:
     async def start(self, name: str, asked: RunRequest, request: Request) -> dict[str, str]:
         """Begin a run; it goes on if nobody listens."""
         order = Order(find(self._meshes, name), asked.inputs, tenant_of(request), asked.seed)
-        return {"run": self._runs.start(order).id}
+        return {"run": (await self._runs.start(order)).id}
 
     async def runs(self, request: Request) -> dict[str, Any]:
         """The tenant's runs, newest first."""

@@ -63,7 +63,7 @@ class OpenAiApi:
         asked.check()
         served = find(self._meshes, asked.model, "model")
         inputs, dropped = inputs_of(asked, served.mesh.blueprint, self._unheard)
-        run = self._runs.start(Order(served, inputs, tenant_of(request), asked.seed, asked.answer))
+        run = await self._runs.start(Order(served, inputs, tenant_of(request), asked.seed, asked.answer))
         headers = {"x-agentmesh-run": run.id, **({"x-agentmesh-dropped": ", ".join(dropped)} if dropped else {})}
         with ExitStack() as undo:
             undo.callback(self._runs.cancel, run)
@@ -79,7 +79,7 @@ class OpenAiApi:
     async def _chunks(self, run: Run, *, usage: bool) -> AsyncIterator[str]:
         """The answer in pieces, as server-sent events."""
         yield _data(_chunk(run, {"role": "assistant", "content": ""}))
-        words = _Words(run.order.served.mesh.blueprint)
+        words = Words(run.order.served.mesh.blueprint)
         async for note in run.follow(-1, self._limits.beat_s):
             if note is None:
                 yield ": still there\n\n"
@@ -99,7 +99,8 @@ class OpenAiApi:
         return {"id": name, "object": "model", "created": self._since, "owned_by": "agentmesh"}
 
 
-class _Words:
+@final
+class Words:
     """Turns the output node's tokens into an answer without white space around it."""
 
     def __init__(self, blueprint: Blueprint) -> None:

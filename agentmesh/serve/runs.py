@@ -180,7 +180,7 @@ class Runs:
         self._conductors: set[asyncio.Task[None]] = set()
         self.closing = False
 
-    def start(self, order: Order) -> Run:
+    async def start(self, order: Order) -> Run:
         """Begin a run, or let it wait for its turn.
 
         Raises:
@@ -189,7 +189,7 @@ class Runs:
         """
         if self.closing:
             raise RefusedError(503, "the server is about to stop", kind=SERVER, code="closing", retry_after=5)
-        inputs = order.served.complete(order.inputs, self._limits.input_tokens)
+        inputs = await order.served.complete(order.inputs, self._limits.input_tokens)
         ticket = self._gate.claim(order.tenant)
         run = Run(replace(order, inputs=inputs))
         self._kept.setdefault(order.tenant, {})[run.id] = run

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import browsing
+from PIL import Image
 from serving import command
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +55,7 @@ def save(browser: Any, name: str, width: int, scheme: str, below: str) -> None:
     time.sleep(0.5)
     path = ROOT / "docs" / f"{name}.png"
     browser.save_screenshot(str(path))
+    Image.open(path).quantize(256).save(path, optimize=True)
     print(path, f"{path.stat().st_size / 1000:.0f} kB")
 
 

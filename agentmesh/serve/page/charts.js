@@ -210,8 +210,8 @@ export class Firsts {
   update() {
     const { run } = this;
     const calls = run.calls();
-    const { of, most, rate } = run.estimates();
-    say(this.tip, explained(run, most, rate));
+    const { of, least, rate } = run.estimates();
+    say(this.tip, explained(run, least, rate));
     const longest = Math.max(1, ...calls.map((call) => call.ttft_ms), ...of.values());
     keyed(this.box, calls, (call) => keyOf(call.node, call.round), firstRow).forEach((row, index) => {
       const call = calls[index];
@@ -239,14 +239,14 @@ function firstRow() {
   return make("article", { class: "first" }, make("p", {}, make("b"), " ", make("small")), make("div", { class: "ttft" }), estimate);
 }
 
-function explained(run, most, rate) {
+function explained(run, least, rate) {
   if (run.preset === "dense") return "This run computes everything: what is measured is the cost of dense.";
-  if (!most) return "No estimate: no call of this run has told what its model time was.";
-  const who = run.named(run.visits.get(keyOf(most.node, most.round)));
+  if (!least) return "No estimate: no call of this run has told what its model time was.";
+  const who = run.named(run.visits.get(keyOf(least.node, least.round)));
   return (
-    `Not measured. ${who} computed the most tokens in this run, ${count(most.computed)} in ${time(most.parts_ms.forward)}, so one takes ` +
-    `${time(rate)}. An estimate is what a call waited for the engine, and that for each token of its prompt; a call that computed everything is its own measure. ` +
-    "To measure it, run the same question under the preset dense."
+    "Not measured. The preset dense would compute the placed tokens, too. An estimate is what the call waited for the engine and " +
+    `computed, and ${time(rate)} more for each placed token: the least that a computed token took in any call of this run (${who}: ` +
+    `${count(least.computed)} in ${time(least.parts_ms.forward)}). To measure it, run the same question under the preset dense.`
   );
 }
 

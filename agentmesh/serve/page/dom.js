@@ -75,7 +75,7 @@ export const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
 
 /** A time for people; milliseconds. */
 export function time(ms) {
-  if (ms < 1) return `${ms.toFixed(1)} ms`;
+  if (ms < 10) return `${Number(ms.toFixed(1))} ms`;
   if (ms < 1000) return `${ms.toFixed(0)} ms`;
   if (ms < 60_000) return `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 1)} s`;
   return `${Math.floor(ms / 60_000)} min ${Math.round((ms % 60_000) / 1000)} s`;

@@ -91,12 +91,11 @@ export class Run {
 
   /** What every call would take to its first token if nothing were placed: milliseconds by visit; empty where unknown. */
   estimates() {
-    const calls = this.calls();
-    const most = calls.reduce((best, call) => (call.parts_ms.forward && call.computed > (best?.computed ?? 0) ? call : best), null);
-    if (!most) return { of: new Map(), most, rate: 0 };
-    const rate = most.parts_ms.forward / most.computed;
-    const cost = (call) => (call.computed === call.prompt_tokens ? call.ttft_ms : call.queue_ms + rate * call.prompt_tokens);
-    return { of: new Map(calls.map((call) => [keyOf(call.node, call.round), cost(call)])), most, rate };
+    const calls = this.calls().filter((call) => call.parts_ms.forward && call.computed);
+    const each = (call) => call.parts_ms.forward / call.computed;
+    const least = calls.reduce((best, call) => (best && each(best) <= each(call) ? best : call), null);
+    const cost = (call) => call.queue_ms + call.parts_ms.forward + each(least) * (call.prompt_tokens - call.computed);
+    return { of: new Map(calls.map((call) => [keyOf(call.node, call.round), cost(call)])), least, rate: least ? each(least) : 0 };
   }
 
   /** Take over how the server says that it ended, which also tells of runs that never began. */

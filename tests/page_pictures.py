@@ -65,18 +65,24 @@ def main() -> None:
         for number in range(WARM_UP):
             finish(address, start(address, f"{QUESTION} This is market day {number + 1}."))
         browser = browsing.start(Path(profile))
-        run = start(address, QUESTION)
-        browsing.look_at(browser, f"{address}/#run={run}", 1280, "dark")
-        browsing.wait_for(
-            browser, lambda page: "writing" in page.find_element("id", "now").text.split("agent.2")[-1][:20]
-        )
-        time.sleep(1)
-        save(browser, "page-dark", 1280, "dark", "#timeline")
-        finish(address, run)
-        browsing.wait_for(browser, lambda page: page.find_element("id", "answer").is_displayed())
-        save(browser, "page-light", 1280, "light", "#firsts")
-        save(browser, "page-narrow", 420, "light", "#prompts")
-        browser.quit()
+        try:
+            take(browser, address)
+        finally:
+            browser.quit()
+
+
+def take(browser: Any, address: str) -> None:
+    """All pictures of one run."""
+    browsing.look_at(browser, address, 1280, "dark")
+    run = start(address, QUESTION)
+    browser.get(f"{address}/#run={run}")
+    browsing.wait_for(browser, lambda page: "agent.2 is writing" in page.find_element("id", "now").text, 120)
+    time.sleep(1)
+    save(browser, "page-dark", 1280, "dark", "#timeline")
+    finish(address, run)
+    browsing.wait_for(browser, lambda page: page.find_element("id", "answer").is_displayed())
+    save(browser, "page-light", 1280, "light", "#firsts")
+    save(browser, "page-narrow", 420, "light", "#prompts")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from agentmesh.serve.app import Service
 from agentmesh.serve.keys import read_keys
 from agentmesh.serve.limits import Limits
 from agentmesh.serve.meshes import Served
+from agentmesh.serve.native import NativeApi
+from agentmesh.serve.runs import Run
 
 QUESTION = "How many are 3 🍐 and 4? </p><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
 PROMPT = """{{ role }} of a team that answers
@@ -216,6 +218,31 @@ def test_runs_are_cancelled_fail_and_are_opened_again(team: Mesh, door: Door, br
 
         ask(browser, "   ")
         wait_for(browser, lambda page: "question" in one(page, "#refused").text)
+
+
+def test_a_lost_connection_is_taken_up_where_it_broke_off(
+    team: Mesh, door: Door, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    whole = NativeApi._stream
+
+    async def broken(api: NativeApi, run: Run, after: int) -> AsyncIterator[str]:
+        """The stream of ``NativeApi``, which breaks off once, behind its third event."""
+        asked.append(after)
+        async for sent in whole(api, run, after):
+            yield sent
+            if len(asked) == 1 and sent.startswith("id: 2\n"):
+                return
+
+    monkeypatch.setattr(NativeApi, "_stream", broken)
+    door.open.set()
+    with serving_page(team) as address:
+        look_at(browser, address, 1280, "light")
+        ask(browser, "one")
+        ended(browser, "done")
+
+        assert asked == [-1, 2]
+        assert len(browser.find_elements("css selector", "#prompts article")) == 3
 
 
 def test_light_and_dark_narrow_and_wide_are_readable(team: Mesh, door: Door, browser: Any) -> None:

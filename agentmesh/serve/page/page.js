@@ -5,7 +5,7 @@ import { byId, keyed, make, percent, say, time } from "./dom.js";
 import { Graph } from "./graph.js";
 import { inShort, present, Run } from "./run.js";
 
-const MARK = { running: "▶", done: "✓", failed: "✕", cancelled: "■" };
+const MARK = { running: "▶", done: "✓", failed: "✕", cancelled: "■", lost: "?" };
 const POLL_MS = 3000;
 const FRAME_MS = 100; // the model may need this machine more than the page does
 
@@ -82,7 +82,7 @@ async function begin(event) {
 // The list of runs
 
 async function refresh() {
-  const rows = await attempt(api.runs, byId("refused"));
+  const rows = await attempt(api.runs, byId("unlisted"));
   if (!rows) return;
   byId("no-runs").hidden = rows.length > 0;
   keyed(byId("history"), rows, (row) => row.run, historyRow).forEach((item, index) => {
@@ -111,7 +111,7 @@ async function open(moving) {
   if (!id || id === run?.id) return;
   follower?.abort();
   const mine = (follower = new AbortController());
-  const row = await attempt(() => api.run(id), byId("refused"));
+  const row = await attempt(() => api.run(id), byId("failure"));
   if (!row || mine.signal.aborted) return;
   const known = meshes.find((mesh) => mesh.name === row.mesh);
   run = new Run(id, known?.graph);
@@ -120,12 +120,12 @@ async function open(moving) {
   drawn = -1;
   byId("nothing").hidden = true;
   byId("view").hidden = false;
-  byId("failure").hidden = true;
   for (const view of views) view.show(run);
   if (moving) byId("main").focus();
   refresh();
   redraw();
   await attempt(() => follow(run, mine.signal), byId("failure"));
+  if (!mine.signal.aborted) run.settle({ status: "lost" });
 }
 
 async function follow(one, signal) {
@@ -162,7 +162,7 @@ function head(changed) {
   byId("cancel").hidden = run.status !== "running";
   say(byId("now"), present(run));
   if (run.error) say(byId("failure"), run.error);
-  byId("failure").hidden = !run.error;
+  if (run.error) byId("failure").hidden = false;
   byId("answer").hidden = !run.answer;
   say(byId("answer-text"), run.answer);
   for (const [id, lines] of [["told", inShort(run)], ["warnings", run.warnings]]) {

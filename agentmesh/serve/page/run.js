@@ -98,9 +98,9 @@ export class Run {
     return { of: new Map(calls.map((call) => [keyOf(call.node, call.round), cost(call)])), least, rate: least ? each(least) : 0 };
   }
 
-  /** Take over how the server says that it ended, which also tells of runs that never began. */
+  /** Take over how the server says that it ended, which also tells of runs that never began; or that it was lost sight of. */
   settle(row) {
-    if (row.status === "running") return;
+    if (this.status !== "running" || row.status === "running") return;
     this.#end(row.status, this.ended || this.last);
     this.answer ||= row.answer ?? "";
     if (row.status === "failed") this.error ||= row.error ?? "";
@@ -222,7 +222,7 @@ export function tally(rows) {
 export function present(run) {
   if (run.status !== "running") {
     const took = run.ended && run.begun ? ` after ${time(1000 * (run.ended - run.begun))}` : "";
-    return `${{ done: "Done", failed: "Failed", cancelled: "Cancelled" }[run.status]}${took}.`;
+    return `${{ done: "Done", failed: "Failed", cancelled: "Cancelled", lost: "Lost sight of it" }[run.status]}${took}.`;
   }
   if (!run.begun) return "Waiting for its turn.";
   const visits = [...run.visits.values()];

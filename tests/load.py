@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from serving import command
 from soak import SoakError, check_growth
 
 STUCK_SECONDS = 120.0
+QUESTIONS = 400  # as many different ones, because a tokenizer remembers thousands of them, and its memory is not ours
 REFUSALS = (429, 503)
 WORDS = ("pears", "boxes", "seven", "how", "many", "left", "river", "each", "of", "them")
 KEYS = {"ann": "key-of-ann-0123456789", "bob": "key-of-bob-0123456789", "metrics": "key-of-metrics-0123"}
@@ -114,8 +115,11 @@ class Tally:
 class Client:
     """One of many: asks, listens, and sometimes goes away."""
 
-    def __init__(self, http: httpx.AsyncClient, plan: Plan, draw: random.Random, tally: Tally) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, plan: Plan, questions: Sequence[str], draw: random.Random, tally: Tally
+    ) -> None:
         self._http = http
+        self._questions = questions
         self._plan = plan
         self._draw = draw
         self._tally = tally
@@ -144,11 +148,8 @@ class Client:
         if task.result() == "refused":
             await asyncio.sleep(self._draw.uniform(0.0, 2.0))
 
-    def _question(self) -> str:
-        return " ".join(self._draw.choice(WORDS) for _ in range(self._draw.randint(1, self._plan.words)))
-
     def _chat(self, mesh: str, **more: Any) -> dict[str, Any]:
-        messages = [{"role": "user", "content": self._question()}]
+        messages = [{"role": "user", "content": self._draw.choice(self._questions)}]
         body = {"model": mesh, "messages": messages, "seed": self._draw.randint(0, 9), **more}
         return {"url": "/v1/chat/completions", "json": body, "headers": self._headers}
 
@@ -175,7 +176,7 @@ class Client:
         return "streamed"
 
     async def _start(self, mesh: str) -> httpx.Response:
-        body = {"inputs": {"question": self._question()}}
+        body = {"inputs": {"question": self._draw.choice(self._questions)}}
         return await self._http.post(f"/api/meshes/{mesh}/runs", json=body, headers=self._headers)
 
     async def _followed(self, mesh: str) -> str:
@@ -274,7 +275,8 @@ async def visit(url: str, server: psutil.Process, plan: Plan, report: float) -> 
     draw, tally = random.Random(plan.seed), Tally()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=plan.clients)
     async with httpx.AsyncClient(base_url=url, timeout=STUCK_SECONDS, limits=limits) as http:
-        clients = [Client(http, plan, random.Random(draw.random()), tally) for _ in range(plan.clients)]
+        questions = [" ".join(draw.choices(WORDS, k=draw.randint(1, plan.words))) for _ in range(QUESTIONS)]
+        clients = [Client(http, plan, questions, random.Random(draw.random()), tally) for _ in range(plan.clients)]
         begun = shown = time.monotonic()
         while time.monotonic() - begun < plan.seconds:
             for mesh in MESHES:
@@ -326,11 +328,12 @@ def main() -> int:
     parser.add_argument("--model", default="random:tiny-llama", help="a model's name (random:tiny-llama)")
     parser.add_argument("--leaving", type=float, default=0.3, help="share of clients who go away (0.3)")
     parser.add_argument("--words", type=int, default=40, help="of the longest question (40)")
+    parser.add_argument("--leg", type=float, default=10.0, help="seconds on one mesh before the other one (10)")
     parser.add_argument("--tokens", type=int, default=16, help="of every message (16)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
     given = parser.parse_args()
     seconds = given.minutes * 60
-    plan = Plan(seconds, given.clients, given.model, given.leaving, given.words, given.tokens, seed=given.seed)
+    plan = Plan(seconds, given.clients, given.model, given.leaving, given.words, given.tokens, given.leg, given.seed)
     try:
         tally = load(plan)
     except SoakError as error:

@@ -116,7 +116,7 @@ class Guard:
         """A request's whole body.
 
         Raises:
-            RefusedError: it is too long, or takes too long.
+            RefusedError: it is too long, takes too long, or ends early.
         """
         try:
             return await asyncio.wait_for(self._read(receive), self._limits.body_s)
@@ -127,6 +127,8 @@ class Guard:
         body, more = b"", True
         while more:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise RefusedError(400, "the body ended early")
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._limits.body_bytes:

@@ -57,4 +57,4 @@ def wait_for(browser: Any, shown: Callable[[Any], Any], seconds: int = 30) -> An
     from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, seconds, 0.05, [StaleElementReferenceException]).until(shown)
+    return WebDriverWait(browser, seconds, 0.1, [StaleElementReferenceException]).until(shown)

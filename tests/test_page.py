@@ -214,7 +214,7 @@ def test_runs_are_cancelled_fail_and_are_opened_again(team: Mesh, door: Door, br
         assert len(browser.find_elements("css selector", "#prompts article")) == 3
         browser.refresh()
         ended(browser, "done")
-        assert one(browser, "#history a[aria-current]").text.startswith("✓")
+        assert one(browser, "#history a[aria-current=page]").text.startswith("✓")
 
         ask(browser, "   ")
         wait_for(browser, lambda page: "question" in one(page, "#refused").text)

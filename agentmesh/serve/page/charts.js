@@ -76,7 +76,7 @@ export class Timeline {
     const { run } = this;
     const row = new Map(nodes.map(([name], index) => [name, index]));
     const found = [...run.visits.values()].filter((visit) => visit.started).flatMap((visit) =>
-      visit.needs.map((key) => run.visits.get(key)).filter((source) => source?.finished && source.node !== visit.node && !visit.kept.has(source.key))
+      visit.needs.map((key) => run.visits.get(key)).filter((source) => source?.message && source.node !== visit.node && !visit.kept.has(source.key))
         .map((source) => ({ key: `${source.key} ${visit.key}`, x: at(source.finished), from: row.get(source.node), to: row.get(visit.node) })));
     keyed(this.links, found, (one) => one.key, () => make("i")).forEach((link, index) => {
       const { x, from, to } = found[index];

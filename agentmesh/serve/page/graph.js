@@ -207,7 +207,7 @@ function strip(node, visit) {
 
 function wireState(run, { from, visit }) {
   if (visit.kept.has(from)) return "kept";
-  return visit.started ? "taken" : run.visits.get(from).finished ? "there" : "pending";
+  return visit.started ? "taken" : run.visits.get(from).message ? "there" : "pending";
 }
 
 /** What a reader's prompt holds of another's message, and how much of that was reused. */

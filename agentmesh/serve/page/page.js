@@ -89,7 +89,7 @@ async function refresh() {
     const row = rows[index];
     const all = row.tokens_placed + row.tokens_computed;
     const link = item.firstElementChild;
-    link.toggleAttribute("aria-current", row.run === run?.id);
+    link.setAttribute("aria-current", row.run === run?.id ? "page" : "false");
     item.className = row.status;
     say(link.querySelector(".mark"), MARK[row.status]);
     say(link.querySelector(".tail"), row.error ?? row.answer ?? "");
@@ -101,14 +101,16 @@ async function refresh() {
 function historyRow(row) {
   const when = new Date(row.begun).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
   const title = make("span", {}, make("span", { class: "mark", "aria-hidden": "true" }), " ", make("b", {}, row.mesh), ` ${when}`);
-  return make("li", {}, make("a", { href: `#run=${row.run}` }, title, make("small"), make("span", { class: "tail" })));
+  const link = make("a", { href: `#run=${row.run}` }, title, make("small"), make("span", { class: "tail" }));
+  link.addEventListener("click", () => row.run === run?.id && open(true));
+  return make("li", {}, link);
 }
 
 // One run
 
 async function open(moving) {
   const id = new URLSearchParams(location.hash.slice(1)).get("run");
-  if (!id || id === run?.id) return;
+  if (!id || (id === run?.id && run.status !== "lost")) return;
   follower?.abort();
   const mine = (follower = new AbortController());
   const row = await attempt(() => api.run(id), byId("failure"));

@@ -256,8 +256,9 @@ export function inShort(run) {
       `${count(realigned)} taken over from another agent and moved. The model computed the other ${count(total - reused)}.`,
   );
   const { of } = run.estimates();
-  if (of.size && reused && run.preset !== "dense") {
-    const measured = sum(run.calls().map((call) => call.ttft_ms));
+  const calls = run.calls();
+  if (of.size && calls.some((call) => call.computed < call.prompt_tokens)) {
+    const measured = sum(calls.map((call) => call.ttft_ms));
     told.push(`First tokens took ${time(measured)} together; computing everything would have taken about ${time(sum([...of.values()]))} (an estimate).`);
   }
   return told;

@@ -151,6 +151,8 @@ def test_a_run_of_three_agents_is_shown_from_start_to_end(team: Mesh, door: Door
         ]
         assert any(re.match(r"agent\.3 waited for agent\.2 for .*s\.", told) for told in waits)
         assert "dense ≈" in one(browser, '#firsts [data-key="agent.3@0"]').text
+        browser.execute_script("arguments[0].focus()", one(browser, ".ask"))
+        assert "Not measured" in one(browser, "#estimate").text
         assert [text.split()[0] for text in texts(browser, "#texts article")] == ["agent.1", "agent.2", "agent.3"]
         assert browser.get_log("browser") == []
 

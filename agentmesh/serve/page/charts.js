@@ -17,7 +17,7 @@ function stretches(run, visit) {
     const called = visit.called || end;
     const read = Math.min(visit.wrote || end, end);
     const queued = Math.min(called + (visit.call?.queue_ms ?? 0) / 1000, read);
-    found.push({ kind: "work", from: visit.started, to: called, word: "works", told: "worked without the model" });
+    found.push({ kind: "work", from: visit.started, to: called, word: "works", told: visit.called ? "prepared its prompt" : "worked without the model" });
     found.push({ kind: "queue", from: called, to: queued, word: "waits for the engine", told: "waited for the engine" });
     found.push({ kind: "prefill", from: queued, to: read, word: "reads", told: `read its prompt of ${tokens(visit.prompt)}, up to the first token` });
     const wrote = visit.message ? tokens(visit.message.tokens) : "its message";

@@ -7,7 +7,7 @@ SOAK ?=
 LOAD ?=
 QUESTION ?= A box holds 6 eggs. How many eggs are in 5 boxes?
 
-.PHONY: run test check bench soak restart load channel wheel clean
+.PHONY: run test check bench soak restart load channel pictures wheel clean
 
 run: $(READY)   ## three agents on a small question, with the embedded model
 	$(BIN)/agentmesh run configs/demo.yaml -i question="$(QUESTION)"
@@ -36,6 +36,9 @@ load: $(READY)  ## a server under 32 clients for MINUTES, who go when they like;
 
 channel: $(READY) ## whether a tenant can tell by time or cached tokens what another one has asked
 	$(BIN)/python tests/channel.py
+
+pictures: $(READY) ## the pictures of the live page under docs/, from a real run; needs chromium
+	$(BIN)/python tests/page_pictures.py
 
 wheel: $(READY) ## build the wheel and run it from an empty folder
 	rm -rf dist

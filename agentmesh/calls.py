@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from agentmesh.agents.base import Turn
 from agentmesh.backend import Backend, Completion
 from agentmesh.config.mesh import AnswerSpec, GenerateSpec
-from agentmesh.events import CallRecord, Event, FirstToken, ModelFinished, PlanRow, TokenText, Treatment
+from agentmesh.events import CallRecord, Event, FirstToken, ModelFinished, ModelStarted, PlanRow, TokenText, Treatment
 from agentmesh.prompt import Content, ContentKind, Exchange, PromptRenderer, RoleTemplate, Scope, said, texts_of
 
 
@@ -46,6 +46,7 @@ class Caller:
         seed = call_seed(self.seed, turn.node, turn.round, turn.attempt)
         label = said(ContentKind.MESSAGE, turn.node, turn.round)
         prompt = replace(prompt, reader=replace(turn.reader, writes=label, seed=seed))
+        self.emit(ModelStarted(node=turn.node, round=turn.round, prompt_tokens=len(prompt.tokens)))
         done = await self.backend.complete(prompt, generate, seed, listener)
         texts = texts_of(prompt, [row.tokens for row in done.rows], self.renderer.tokenizer)
         rows = tuple(row.model_copy(update={"text": text}) for row, text in zip(done.rows, texts, strict=True))

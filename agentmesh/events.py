@@ -299,6 +299,15 @@ class EdgeTaken(EventBase):
     taken: bool
 
 
+class ModelStarted(EventBase):
+    """A model call begins: its prompt is there, and waits for the engine or is prefilled."""
+
+    type: Literal["model.started"] = "model.started"
+    node: str
+    round: int
+    prompt_tokens: int
+
+
 class FirstToken(EventBase):
     """A model call has its first token."""
 
@@ -374,6 +383,7 @@ Event = Annotated[
     | NodeFinished
     | NodeFailed
     | EdgeTaken
+    | ModelStarted
     | FirstToken
     | TokenText
     | ModelFinished

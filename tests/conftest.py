@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +32,13 @@ def smollm2() -> LoadedModel:
 def smollm2_bf16() -> LoadedModel:
     """The embedded model in bfloat16."""
     return load(ModelSpec(name="smollm2-135m", dtype=Dtype.BFLOAT16))
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A headless browser with a new profile; skips the test where there is none."""
+    from browsing import start
+
+    driver = start(tmp_path / "profile")
+    yield driver
+    driver.quit()

@@ -53,6 +53,17 @@ def test_calls_add_up_and_usage_is_by_agent() -> None:
     assert result.usage_by_agent["agent.3"].output_tokens == 3
 
 
+def test_every_model_call_says_when_its_prompt_is_there() -> None:
+    events: list[Event] = []
+    result = chain(["one", "two", "three"]).run(question="What?", sinks=[events.append])
+
+    calls = [event for event in events if event.type.startswith(("node.", "model."))]
+    each = ["node.started", "model.started", "model.first_token", "model.token", "model.finished", "node.finished"]
+    assert types(calls) == 3 * each
+    begun = [(event.node, event.prompt_tokens) for event in events if event.type == "model.started"]
+    assert begun == [(call.node, call.prompt_tokens) for call in result.calls]
+
+
 def test_custom_roles_are_functions_and_classes_sync_and_async() -> None:
     @agent
     def shout(turn: Turn) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import colour, look_at, wait_for
 from small import MESH, TASK
 
 from agentmesh.cli import invoke
@@ -379,53 +378,9 @@ def test_a_judges_agreement_and_failed_samples_are_in_the_page(folder: Path) -> 
     assert "<b>too long</b>" not in page
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMEDRIVER = shutil.which("chromedriver")
-OPTIONS = (
-    "--headless --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync"
-)
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    """A headless browser with a new profile."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the browser test needs selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for option in (*OPTIONS.split(), f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(option)
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
-    yield driver
-    driver.quit()
-
-
-def colour(element: Any) -> str:
-    return str(element.value_of_css_property("background-color"))
-
-
-def look_at(browser: Any, page: Path, width: int, scheme: str) -> None:
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get(page.as_uri())
-
-
-def wait_for(browser: Any, shown: Callable[[Any], Any]) -> None:
-    """A sample is filled in by the event that follows its opening."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(browser, 10).until(shown)
-
-
-@pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver")
 def test_a_browser_shows_the_samples_and_their_colours(folder: Path, browser: Any) -> None:
     page, _ = write_report(folder)
-    look_at(browser, page, 1280, "light")
+    look_at(browser, page.as_uri(), 1280, "light")
 
     assert browser.title == "task, mesh: an agentmesh evaluation"
     samples = browser.find_elements("css selector", ".sample")
@@ -449,7 +404,7 @@ def test_a_browser_shows_the_samples_and_their_colours(folder: Path, browser: An
     assert not any(sample.is_displayed() for sample in samples)
     light = colour(browser.find_element("css selector", "body"))
 
-    look_at(browser, page, 420, "dark")
+    look_at(browser, page.as_uri(), 420, "dark")
     for summary in browser.find_elements("css selector", ".sample > summary"):
         browser.execute_script("arguments[0].click()", summary)
     assert colour(browser.find_element("css selector", "body")) != light

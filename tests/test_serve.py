@@ -345,7 +345,7 @@ def test_events_come_live_with_signs_of_life_and_a_run_can_be_cancelled(held: tu
             if line.startswith("event: "):
                 kinds.append(line.removeprefix("event: "))
 
-    assert kinds == ["run.started", "node.started", "run.cancelled", "end"]
+    assert kinds == ["run.started", "node.started", "model.started", "run.cancelled", "end"]
     assert served.row(run)["status"] == "cancelled"
     assert model.cancelled == 1
     assert served.http.get("/api/runs/nobody/events").status_code == 404

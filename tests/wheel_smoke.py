@@ -17,6 +17,8 @@ def main(dist: Path) -> None:
         subprocess.run(install, check=True)
         tops = {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")} - {"bin"}
         assert tops == {"agentmesh"}, tops
+        page = {path.name for path in (target / "agentmesh" / "serve" / "page").iterdir()}
+        assert {"index.html", "page.css", "page.js", "graph.js"} <= page, page
         empty = Path(folder) / "empty"
         empty.mkdir()
         settings = {**os.environ, "PYTHONPATH": str(target)}

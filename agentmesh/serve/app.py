@@ -95,7 +95,7 @@ async def page(name: str = "index.html") -> Response:
     files = {path.name: path for path in PAGE.iterdir()} if PAGE.is_dir() else {}
     if name not in files:
         raise RefusedError(404, f"no file {name[:80]!r} of the live page is installed here", code="not_found")
-    return FileResponse(files[name])
+    return FileResponse(files[name], headers={"Cache-Control": "no-cache"})
 
 
 async def _refused(_request: Request, error: Exception) -> Response:

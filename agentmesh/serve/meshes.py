@@ -77,7 +77,7 @@ class Served:
             "preset": blueprint.communicator.preset,
             "inputs": list(blueprint.inputs),
             "defaults": dict(blueprint.defaults),
-            "graph": json.loads(render(blueprint.topology, "json")),
+            "graph": json.loads(render(blueprint.topology, "json", unrolled=True)),
         }
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from agentmesh.config.base import Frozen, Integer
 from agentmesh.errors import did_you_mean, listing
+from agentmesh.events import Reason
 from agentmesh.serve.guard import tenant_of
 from agentmesh.serve.limits import Limits
 from agentmesh.serve.meshes import Served
@@ -46,8 +47,11 @@ class NativeApi:
         self.router.add_api_route("/runs/{name}/events", self.events)
 
     async def meshes(self) -> dict[str, Any]:
-        """What can be run."""
-        return {"meshes": [served.describe() for served in self._meshes.values()]}
+        """What can be run, and what the reasons in its plans mean."""
+        return {
+            "meshes": [served.describe() for served in self._meshes.values()],
+            "reasons": {str(reason): reason.about for reason in Reason},
+        }
 
     async def start(self, name: str, asked: RunRequest, request: Request) -> dict[str, str]:
         """Begin a run; it goes on if nobody listens."""

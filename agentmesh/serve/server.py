@@ -60,6 +60,7 @@ def run(service: Service, listen: socket.socket, say: Callable[[str], None]) -> 
         server_header=False,
     )
     host, port = listen.getsockname()[:2]
+    listen.listen(CONNECTIONS)  # who reads the line below may connect at once
     say(f"serving {', '.join(service.meshes)} at http://{f'[{host}]' if ':' in host else host}:{port}")
     server = _Server(config, app.state.runs, say)
     asyncio.run(server.serve(sockets=[listen]))

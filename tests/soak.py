@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import random
 import sys
@@ -37,6 +38,7 @@ from agentmesh.local import LocalBackend
 STUCK_SECONDS = 120.0
 GROWTH_BYTES, LEGS_NEEDED = 32 * 2**20, 30
 SHORT_SECONDS = 60.0  # nothing can be said of memory in so short a time
+MANY = 1000  # questions: a tokenizer remembers new ones for long, which is no growth of the engine's
 PLENTY = 100_000  # tokens of a budget in which nothing is evicted
 WARM = 6
 WORDS = ("pears", "boxes", "seven", "how", "many", "left", "river", "each", "of", "them")
@@ -168,11 +170,11 @@ def question_of(draw: random.Random, longest: int) -> str:
     return " ".join(draw.choice(WORDS) for _ in range(words))
 
 
-def jobs(draw: random.Random, longest: int, pool: int | None) -> Iterator[Job]:
-    """Runs without end; a ``pool`` of so many questions where they are compared with what they gave alone."""
-    known = [(question_of(draw, longest), draw.randint(0, 99)) for _ in range(pool or 0)]
+def jobs(draw: random.Random, longest: int, pool: int) -> Iterator[Job]:
+    """Runs without end, with ``pool`` questions and seeds."""
+    known = [(question_of(draw, longest), draw.randint(0, 99)) for _ in range(pool)]
     while True:
-        question, seed = draw.choice(known) if known else (question_of(draw, longest), draw.randint(0, 99))
+        question, seed = draw.choice(known)
         cancelled = draw.expovariate(4.0) if draw.random() < 0.3 else None
         yield Job(question, seed, cancelled, draw.expovariate(100.0) if draw.random() < 0.5 else None)
 
@@ -279,6 +281,14 @@ def rest(mesh: Mesh) -> None:
         raise SoakError(f"preset {backend.preset} is not at rest after its runs: {found}; expected none of them")
 
 
+def held(process: psutil.Process) -> int:
+    """Bytes that this process holds, without what was freed and only kept for later by the C library."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(process.memory_info().rss)
+
+
 def check_growth(rss: list[int]) -> None:
     """Compare memory late with memory in the middle.
 
@@ -339,7 +349,7 @@ def soak(plan: Plan, report: float = 60.0) -> Tally:
     longest = int(loaded.max_context * 1.2)
     if plan.seconds > SHORT_SECONDS:
         fill_words(loaded, random.Random(plan.seed))
-    pool = 16 if plan.deterministic else None
+    pool = 16 if plan.deterministic else MANY  # few where each is also asked alone
     alone: dict[str, dict[Job, tuple[str, ...]]] = {}
     if plan.deterministic:
         alone = runs_alone(plan, loaded, jobs(random.Random(plan.seed), longest, pool))
@@ -349,8 +359,7 @@ def soak(plan: Plan, report: float = 60.0) -> Tally:
         while time.monotonic() - begun < plan.seconds:
             for preset, mesh in made.meshes.items():
                 asyncio.run(leg(mesh, work, alone.get(preset, {}), plan, tally))
-                gc.collect()
-                tally.rss.append(process.memory_info().rss)
+                tally.rss.append(held(process))
                 if time.monotonic() - shown > report:
                     shown = time.monotonic()
                     print(tally.line(shown - begun), flush=True)

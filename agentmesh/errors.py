@@ -11,6 +11,7 @@ AgentmeshError
 └── RunError                the request was fine, the run was not                      exit code 1
     ├── NodeError           one agent failed; carries node, round and cause
     ├── ModelError          weights that cannot be fetched, read, verified or run
+    ├── RemoteError         an endpoint that cannot be reached, refuses a request or breaks off
     ├── UnsupportedModelError   a model whose attention agentmesh cannot serve
     ├── SharingError        KV that must be shared (`strict`, `deliver: kv`) cannot be
     ├── SandboxError        code could not be started or contained
@@ -81,6 +82,10 @@ class NodeError(RunError):
 
 class ModelError(RunError):
     """Weights cannot be fetched, read, verified or run."""
+
+
+class RemoteError(RunError):
+    """An endpoint cannot be reached, refuses a request or breaks off."""
 
 
 class UnsupportedModelError(RunError):

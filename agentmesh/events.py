@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from agentmesh.config.base import Choice, Frozen
+from agentmesh.metering import EndpointUsage
 
 
 class Treatment(Choice):
@@ -78,6 +79,10 @@ class Reason(Choice):
     TOO_DEEP = "too-deep", "Its KV was placed more often than `max_depth` already."
     NO_ROOM = "no-room", "The budget has no room for what must be learned of the slot."
     NOT_WORTH_IT = "not-worth-it", "Placing it would cost more time than computing it."
+    REMOTE_TEXT = (
+        "remote-text",
+        "The agent's model is behind an endpoint, which is sent text and computes or caches it by itself.",
+    )
     READS_EXACTLY = "reads-exactly", "The agent reads exact KV only (`reads: exact`)."
     DELIVERED_AS_TEXT = "delivered-as-text", "The edge says `deliver: text`."
     NO_ANCHOR_AS_LONG = (
@@ -157,7 +162,8 @@ class CallRecord(Frozen):
     ``ttft_ms`` counts from the moment the inputs are there to the first token, waiting for the engine included
     (``queue_ms`` of it); ``parts_ms`` is where the rest of it went, ``learn_ms`` what was spent after the message on
     keeping KV, learning and auditing. ``slot_tokens`` are shareable: an earlier agent read or wrote them, or the store
-    holds them; ``placed_slots`` of them were placed.
+    holds them; ``placed_slots`` of them were placed. An ``endpoint`` answered the call of a remote model: tokens
+    are counted as it counts them (as four bytes each where it does not say), and rows share them by their length.
     """
 
     node: str
@@ -178,6 +184,7 @@ class CallRecord(Frozen):
     parts_ms: dict[str, float] = Field(default_factory=dict)
     learn_ms: float = 0.0
     audit: Audit | None = None
+    endpoint: EndpointUsage | None = None
 
 
 class MessageRecord(Frozen):

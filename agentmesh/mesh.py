@@ -24,6 +24,7 @@ from agentmesh.config.load import LoadedMesh, load_mesh, mesh_from_dict
 from agentmesh.config.mesh import LlmAgentSpec
 from agentmesh.errors import RecordError, RunError, TemplateError, UsageError
 from agentmesh.events import Event, RunCancelled, RunFailed, RunFinished, RunStarted
+from agentmesh.models import Models, Progress
 from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate, Scope
 from agentmesh.results import Gathered, RunResult
 from agentmesh.scheduler import Walk
@@ -31,8 +32,6 @@ from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
 from agentmesh.turns import Turns, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
-
-Progress = Callable[[str, int, int], None]
 
 
 @final
@@ -120,7 +119,7 @@ class Mesh:
         self.blueprint = blueprint
         self._workers = make_workers(blueprint)
         self._predicates = predicates(blueprint)
-        self._backend: Backend | None = backend
+        self._models = Models(blueprint, backend)
         self._leads: tuple[tuple[int, ...], ...] | None = None
         self._turns = Turns(lambda: self.width, deterministic=blueprint.run.deterministic)
 
@@ -138,35 +137,20 @@ class Mesh:
     @property
     def backend(self) -> Backend | None:
         """The model at work: the one that was given or loaded; ``None`` before it is loaded."""
-        return self._backend
+        return self._models.own
 
     def load(self, progress: Progress | None = None) -> Backend:
-        """Load the model now instead of at the first run.
+        """Load the model now instead of at the first run; remote ones are reached when they are first asked.
 
         Raises:
             ModelError: the weights cannot be fetched or read.
-            InputError: the mesh's realigners were made for something else.
+            InputError: the mesh's realigners were made for something else, or the key of a remote model is not set.
         """
-        if self._backend is None:
-            from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
-
-            spec, exact = self.blueprint.communicator, self.blueprint.run.deterministic
-            backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
-            try:
-                if self.blueprint.communicator.realigners is not None:
-                    path = self.blueprint.folder / Path(self.blueprint.communicator.realigners).expanduser()
-                    backend.load_realigners(path, self.blueprint.digests)
-            except UsageError:
-                backend.close()
-                raise
-            self._backend = backend
-        return self._backend
+        return self._models.open(progress)
 
     def close(self) -> None:
         """Free the model and all KV; the mesh loads again if it is run again."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+        self._models.close()
 
     def ingest(self, tick: Callable[[int, int], None] | None = None) -> int:
         """Make and keep the KV of all documents that agents may hand out, so that their first readers share it, too.
@@ -231,9 +215,10 @@ class Mesh:
 
     @property
     def width(self) -> int:
-        """How many runs may overlap: as ``run.concurrency`` says, or what the loaded model serves well at once."""
+        """How many runs may overlap: as ``run.concurrency`` says, or what the loaded models serve well at once."""
         wanted = self.blueprint.run.concurrency
-        return self.load().width if wanted == "auto" else wanted
+        self.load()
+        return min(backend.width for backend in self._models.all()) if wanted == "auto" else wanted
 
     async def _run(
         self,
@@ -252,7 +237,7 @@ class Mesh:
         stream.emit(self._started(backend, given))
         finished = False
         try:
-            await backend.begin(reader)
+            await self._models.begin(reader)
             walk = self._walk(backend, given, stream, seed, reader, check=check)
             messages = await walk.run()
             answer = self._answer(messages)
@@ -269,7 +254,7 @@ class Mesh:
             stream.emit(RunFailed(error_type=type(error).__name__, error=str(error), wall_s=wall))
             raise
         finally:
-            await backend.release(reader.run)
+            await self._models.release(reader.run)
             if not finished:
                 stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
         return gathered.result(answer, ((message.node, message.round) for message in messages), wall)
@@ -319,11 +304,11 @@ class Mesh:
         check: bool,
     ) -> Walk:
         inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in given.items()}
-        renderer = PromptRenderer(backend.tokenizer, self.blueprint.communicator.min_tokens)
+        min_tokens = self.blueprint.communicator.min_tokens
         if self._leads is None:
-            self._leads = self._find_leads(renderer)
+            self._leads = self._find_leads(PromptRenderer(backend.tokenizer, min_tokens))
         run_seed = self.blueprint.run.seed if seed is None else seed
-        caller = Caller(backend, renderer, stream.emit, run_seed, self._leads)
+        caller = Caller(self._models.of, min_tokens, stream.emit, run_seed, self._leads)
         checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{run_seed}") if check else None
         return Walk(
             self.blueprint.topology,
@@ -338,10 +323,10 @@ class Mesh:
         )
 
     def _find_leads(self, renderer: PromptRenderer) -> tuple[tuple[int, ...], ...]:
-        """How every agent's prompt begins, up to its first slot."""
+        """How the prompt of every agent with the mesh's own model begins, up to its first slot."""
         leads = []
         for member in self.blueprint.members.values():
-            if not isinstance(member.spec, LlmAgentSpec):
+            if not isinstance(member.spec, LlmAgentSpec) or member.remote is not None:
                 continue
             inputs = {name: Content("", ContentKind.INPUT, name) for name in self.blueprint.inputs}
             rounds = self.blueprint.topology.rounds

@@ -60,6 +60,8 @@ def run(
     profiles = new_profiles() if profile else None
     with Mesh.from_loaded(loaded) as mesh:
         mesh.blueprint.all_inputs(given)
+        if profile:
+            mesh.blueprint.local_model()
         with fetching(errors, quiet=display is Display.NONE) as progress:
             backend = mesh.load(progress)
         facts = {"seed": mesh.blueprint.run.seed if seed is None else seed, "model": backend.describe()}
@@ -95,7 +97,7 @@ def _profiled(backend: Backend, profiles: Profiles | None) -> AbstractContextMan
         return nullcontext()
     from agentmesh.local import LocalBackend  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
-    assert isinstance(backend, LocalBackend), "a mesh file's model runs in this process"
+    assert isinstance(backend, LocalBackend), "a model of this machine"
     return profiles.of(backend.engine, RUN)
 
 

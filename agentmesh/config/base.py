@@ -23,6 +23,7 @@ REFERENCE = r"^\$[A-Za-z_][A-Za-z0-9_]*$"
 GROUP_NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 NODE_NAME = r"^[A-Za-z][A-Za-z0-9_-]*(\.[0-9]+)?$"
 VARIABLE = r"^[A-Za-z_]\w*$"
+ENDPOINT = r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$"
 PATTERN_WORDS: Mapping[str, str] = MappingProxyType(
     {
         PYTHON_REF: "package.module:Name",
@@ -30,6 +31,7 @@ PATTERN_WORDS: Mapping[str, str] = MappingProxyType(
         GROUP_NAME: "a name of letters, digits, - and _ that starts with a letter",
         NODE_NAME: "the name of a group or node, such as solver or solver.2",
         VARIABLE: "a variable name of letters, digits and _",
+        ENDPOINT: "an address such as http://127.0.0.1:8000/v1, without a user, key or query in it",
     }
 )
 """What each pattern asks for, in words an error message can use."""

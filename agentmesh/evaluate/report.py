@@ -27,7 +27,7 @@ from agentmesh.evaluate.results import PresetResult, Results
 from agentmesh.evaluate.session import Evaluation, Plan, judges, scored
 from agentmesh.evaluate.subjects import Request, Subject, engine_of, find_subjects
 from agentmesh.evaluate.summary import summary_markdown
-from agentmesh.mesh import Progress
+from agentmesh.models import Progress
 from agentmesh.suites.samples import Sample, part, read_samples
 from agentmesh.suites.scorers import SCORERS
 from agentmesh.suites.scorers.base import Scorer

@@ -18,7 +18,8 @@ from agentmesh.engine.loop import Engine
 from agentmesh.errors import InputError, did_you_mean, listing
 from agentmesh.evaluate.session import SINGLE, token_budget
 from agentmesh.local import LocalBackend
-from agentmesh.mesh import Mesh, Progress
+from agentmesh.mesh import Mesh
+from agentmesh.models import Progress
 from agentmesh.suites.task import Kind, Task
 from agentmesh.topology import Edge
 
@@ -109,7 +110,7 @@ def engine_of(mesh: str | Mesh, blueprint: Blueprint, progress: Progress | None)
         yield backend.engine
         return
     spec, exact = CommunicatorSpec(preset="dense"), blueprint.run.deterministic
-    opened = LocalBackend.open(blueprint.model, spec, progress, deterministic=exact)
+    opened = LocalBackend.open(blueprint.local_model(), spec, progress, deterministic=exact)
     try:
         yield opened.engine
     finally:

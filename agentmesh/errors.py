@@ -14,6 +14,7 @@ AgentmeshError
     ├── RemoteError         an endpoint that cannot be reached, refuses a request or breaks off
     ├── UnsupportedModelError   a model whose attention agentmesh cannot serve
     ├── SharingError        KV that must be shared (`strict`, `deliver: kv`) cannot be
+    ├── ReplicaError        a process with a copy of the model that died, or could not be started
     ├── SandboxError        code could not be started or contained
     └── RecordError         the run folder cannot be written (disk full, read-only)
 
@@ -94,6 +95,10 @@ class UnsupportedModelError(RunError):
 
 class SharingError(RunError):
     """KV that must be shared cannot be."""
+
+
+class ReplicaError(RunError):
+    """A process with a copy of the model died, or could not be started."""
 
 
 class SandboxError(RunError):

@@ -30,6 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "checks",
             "workers",
             "local",
+            "executors",
             "mesh",
             "models",
             "remote",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from agentmesh.config.base import Choice
+from agentmesh.executors import Where
 
 
 class Format(Choice):
@@ -34,6 +35,7 @@ TraceOption = Annotated[
     Path, typer.Option("--trace", help="Where --profile writes its trace; Perfetto and chrome://tracing open it.")
 ]
 DEFAULT_TRACE = Path("trace.json")
+ExecutorOption = Annotated[Where, typer.Option(help="Where runs happen: in this process, or on replicas under Ray.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all run records.")]
 DEFAULT_RUNS = Path("runs")
 

@@ -157,7 +157,8 @@ def test_what_an_endpoint_does_wrong_is_said(step: str, words: str) -> None:
     "step",
     [
         'error:400:{"error": {"message": "the request exceeds the available context size", "code": 400}}',
-        'error:400:{"error": {"message": "too long", "code": "context_length_exceeded"}}',
+        'error:400:{"error": {"message": "no", "code": "context_length_exceeded", "type": "invalid_request_error"}}',
+        'error:500:{"error": {"message": "no", "code": 500, "type": "exceed_context_size_error"}}',
         'error:400:{"message": "This model\'s maximum context length is 64 tokens.", "object": "error"}',
         'inside:{"error": {"message": "the request exceeds the available context size"}}',
     ],

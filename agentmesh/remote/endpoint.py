@@ -24,6 +24,8 @@ FOR_NOW = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 NO_KEY = frozenset({401, 403})
 TOO_LONG = re.compile(r"context.{0,24}(length|size|window)|too many tokens|prompt is too long", re.IGNORECASE)
+"""How vLLM, llama.cpp, OpenAI and others word that a prompt does not fit, in the message or in its code."""
+
 DONE = "[DONE]"
 
 
@@ -199,10 +201,9 @@ class Endpoint:
     def _words(self, error: Any) -> str:
         """An error as an endpoint words it, shortened, and never with the key in it."""
         if isinstance(error, dict):
-            kind = error.get("type") or error.get("code") or ""
-            error = error.get("message") or json.dumps(error)
-            if str(kind) not in str(error):
-                error = f"{error} [{kind}]"
+            message = str(error.get("message") or json.dumps(error))
+            kinds = [kind for kind in (error.get("code"), error.get("type")) if isinstance(kind, str)]
+            error = " ".join([message, *(f"[{kind}]" for kind in kinds if kind not in message)])
         text = str(error).strip()
         return (text.replace(self.key, "…") if self.key else text)[:SHOWN]
 

@@ -88,7 +88,7 @@ def work(role: str, store: Path, tokens: int, warm: int, repeat: int) -> dict[st
 def tenants(mesh: Mesh, tokens: int, repeat: int) -> dict[str, Any]:
     """Medians of the first call's time to first token: of a new question, of another tenant's, of one's own."""
     found: dict[str, list[float]] = {"new": [], "another tenant's": [], "one's own": []}
-    placed = dict.fromkeys(found, 0)
+    placed, computed = dict.fromkeys(found, 0), dict.fromkeys(found, 0)
     for number in range(repeat):
         mesh.run(question=question(200 + number, tokens), tenant="a")
         asked = [("another tenant's", 200 + number), ("new", 400 + number)]
@@ -97,8 +97,14 @@ def tenants(mesh: Mesh, tokens: int, repeat: int) -> dict[str, Any]:
             call = mesh.run(question=question(which, tokens), tenant="b").calls[0]
             found[name].append(call.ttft_ms)
             placed[name] += call.placed_slots
+            computed[name] += call.computed
     return {
-        name: {"ttft_ms": round(median(times)), "all": [round(ms) for ms in times], "question_placed": placed[name]}
+        name: {
+            "ttft_ms": round(median(times)),
+            "all": [round(ms) for ms in times],
+            "question_placed": placed[name],
+            "computed": computed[name],
+        }
         for name, times in found.items()
     }
 

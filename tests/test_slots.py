@@ -15,7 +15,7 @@ from agentmesh.agents.base import Turn
 from agentmesh.communicator.learner import Learner, LinkState
 from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.slots import Slots
-from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.config.presets import CommunicatorSpec, Recompute
 from agentmesh.engine.composition import Parts
 from agentmesh.errors import NodeError
 from agentmesh.events import CallRecord, Event, ModelFinished, Reason, Treatment
@@ -401,6 +401,14 @@ def test_the_last_line_breaks_of_a_block_are_computed() -> None:
     assert rows[-1][0] is Reason.READ_BEFORE
     assert rows[-1][1] == len("line 4 of the log")
     assert call.placed_slots == sum(row.tokens for row in call.plan if row.kind is Treatment.PLACED_REALIGNED)
+
+
+def test_anchors_take_at_most_a_share_of_a_short_block() -> None:
+    recompute = Recompute(first=16, breaks=8, most_first=0.2, most_breaks=0.1)
+
+    assert [recompute.head(tokens) for tokens in (4, 40, 80, 1000)] == [0, 8, 16, 16]
+    assert [recompute.line_breaks(tokens) for tokens in (4, 40, 80, 1000)] == [0, 4, 8, 8]
+    assert Recompute(first=16).head(8) == 8
 
 
 def test_placing_is_judged_by_most_prefills_and_tried_again() -> None:

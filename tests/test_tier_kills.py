@@ -39,9 +39,9 @@ def test_fifty_kills_while_writing_change_no_answer_and_leave_a_whole_folder(
         attempts += 1
         assert attempts < 4 * KILLS
         by_clock = draw.random() < 0.5
-        operation = None if by_clock else draw.randint(1, 40)
-        arguments = (str(answers), str(path), draw.choice(PRESETS), attempts, 6, operation)
-        kills += was_killed(ask, arguments, draw.uniform(0.1, 0.5) if by_clock else None)
+        operation = None if by_clock else draw.randint(1, 36)
+        arguments = (str(answers), str(path), draw.choice(PRESETS), attempts, 5, operation)
+        kills += was_killed(ask, arguments, draw.uniform(0.1, 0.4) if by_clock else None)
         if not path.exists():
             continue
         store = DiskStore(path, BUDGET)
@@ -61,8 +61,8 @@ def test_fifty_kills_while_writing_change_no_answer_and_leave_a_whole_folder(
     print(
         f"{kills} kills of {attempts} processes, {answered} runs answered, {read} of them with what an earlier one kept"
     )
-    assert answered > KILLS
-    assert read > KILLS / 2
+    assert answered > KILLS / 2
+    assert read > KILLS / 4
 
 
 def test_several_processes_on_one_folder_agree_and_stay_within_its_budget(

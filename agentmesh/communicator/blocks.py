@@ -99,10 +99,10 @@ class Brush:
     def _anchor(self, labels: Labels, number: int, match: Match) -> None:
         """Compute a block's head and its last tokens with a line break."""
         recompute, tokens = self.choice.recompute, labels.prompt.tokens
-        head = min(match.start + recompute.first, match.stop)
+        head = match.start + recompute.head(match.tokens)
         labels.paint(match.start, head, computed(Reason.BLOCK_HEAD, number))
         found = [position for position in range(head, match.stop) if tokens[position] in self.line_breaks]
-        for position in found[len(found) - min(recompute.breaks, len(found)) :]:
+        for position in found[max(len(found) - recompute.line_breaks(match.tokens), 0) :]:
             labels.paint(position, position + 1, computed(Reason.LINE_BREAK, number))
 
 

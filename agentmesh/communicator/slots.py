@@ -201,7 +201,7 @@ class Slots(Preset):
 
     def _decide(self, prompt: Prompt, matches: Sequence[Match]) -> tuple[Decision, ...]:
         """Gate every match; where one has to be observed first, none is placed."""
-        tokens = sum(max(match.tokens - self._choice.recompute.first, 0) for match in matches)
+        tokens = sum(match.tokens - self._choice.recompute.head(match.tokens) for match in matches)
         asks = self._spec.cost_gate and prompt.reader.sees is None and not self.learner.frozen
         pays = not asks or self._costs.placing_pays(tokens)
         decisions = [Decision(match, self._gate(prompt, match, pays=pays)) for match in matches]
@@ -229,8 +229,9 @@ class Slots(Preset):
     def _copies(self, prompt: Prompt, decisions: Sequence[Decision]) -> Iterator[Decision]:
         """Parts of matches that have a nearer base; placed where their match is."""
         for decision in decisions if self._choice.repeats else ():
-            match, first = decision.match, self._choice.recompute.first
-            for found in copies(self.keeper.segments, prompt, match, match.start + first, self._spec.max_depth):
+            match = decision.match
+            begin = match.start + self._choice.recompute.head(match.tokens)
+            for found in copies(self.keeper.segments, prompt, match, begin, self._spec.max_depth):
                 yield Decision(found, Verdict(self._still) if decision.placed else decision.verdict)
 
     def _pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Arena | None:
@@ -299,7 +300,7 @@ class Slots(Preset):
         for decision in plan.decisions:
             match = decision.match
             if shares(match.relation) and match.tokens >= self._spec.min_tokens:
-                head = min(self._choice.recompute.first, match.tokens - 1)
+                head = min(self._choice.recompute.head(match.tokens), match.tokens - 1)
                 base = match.cut(match.start + head, match.stop)
                 truth = arena.read_free(match.start + head, match.stop, self.keeper.rope)
                 own = [p for p in range(match.start + head, match.stop) if p not in plan.apart] or [match.stop - 1]

@@ -51,18 +51,29 @@ class Picking(Choice):
 class Recompute(Frozen):
     """Which tokens of a placed block are computed all the same.
 
-    ``first`` tokens of each block; its last ``breaks`` tokens with a line break, whose offsets are the largest and the
-    least predictable (docs/method.md); and ``ratio`` of the others, picked ``by`` a look at the cache. ``documents`` is
-    the ratio for passages that are known from the corpus alone. ``fixed`` says whether fixed text between blocks is
-    computed; only the ``anchors`` realigner can place it.
+    ``first`` tokens of each block, at most a share ``most_first`` of it; its last ``breaks`` tokens with a line break,
+    at most a share ``most_breaks`` of it, whose offsets are the largest and the least predictable (docs/method.md); and
+    ``ratio`` of the others, picked ``by`` a look at the cache. ``documents`` is the ratio for passages that are known
+    from the corpus alone. ``fixed`` says whether fixed text between blocks is computed; only the ``anchors`` realigner
+    can place it.
     """
 
     first: Annotated[Integer, Field(ge=0)] = 0
     breaks: Annotated[Integer, Field(ge=0)] = 0
+    most_first: Annotated[Number, Field(ge=0, le=1)] = 1.0
+    most_breaks: Annotated[Number, Field(ge=0, le=1)] = 1.0
     ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
     by: Picking = Picking.DEVIATION
     documents: Annotated[Number, Field(ge=0, le=1)] = 0.0
     fixed: bool = True
+
+    def head(self, tokens: int) -> int:
+        """Tokens at the beginning of a block of so many that are computed."""
+        return min(self.first, int(self.most_first * tokens))
+
+    def line_breaks(self, tokens: int) -> int:
+        """Line breaks at the end of a block of so many tokens that are computed at most."""
+        return min(self.breaks, int(self.most_breaks * tokens))
 
 
 class AnchorSpec(Frozen):
@@ -153,7 +164,7 @@ PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
         "linear": PresetSpec(
             share=Share.SLOTS,
             realigner=RealignerKind.LINEAR,
-            recompute=Recompute(first=16, breaks=8, documents=0.3),
+            recompute=Recompute(first=16, breaks=8, most_first=0.2, most_breaks=0.1, documents=0.3),
             repeats=True,
         ),
         "blend": PresetSpec(share=Share.SLOTS, recompute=Recompute(ratio=0.15)),

@@ -69,14 +69,14 @@ def test_messages_go_out_as_chat_and_come_back_with_the_endpoint_s_counts() -> N
     assert [event.type for event in events].index("model.first_token") < len(events) - 4
 
 
-def test_a_seed_is_the_same_in_every_run_and_the_body_takes_more_fields() -> None:
+def test_a_seed_is_the_same_in_every_run_and_the_body_takes_more_fields_with_a_salt_for_each_tenant() -> None:
     with endpoint("text:a") as double, single(double, body={"cache_salt": "ours"}) as mesh:
         mesh.run(question="?")
         mesh.run(question="?")
-        mesh.run(question="?", seed=5)
+        mesh.run(question="?", seed=5, tenant="ann")
         bodies = [request["body"] for request in double.requests()]
 
-    assert [body["cache_salt"] for body in bodies] == ["ours"] * 3
+    assert [body["cache_salt"] for body in bodies] == ["ours", "ours", "ours ann"]
     assert bodies[0]["seed"] == bodies[1]["seed"] != bodies[2]["seed"]
 
 

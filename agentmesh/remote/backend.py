@@ -27,6 +27,8 @@ CHARACTERS_A_TOKEN = 64
 """A message of more characters than so many a token asked for will not end by itself."""
 
 PRESET = "text"
+SALT = "cache_salt"
+"""vLLM's word for what parts its prefix cache."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class RemoteBackend:
             raise RemoteError(f"{error}{why}") from error
 
     def _body(self, prompt: Prompt, generate: GenerateSpec, seed: int) -> dict[str, Any]:
-        """A request for a streamed answer."""
+        """A request for a streamed answer; a salt of the endpoint's cache becomes the tenant's own."""
         settings: dict[str, Any] = {
             "max_tokens": generate.max_tokens,
             "temperature": generate.temperature,
@@ -142,9 +144,12 @@ class RemoteBackend:
             settings["top_k"] = generate.top_k
         if generate.stop:
             settings["stop"] = list(generate.stop)
+        own = dict(self._endpoint.spec.body)
+        if SALT in own and prompt.reader.tenant:
+            own[SALT] = f"{own[SALT]} {prompt.reader.tenant}"
         return {
             **settings,
-            **self._endpoint.spec.body,
+            **own,
             "model": self.name,
             "messages": [{"role": role, "content": text} for role, text in prompt.messages],
             "stream": True,

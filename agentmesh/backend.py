@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from agentmesh.config.mesh import GenerateSpec
-from agentmesh.events import Audit, PlanRow
+from agentmesh.events import PlanRow
+from agentmesh.metering import Audit, EndpointUsage
 from agentmesh.prompt import ChatTokenizer, Content, Prompt, Reader
 
 
@@ -16,7 +17,7 @@ class Completion:
     """One finished model call.
 
     Args:
-        tokens: generated ids without the stop token.
+        tokens: generated ids without the stop token; those of a remote model stand for their number only.
         text: their text.
         finish: ``stop``, ``length`` or ``context``.
         queue_ms: waiting for the engine.
@@ -28,6 +29,7 @@ class Completion:
         parts_ms: where the time before the first token went.
         learn_ms: keeping KV, learning and checking after the message.
         audit: the call checked against a dense prefill, where it was.
+        endpoint: what the endpoint says of the call of a remote model, whose rows have their texts already.
     """
 
     tokens: tuple[int, ...]
@@ -43,6 +45,7 @@ class Completion:
     parts_ms: Mapping[str, float] = field(default_factory=dict)
     learn_ms: float = 0.0
     audit: Audit | None = None
+    endpoint: EndpointUsage | None = None
 
 
 class Listener(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from agentmesh.config.mesh import (
     ModelSpec,
     PythonAgentSpec,
     Reads,
+    RemoteModelSpec,
     RetrieverAgentSpec,
     RunSpec,
 )
@@ -49,6 +50,11 @@ class Member:
         said = self.spec.reads if isinstance(self.spec, LlmAgentSpec) else None
         return said is Reads.EXACT or (said is None and self.is_judge)
 
+    @property
+    def remote(self) -> RemoteModelSpec | None:
+        """The remote model that its entry names, instead of the mesh's."""
+        return self.spec.model if isinstance(self.spec, LlmAgentSpec | CustomAgentSpec) else None
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -60,7 +66,7 @@ class Blueprint:
         members: node → agent.
         inputs: names of the inputs that agents read.
         defaults: texts of inputs that a run does not give.
-        model: which model.
+        model: which model writes for agents that name none of their own.
         communicator: how KV is reused.
         run: retries, time limits, seed.
         folder: where relative paths in the mesh begin.
@@ -71,7 +77,7 @@ class Blueprint:
     members: Mapping[str, Member]
     inputs: tuple[str, ...]
     defaults: Mapping[str, str] = field(default_factory=dict)
-    model: ModelSpec = field(default_factory=ModelSpec)
+    model: ModelSpec | RemoteModelSpec = field(default_factory=ModelSpec)
     communicator: CommunicatorSpec = field(default_factory=CommunicatorSpec)
     run: RunSpec = field(default_factory=RunSpec)
     folder: Path = Path()
@@ -80,6 +86,23 @@ class Blueprint:
     def main_input(self) -> str:
         """The input that a bare question goes to: ``question``, or the first one where there is none of that name."""
         return "question" if "question" in self.inputs else self.inputs[0]
+
+    def local_model(self) -> ModelSpec:
+        """The model, for what only a model of this machine can do.
+
+        Raises:
+            InputError: it is a remote one.
+        """
+        if isinstance(self.model, RemoteModelSpec):
+            raise InputError(
+                f"mesh {self.name}: its model {self.model.name} is at {self.model.remote} and takes text only, but "
+                "this needs a model of this machine, whose KV can be moved and measured; name one under `model:`"
+            )
+        return self.model
+
+    def remote_of(self, node: str) -> RemoteModelSpec | None:
+        """The remote model that writes for a node; ``None`` where a model of this machine does."""
+        return self.members[node].remote or (self.model if isinstance(self.model, RemoteModelSpec) else None)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -152,13 +175,34 @@ def draft(loaded: LoadedMesh, graph: Topology | None = None, objects: Mapping[st
                 f"{did_you_mean(name, spec.inputs)}"
             )
     members = _with_objects(_members(loaded, topology), topology, objects or {})
+    model = _model(spec.model, members.values())
+    _check_kv_edges(loaded, topology, members, model)
     _check_templates(loaded, spec.inputs)
     _check_input_names(loaded)
     folder = Path() if loaded.document is None else Path(loaded.document.name).parent
     name = spec.name or (loaded.topology_name if loaded.document is None else Path(loaded.document.name).stem)
-    return Blueprint(
-        name, topology, members, spec.inputs, spec.defaults, spec.model, spec.communicator, spec.run, folder
-    )
+    return Blueprint(name, topology, members, spec.inputs, spec.defaults, model, spec.communicator, spec.run, folder)
+
+
+def _model(model: ModelSpec | RemoteModelSpec, members: Iterable[Member]) -> ModelSpec | RemoteModelSpec:
+    """The mesh's model; the first agent's where all that write name their own, so that none is loaded for nothing."""
+    writing = [member for member in members if isinstance(member.spec, LlmAgentSpec | CustomAgentSpec | None)]
+    own = [member.remote for member in writing if member.remote is not None]
+    return own[0] if own and len(own) == len(writing) else model
+
+
+def _check_kv_edges(
+    loaded: LoadedMesh, topology: Topology, members: Mapping[str, Member], model: ModelSpec | RemoteModelSpec
+) -> None:
+    """Edges that must share KV need models of this machine at both ends."""
+    remote = isinstance(model, RemoteModelSpec)
+    for edge in topology.edges:
+        for node in (edge.source, edge.target):
+            if edge.deliver is Deliver.KV and (remote or members[node].remote is not None):
+                raise ConfigError(
+                    f"{loaded.position(('agents',))}: edge {edge.source} → {edge.target} says `deliver: kv`, but the "
+                    f"model of {node} is remote and takes and gives text only; use `deliver: auto`"
+                )
 
 
 def _topology(loaded: LoadedMesh) -> Topology:

@@ -18,8 +18,8 @@ class Caller:
     """Runs the model calls of one run.
 
     Args:
-        backend: the model.
-        renderer: makes prompts.
+        backend_of: node → its model.
+        min_tokens: reuse points closer together than this are not declared.
         emit: takes events.
         seed: of the run; every call's own seed derives from it and the call's place in the graph.
         leads: how the mesh's prompts begin, to find what they have in common.
@@ -27,8 +27,8 @@ class Caller:
         answer: what is asked of that message.
     """
 
-    backend: Backend
-    renderer: PromptRenderer
+    backend_of: Callable[[str], Backend]
+    min_tokens: int
     emit: Callable[[Event], None]
     seed: int
     leads: Sequence[Sequence[int]] = ()
@@ -39,7 +39,9 @@ class Caller:
         self, turn: Turn, template: RoleTemplate, generate: GenerateSpec, history: list[Exchange] | None
     ) -> Content:
         """The message for one turn; a ``history`` is continued and gets the new exchange."""
-        prompt, pieces = self.renderer.render(template, scope_of(turn), history, leads=self.leads)
+        backend = self.backend_of(turn.node)
+        renderer = PromptRenderer(backend.tokenizer, self.min_tokens)
+        prompt, pieces = renderer.render(template, scope_of(turn), history, leads=self.leads)
         if self.answer is not None and (turn.node, turn.round) == (self.output, turn.rounds - 1):
             generate = self.answer.within(generate)
         listener = _Listener(self.emit, turn)
@@ -47,11 +49,13 @@ class Caller:
         label = said(ContentKind.MESSAGE, turn.node, turn.round)
         prompt = replace(prompt, reader=replace(turn.reader, writes=label, seed=seed))
         self.emit(ModelStarted(node=turn.node, round=turn.round, prompt_tokens=len(prompt.tokens)))
-        done = await self.backend.complete(prompt, generate, seed, listener)
-        texts = texts_of(prompt, [row.tokens for row in done.rows], self.renderer.tokenizer)
-        rows = tuple(row.model_copy(update={"text": text}) for row, text in zip(done.rows, texts, strict=True))
-        self.emit(ModelFinished(call=_record(turn, replace(done, rows=rows))))
-        reply = Content(done.text, ContentKind.MESSAGE, label, done.tokens)
+        done = await backend.complete(prompt, generate, seed, listener)
+        if done.endpoint is None:
+            texts = texts_of(prompt, [row.tokens for row in done.rows], backend.tokenizer)
+            rows = tuple(row.model_copy(update={"text": text}) for row, text in zip(done.rows, texts, strict=True))
+            done = replace(done, rows=rows)
+        self.emit(ModelFinished(call=_record(turn, done)))
+        reply = Content(done.text, ContentKind.MESSAGE, label, done.tokens if done.endpoint is None else None)
         if history is not None:
             history.append(Exchange(pieces, reply, len(prompt.tokens)))
         return reply
@@ -97,12 +101,13 @@ def counts_of(rows: Sequence[PlanRow]) -> dict[str, int]:
 
 
 def _record(turn: Turn, done: Completion) -> CallRecord:
+    counted = None if done.endpoint is None else done.endpoint.output_tokens
     return CallRecord(
         node=turn.node,
         round=turn.round,
         preset=done.preset,
         **counts_of(done.rows),
-        output_tokens=len(done.tokens),
+        output_tokens=len(done.tokens) if counted is None else counted,
         queue_ms=round(done.queue_ms, 3),
         ttft_ms=round(done.ttft_ms, 3),
         decode_ms=round(done.decode_ms, 3),
@@ -113,4 +118,5 @@ def _record(turn: Turn, done: Completion) -> CallRecord:
         parts_ms={name: round(ms, 3) for name, ms in done.parts_ms.items()},
         learn_ms=round(done.learn_ms, 3),
         audit=done.audit,
+        endpoint=done.endpoint,
     )

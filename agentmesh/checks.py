@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from agentmesh.agents.base import Answer, Generates, Turn, contents_of
-from agentmesh.events import CallRecord, CheckRecord, Event, ModelFinished
+from agentmesh.events import CallRecord, Event, ModelFinished
+from agentmesh.metering import CheckRecord
 from agentmesh.prompt import ContentKind, said
 
 Item = TypeVar("Item")

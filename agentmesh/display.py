@@ -191,6 +191,8 @@ def calls_table(calls: Sequence[CallRecord]) -> Table:
     table.add_column("because", no_wrap=True)
     for call in calls:
         reasons = {str(row.reason): None for row in call.plan if row.kind is Treatment.COMPUTED and row.tokens}
+        if call.endpoint is not None and call.endpoint.note:
+            reasons[call.endpoint.note] = None
         rate = 1e3 * call.output_tokens / call.decode_ms if call.decode_ms else 0.0
         counts = (call.prompt_tokens, call.placed_exact, call.placed_realigned, call.computed, call.output_tokens)
         numbers = [str(call.round), *map(str, counts), f"{call.ttft_ms:.0f}ms", f"{rate:.1f}"]

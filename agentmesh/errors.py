@@ -11,8 +11,10 @@ AgentmeshError
 └── RunError                the request was fine, the run was not                      exit code 1
     ├── NodeError           one agent failed; carries node, round and cause
     ├── ModelError          weights that cannot be fetched, read, verified or run
+    ├── RemoteError         an endpoint that cannot be reached, refuses a request or breaks off
     ├── UnsupportedModelError   a model whose attention agentmesh cannot serve
     ├── SharingError        KV that must be shared (`strict`, `deliver: kv`) cannot be
+    ├── ReplicaError        a process with a copy of the model that died, or could not be started
     ├── SandboxError        code could not be started or contained
     └── RecordError         the run folder cannot be written (disk full, read-only)
 
@@ -83,12 +85,20 @@ class ModelError(RunError):
     """Weights cannot be fetched, read, verified or run."""
 
 
+class RemoteError(RunError):
+    """An endpoint cannot be reached, refuses a request or breaks off."""
+
+
 class UnsupportedModelError(RunError):
     """A model's attention is of a kind agentmesh cannot serve."""
 
 
 class SharingError(RunError):
     """KV that must be shared cannot be."""
+
+
+class ReplicaError(RunError):
+    """A process with a copy of the model died, or could not be started."""
 
 
 class SandboxError(RunError):

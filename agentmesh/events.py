@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from agentmesh.config.base import Choice, Frozen
+from agentmesh.metering import Audit, CheckRecord, EndpointUsage
 
 
 class Treatment(Choice):
@@ -90,6 +91,10 @@ class Reason(Choice):
     TOO_DEEP = "too-deep", "Its KV was placed more often than `max_depth` already."
     NO_ROOM = "no-room", "The budget has no room for what must be learned of the slot."
     NOT_WORTH_IT = "not-worth-it", "Placing it would cost more time than computing it."
+    REMOTE_TEXT = (
+        "remote-text",
+        "The agent's model is behind an endpoint, which is sent text and computes or caches it by itself.",
+    )
     READS_EXACTLY = "reads-exactly", "The agent reads exact KV only (`reads: exact`)."
     DELIVERED_AS_TEXT = "delivered-as-text", "The edge says `deliver: text`."
     NO_ANCHOR_AS_LONG = (
@@ -154,25 +159,14 @@ class PlanRow(Frozen):
     text: str = ""
 
 
-class Audit(Frozen):
-    """One reusing call checked against a dense prefill of the same prompt (METHOD 6.3).
-
-    ``kl`` of the next-token distributions, dense against reuse, in nats; ``flip`` says whether the most likely token
-    differs; ``opened`` names slots whose breaker the audit opened.
-    """
-
-    kl: float
-    flip: bool
-    opened: tuple[str, ...] = ()
-
-
 class CallRecord(Frozen):
     """One model call. ``placed_exact + placed_realigned + computed = prompt_tokens``; times in milliseconds.
 
     ``ttft_ms`` counts from the moment the inputs are there to the first token, waiting for the engine included
     (``queue_ms`` of it); ``parts_ms`` is where the rest of it went, ``learn_ms`` what was spent after the message on
     keeping KV, learning and auditing. ``slot_tokens`` are shareable: an earlier agent read or wrote them, or the store
-    holds them; ``placed_slots`` of them were placed.
+    holds them; ``placed_slots`` of them were placed. An ``endpoint`` answered the call of a remote model: tokens
+    are counted as it counts them (as four bytes each where it does not say), and rows share them by their length.
     """
 
     node: str
@@ -193,6 +187,7 @@ class CallRecord(Frozen):
     parts_ms: dict[str, float] = Field(default_factory=dict)
     learn_ms: float = 0.0
     audit: Audit | None = None
+    endpoint: EndpointUsage | None = None
 
 
 class MessageRecord(Frozen):
@@ -203,23 +198,6 @@ class MessageRecord(Frozen):
     round: int
     text: str
     tokens: int
-
-
-class CheckRecord(Frozen):
-    """What a judge said when it was asked once more with its inbox in another order.
-
-    ``order``: for each message as it was shown then, its place in the inbox before. ``placed`` and ``computed`` count
-    the prompt's tokens, ``ms`` is how long it took. A check that failed has an ``error`` and no text.
-    """
-
-    node: str
-    round: int
-    order: tuple[int, ...]
-    text: str = ""
-    placed: int = 0
-    computed: int = 0
-    ms: float = 0.0
-    error: str = ""
 
 
 class EventBase(Frozen):

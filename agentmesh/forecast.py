@@ -32,12 +32,17 @@ class SlotForecast(Frozen):
 
 
 class VisitForecast(Frozen):
-    """One visit of an agent with a model: its slots in order; ``block`` numbers slots that are placed together."""
+    """One visit of an agent with a model: its slots in order; ``block`` numbers slots that are placed together.
+
+    ``endpoint`` is where its model is, if it is a remote one: then it is sent text, and ``note`` says what the
+    endpoint's own prefix cache can give.
+    """
 
     node: str
     round: int
     slots: tuple[SlotForecast, ...]
     note: str = ""
+    endpoint: str = ""
 
 
 class Forecast(Frozen):
@@ -50,7 +55,7 @@ class Forecast(Frozen):
 
 @dataclass(frozen=True)
 class _Read:
-    """What an earlier visit read, its own message, and which slots it got realigned."""
+    """What an earlier visit read, its own message, which slots it got realigned, and where its model is."""
 
     node: str
     pieces: tuple[Piece, ...]
@@ -60,8 +65,10 @@ class _Read:
 
 @dataclass
 class _Walk:
+    """The visits so far. ``read`` has what each model has read: models share nothing with each other."""
+
     blueprint: Blueprint
-    read: list[_Read] = field(default_factory=list)
+    read: dict[str, list[_Read]] = field(default_factory=dict)
     advice: dict[str, str] = field(default_factory=dict)
 
     def visit(self, visit: Visit) -> VisitForecast | None:
@@ -73,11 +80,19 @@ class _Walk:
             pieces = self._pieces(visit, member, member.spec)
         except TemplateError as error:
             return VisitForecast(node=visit.node, round=visit.round, slots=(), note=f"not known ahead: {error}")
-        slots = tuple(self._slots(pieces, exactly=member.reads_exactly))
-        self._advise(visit.node, pieces)
+        remote = self.blueprint.remote_of(visit.node)
+        where = "" if remote is None else f"{remote.name} at {remote.remote}"
+        earlier = self.read.setdefault(where, [])
+        if remote is None:
+            note, slots = "", tuple(self._slots(pieces, earlier, exactly=member.reads_exactly))
+        else:
+            note, slots = f"text to {where}{_begins_as(pieces, earlier)}", _as_text(pieces)
+        if remote is not None or choices(self.blueprint.communicator).share is not Share.NOTHING:
+            self._advise(visit.node, pieces, earlier)
         moved = frozenset(one.slot for one in slots if one.shared and one.reason is not Reason.IDENTICAL_PREFIX)
-        self.read.append(_Read(visit.node, pieces, said(ContentKind.MESSAGE, visit.node, visit.round), moved))
-        return VisitForecast(node=visit.node, round=visit.round, slots=slots)
+        earlier.append(_Read(visit.node, pieces, said(ContentKind.MESSAGE, visit.node, visit.round), moved))
+        endpoint = "" if remote is None else remote.remote
+        return VisitForecast(node=visit.node, round=visit.round, slots=slots, note=note, endpoint=endpoint)
 
     def _pieces(self, visit: Visit, member: Member, spec: LlmAgentSpec) -> tuple[Piece, ...]:
         inputs = {name: Content("", ContentKind.INPUT, name) for name in self.blueprint.inputs}
@@ -93,7 +108,7 @@ class _Walk:
         deliver = self.blueprint.topology.edges[order].deliver.value
         return Message(node, member.role, round_, (Content("", kind, said(kind, node, round_), deliver=deliver),))
 
-    def _slots(self, pieces: Sequence[Piece], *, exactly: bool) -> list[SlotForecast]:
+    def _slots(self, pieces: Sequence[Piece], earlier: Sequence[_Read], *, exactly: bool) -> list[SlotForecast]:
         share = choices(self.blueprint.communicator).share
         found: list[SlotForecast] = []
         index, block = 0, 0
@@ -102,7 +117,7 @@ class _Walk:
             if isinstance(piece, str):
                 index += 1
                 continue
-            source, reason, size = self._source(pieces, index)
+            source, reason, size = _source(pieces, index, earlier)
             if share is Share.NOTHING:
                 source, reason, size = "", Reason.PRESET_DENSE, 1
             elif reason is not Reason.IDENTICAL_PREFIX and share is Share.PREFIX:
@@ -118,34 +133,13 @@ class _Walk:
             index += size
         return found
 
-    def _source(self, pieces: Sequence[Piece], index: int) -> tuple[str, Reason, int]:
-        """Who gives a slot, why, and how many pieces go with it."""
-        slot = pieces[index]
-        assert isinstance(slot, Content), "asked of slots only"
-        if slot.deliver == "text":
-            return "", Reason.DELIVERED_AS_TEXT, 1
-        best: tuple[int, str, Reason] = (0, "", Reason.FIRST_READER)
-        for read in self.read:
-            for at, piece in enumerate(read.pieces):
-                if isinstance(piece, Content) and piece.origin == slot.origin:
-                    same = index == at and read.pieces[:at] == tuple(pieces[:index])
-                    size = _common(pieces[index:], read.pieces[at:])
-                    if same and slot.origin not in read.moved:
-                        size = _until_moved(pieces[index : index + size], read.moved)
-                    if size >= best[0]:
-                        best = (size, read.node, _why(slot, read.moved, same=same))
-            if read.message == slot.origin and not best[0]:
-                best = (1, read.node, Reason.WRITTEN_BEFORE)
-        size, source, reason = best
-        return source, reason, max(size, 1)
-
-    def _advise(self, node: str, pieces: Sequence[Piece]) -> None:
+    def _advise(self, node: str, pieces: Sequence[Piece], earlier: Sequence[_Read]) -> None:
         """Say what the role-last layout would make exact, where an earlier agent reads the same behind another lead."""
         slots = [index for index, piece in enumerate(pieces) if isinstance(piece, Content)]
         if not slots or node in self.advice:
             return
         first = slots[0]
-        for read in self.read:
+        for read in earlier:
             theirs = [at for at, piece in enumerate(read.pieces) if isinstance(piece, Content)]
             if theirs and read.pieces[: theirs[0]] != tuple(pieces[:first]) and read.node != node:
                 size = _common(pieces[first:], read.pieces[theirs[0] :])
@@ -165,9 +159,42 @@ def forecast(blueprint: Blueprint) -> Forecast:
     """
     walk = _Walk(blueprint)
     visits = [found for visit in blueprint.topology.unroll() if (found := walk.visit(visit)) is not None]
-    shares = choices(blueprint.communicator).share is not Share.NOTHING
-    advice = tuple(walk.advice.values()) if shares else ()
-    return Forecast(preset=blueprint.communicator.preset, visits=tuple(visits), advice=advice)
+    return Forecast(preset=blueprint.communicator.preset, visits=tuple(visits), advice=tuple(walk.advice.values()))
+
+
+def _source(pieces: Sequence[Piece], index: int, earlier: Sequence[_Read]) -> tuple[str, Reason, int]:
+    """Who gives a slot, why, and how many pieces go with it."""
+    slot = pieces[index]
+    assert isinstance(slot, Content), "asked of slots only"
+    if slot.deliver == "text":
+        return "", Reason.DELIVERED_AS_TEXT, 1
+    best: tuple[int, str, Reason] = (0, "", Reason.FIRST_READER)
+    for read in earlier:
+        for at, piece in enumerate(read.pieces):
+            if isinstance(piece, Content) and piece.origin == slot.origin:
+                same = index == at and read.pieces[:at] == tuple(pieces[:index])
+                size = _common(pieces[index:], read.pieces[at:])
+                if same and slot.origin not in read.moved:
+                    size = _until_moved(pieces[index : index + size], read.moved)
+                if size >= best[0]:
+                    best = (size, read.node, _why(slot, read.moved, same=same))
+        if read.message == slot.origin and not best[0]:
+            best = (1, read.node, Reason.WRITTEN_BEFORE)
+    size, source, reason = best
+    return source, reason, max(size, 1)
+
+
+def _as_text(pieces: Sequence[Piece]) -> tuple[SlotForecast, ...]:
+    """The slots of a prompt that an endpoint gets."""
+    slots = (piece for piece in pieces if isinstance(piece, Content))
+    return tuple(SlotForecast(slot=slot.origin, shared=False, reason=Reason.REMOTE_TEXT) for slot in slots)
+
+
+def _begins_as(pieces: Sequence[Piece], earlier: Sequence[_Read]) -> str:
+    """Which slots an endpoint's prefix cache can hold, because an earlier prompt begins with them, too."""
+    most, node = max(((_common(pieces, read.pieces), read.node) for read in earlier), default=(0, ""))
+    names = [piece.origin for piece in pieces[:most] if isinstance(piece, Content)]
+    return f", which has read {', '.join(names)} as the beginning of {node}" if names else ""
 
 
 def _why(slot: Content, moved: frozenset[str], *, same: bool) -> Reason:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from agentmesh.backend import Completion, Listener
 from agentmesh.communicator import Plan, Preset, make
-from agentmesh.communicator.learner import Learner
+from agentmesh.communicator.learner import Learner, Taught
 from agentmesh.communicator.persistence import Persistence, Scope
 from agentmesh.communicator.saved import load as load_states
 from agentmesh.communicator.saved import save
@@ -29,8 +29,8 @@ from agentmesh.engine.loop import BATCH, Engine, FirstTokenReport
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import UsageError
-from agentmesh.events import Audit
 from agentmesh.kv.arena import Arena
+from agentmesh.metering import Audit
 from agentmesh.prompt import Content, Prompt, Reader, neutral_header
 from agentmesh.sharing.budget import Worth
 from agentmesh.sharing.tier.disk import DiskStore
@@ -161,6 +161,27 @@ class LocalBackend:
     def observe_only(self, *, on: bool) -> None:
         """While on, every call is computed and observed; see ``Preset.observe_only``."""
         self.communicator.observe_only(on=on)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether what runs teach can be collected in one place and learned in another."""
+        return isinstance(self.communicator, Slots) and self.communicator.learns
+
+    def collect(self) -> list[Taught]:
+        """See ``Learner.collect``.
+
+        Raises:
+            UsageError: what the preset learns does not add up.
+        """
+        return self._learner("collected").collect()
+
+    def learn(self, taught: Iterable[Taught]) -> None:
+        """See ``Learner.learn``.
+
+        Raises:
+            UsageError: what the preset learns does not add up.
+        """
+        self._learner("taught").learn(taught)
 
     @property
     def knows_links(self) -> bool:

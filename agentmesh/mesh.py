@@ -24,6 +24,7 @@ from agentmesh.config.load import LoadedMesh, load_mesh, mesh_from_dict
 from agentmesh.config.mesh import AnswerSpec, LlmAgentSpec
 from agentmesh.errors import RecordError, RunError, TemplateError, UsageError
 from agentmesh.events import Event, RunCancelled, RunFailed, RunFinished, RunStarted
+from agentmesh.models import Models, Progress
 from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate, Scope
 from agentmesh.results import Gathered, RunResult
 from agentmesh.scheduler import Walk
@@ -31,8 +32,6 @@ from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
 from agentmesh.turns import Turns, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Mesh:
         self.blueprint = blueprint
         self._workers = make_workers(blueprint)
         self._predicates = predicates(blueprint)
-        self._backend: Backend | None = backend
+        self._models = Models(blueprint, backend)
         self._leads: tuple[tuple[int, ...], ...] | None = None
         store = blueprint.communicator.store
         tenant = store.tenant if store is not None else ""
@@ -152,10 +151,10 @@ class Mesh:
     @property
     def backend(self) -> Backend | None:
         """The model at work: the one that was given or loaded; ``None`` before it is loaded."""
-        return self._backend
+        return self._models.own
 
     def load(self, progress: Progress | None = None, *, beside: Backend | None = None) -> Backend:
-        """Load the model now instead of at the first run.
+        """Load the model now instead of at the first run; remote ones are reached when they are first asked.
 
         Args:
             progress: told how far fetching and converting are.
@@ -163,34 +162,15 @@ class Mesh:
 
         Raises:
             ModelError: the weights cannot be fetched or read.
-            InputError: the mesh's realigners were made for something else, or its store is no folder.
+            InputError: the mesh's realigners were made for something else, its store is no folder, or the key of a
+                remote model is not set.
+            UsageError: a model is remote, and the library that it takes is not installed.
         """
-        if self._backend is None:
-            from agentmesh.local import LocalBackend  # noqa: PLC0415  # torch and transformers take seconds to import
-
-            spec, exact = self.blueprint.communicator, self.blueprint.run.deterministic
-            if isinstance(beside, LocalBackend):
-                backend = LocalBackend(beside.engine, spec)
-            else:
-                backend = LocalBackend.open(self.blueprint.model, spec, progress, deterministic=exact)
-            try:
-                if spec.realigners is not None:
-                    path = self.blueprint.folder / Path(spec.realigners).expanduser()
-                    backend.load_realigners(path, self.blueprint.digests)
-                if spec.store is not None:
-                    folder = self.blueprint.folder / Path(spec.store.path).expanduser()
-                    backend.keep_in(folder, spec.store, self.blueprint.digests, reads=not exact)
-            except UsageError:
-                backend.close()
-                raise
-            self._backend = backend
-        return self._backend
+        return self._models.open(progress, beside)
 
     def close(self) -> None:
         """Free the model and all KV; the mesh loads again if it is run again."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+        self._models.close()
 
     def ingest(self, tick: Callable[[int, int], None] | None = None, *, tenant: str = "") -> int:
         """Make and keep the KV of all documents that agents may hand out, so that their first readers share it, too.
@@ -264,9 +244,10 @@ class Mesh:
 
     @property
     def width(self) -> int:
-        """How many runs may overlap: as ``run.concurrency`` says, or what the loaded model serves well at once."""
+        """How many runs may overlap: as ``run.concurrency`` says, or what the loaded models serve well at once."""
         wanted = self.blueprint.run.concurrency
-        return self.load().width if wanted == "auto" else wanted
+        self.load()
+        return min(backend.width for backend in self._models.all()) if wanted == "auto" else wanted
 
     async def _run(self, asked: _Asked, sinks: Sequence[Sink]) -> RunResult:
         """One run from its first event to its result."""
@@ -276,7 +257,7 @@ class Mesh:
         stream.emit(self._started(backend, asked.inputs))
         finished = False
         try:
-            await backend.begin(asked.reader)
+            await self._models.begin(asked.reader)
             walk = self._walk(backend, stream, asked)
             messages = await walk.run()
             answer = self._answer(messages)
@@ -293,7 +274,7 @@ class Mesh:
             stream.emit(RunFailed(error_type=type(error).__name__, error=str(error), wall_s=wall))
             raise
         finally:
-            await backend.release(asked.reader.run)
+            await self._models.release(asked.reader.run)
             if not finished:
                 stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
         return gathered.result(answer, ((message.node, message.round) for message in messages), wall)
@@ -334,11 +315,10 @@ class Mesh:
 
     def _walk(self, backend: Backend, stream: EventStream, asked: _Asked) -> Walk:
         inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in asked.inputs.items()}
-        renderer = PromptRenderer(backend.tokenizer, self.blueprint.communicator.min_tokens)
+        min_tokens, output = self.blueprint.communicator.min_tokens, self.blueprint.topology.output
         if self._leads is None:
-            self._leads = self._find_leads(renderer)
-        output = self.blueprint.topology.output
-        caller = Caller(backend, renderer, stream.emit, asked.seed, self._leads, output, asked.answer)
+            self._leads = self._find_leads(PromptRenderer(backend.tokenizer, min_tokens))
+        caller = Caller(self._models.of, min_tokens, stream.emit, asked.seed, self._leads, output, asked.answer)
         checks = None
         if asked.check:
             checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{asked.seed}")
@@ -355,10 +335,10 @@ class Mesh:
         )
 
     def _find_leads(self, renderer: PromptRenderer) -> tuple[tuple[int, ...], ...]:
-        """How every agent's prompt begins, up to its first slot."""
+        """How the prompt of every agent with the mesh's own model begins, up to its first slot."""
         leads = []
         for member in self.blueprint.members.values():
-            if not isinstance(member.spec, LlmAgentSpec):
+            if not isinstance(member.spec, LlmAgentSpec) or member.remote is not None:
                 continue
             inputs = {name: Content("", ContentKind.INPUT, name) for name in self.blueprint.inputs}
             rounds = self.blueprint.topology.rounds

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, final
 
 from agentmesh.errors import NotFoundError, RecordError, did_you_mean
-from agentmesh.events import Event, RunCancelled, RunFailed, RunFinished, TokenText, parse_event
+from agentmesh.events import CallRecord, Event, RunCancelled, RunFailed, RunFinished, TokenText, parse_event
 from agentmesh.results import RunResult
 
 PACKAGES = ("agentmesh-kv", "torch", "transformers", "tokenizers", "networkx", "pydantic")
@@ -137,7 +137,7 @@ def summary(result: RunResult) -> str:
     lines = ["# Answer", "", result.answer, "", "# Calls", ""]
     lines += ["| node | round | prompt | placed | computed | output | TTFT ms |", "|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {c.node} | {c.round} | {c.prompt_tokens} | {c.placed_exact + c.placed_realigned} | {c.computed} "
+        f"| {c.node} | {c.round} | {c.prompt_tokens} | {c.placed_exact + c.placed_realigned} | {_computed(c)} "
         f"| {c.output_tokens} | {c.ttft_ms:.0f} |"
         for c in result.calls
     ]
@@ -145,6 +145,11 @@ def summary(result: RunResult) -> str:
     for message in result.messages:
         lines += ["", f"## {message.node} ({message.role}), round {message.round}", "", message.text]
     return "\n".join(lines) + "\n"
+
+
+def _computed(call: CallRecord) -> str:
+    note = "" if call.endpoint is None else call.endpoint.note
+    return f"{call.computed} ({note})" if note else str(call.computed)
 
 
 def runs(root: Path) -> list[Path]:
@@ -219,11 +224,11 @@ def disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     temporary = path.with_name(f"{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+    with temporary.open("wb") as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)

@@ -6,11 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from agentmesh.config.base import Frozen
-from agentmesh.events import CallRecord, CheckRecord, Event, JudgeChecked, MessageRecord, ModelFinished, NodeFinished
+from agentmesh.events import CallRecord, Event, JudgeChecked, MessageRecord, ModelFinished, NodeFinished
+from agentmesh.metering import CheckRecord
 
 
 class Usage(Frozen):
-    """Tokens and time of one agent, or of a whole run. Times in milliseconds."""
+    """Tokens and time of one agent, or of a whole run. Times in milliseconds.
+
+    ``endpoint_cached``: of the prompt tokens of remote models, those that endpoints say came from their own caches.
+    """
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -20,11 +24,19 @@ class Usage(Frozen):
     output_tokens: int = 0
     ttft_ms: float = 0.0
     decode_ms: float = 0.0
+    endpoint_cached: int = 0
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens that were computed neither here nor, as they say, by endpoints."""
+        return self.placed_exact + self.placed_realigned + self.endpoint_cached
 
     def plus(self, call: CallRecord) -> Usage:
         """This usage and one more call."""
-        sums = {name: getattr(self, name) + getattr(call, name) for name in type(self).model_fields if name != "calls"}
-        return Usage(calls=self.calls + 1, **sums)
+        ours = set(type(self).model_fields) - {"calls", "endpoint_cached"}
+        sums = {name: getattr(self, name) + getattr(call, name) for name in ours}
+        cached = (call.endpoint.cached_tokens if call.endpoint else None) or 0
+        return Usage(calls=self.calls + 1, endpoint_cached=self.endpoint_cached + cached, **sums)
 
 
 def usage_of(calls: Iterable[CallRecord]) -> Usage:

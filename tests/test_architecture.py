@@ -13,7 +13,7 @@ import agentmesh
 
 PACKAGE = Path(agentmesh.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config", "events", "jsonl", "library", "stream", "results"}),
+    frozenset({"errors", "config", "events", "jsonl", "library", "metering", "stream", "results"}),
     frozenset({"kv", "topology", "prompt"}),
     frozenset({"sharing", "backend", "graphview"}),
     frozenset({"engine"}),
@@ -30,7 +30,10 @@ FLOORS: tuple[frozenset[str], ...] = (
             "checks",
             "workers",
             "local",
+            "executors",
             "mesh",
+            "models",
+            "remote",
             "record",
             "testing",
         }
@@ -88,7 +91,7 @@ def test_heavy_libraries_stay_on_their_floors(path: Path) -> None:
 
 
 def test_the_light_path_loads_no_torch() -> None:
-    slow = ("torch", "transformers", "bm25s", "fastapi", "uvicorn")
+    slow = ("torch", "transformers", "bm25s", "fastapi", "uvicorn", "httpx2", "ray")
     code = f"import sys, agentmesh.cli; print([m for m in {slow} if m in sys.modules])"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,7 +16,8 @@ from agentmesh.evaluate.export import call_table, evalplus_id, sample_table, sol
 from agentmesh.evaluate.folder import Settings, create
 from agentmesh.evaluate.journal import Journal, Row
 from agentmesh.evaluate.report import read_report
-from agentmesh.events import Audit, CallRecord
+from agentmesh.events import CallRecord
+from agentmesh.metering import Audit
 from agentmesh.suites.samples import Sample
 
 UGLY = ['two\nlines, "quoted"', "cr\r\nlf; \ttab", "", "=1+1", "NA", " é 你 \u2028 ", "7"]

@@ -55,7 +55,7 @@ def fidelity(
     """
     blueprint = draft(loaded)
     given = stand_ins(blueprint, passages)
-    backend = _backend(blueprint.model, progress)
+    backend = _backend(blueprint.local_model(), progress)
     recording = Recording(backend)
     with Mesh.from_loaded(loaded, model=recording, agents=given) as mesh:
         fitting = passages.fitting(questions, sum(sizes), backend.tokenizer) if passages else questions[: sum(sizes)]

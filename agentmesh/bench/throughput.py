@@ -77,7 +77,7 @@ def measure(
     blueprint = draft(mesh_of(1))
     warm, timed = questions[: plan.warmup], questions[plan.warmup :][: plan.limit]
     chosen = specs(blueprint.communicator, plan.presets)
-    opened = LocalBackend.open(blueprint.model, DENSE, progress, deterministic=blueprint.run.deterministic)
+    opened = LocalBackend.open(blueprint.local_model(), DENSE, progress, deterministic=blueprint.run.deterministic)
     loaded = opened.engine.loaded
     baseline, runs = None, []
     with opened.engine as engine:

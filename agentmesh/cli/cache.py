@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from agentmesh.blueprint import Blueprint, draft
 from agentmesh.cli.options import Format, FormatOption, Libraries, Sets, StoreOption
 from agentmesh.config.base import parse_bytes, parse_seconds
-from agentmesh.config.load import LoadedMesh, load_mesh
+from agentmesh.config.load import load_mesh
 from agentmesh.config.mesh import Dtype, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec, StoreSpec
 from agentmesh.display import fetching
@@ -145,7 +146,7 @@ def warm(
         ModelSpec(name=model, dtype=dtype), CommunicatorSpec().min_tokens, StoreSpec(path=str(default_store()))
     )
     if mesh is not None:
-        target = _Target.of(load_mesh(mesh, overrides=set or (), libraries=library or ()))
+        target = _Target.of(draft(load_mesh(mesh, overrides=set or (), libraries=library or ())))
     if store is not None:
         target = replace(target, store=target.store.model_copy(update={"path": str(store)}))
     passages, place = read_passages(docs), target.store.path
@@ -168,14 +169,16 @@ class _Target:
     store: StoreSpec
 
     @staticmethod
-    def of(loaded: LoadedMesh) -> _Target:
-        """A mesh's, with the store's path as it is from here."""
-        sharing, folder = loaded.spec.communicator, Path()
-        if loaded.document is not None:
-            folder = Path(loaded.document.name).parent
-        place = default_store() if sharing.store is None else folder / Path(sharing.store.path).expanduser()
+    def of(blueprint: Blueprint) -> _Target:
+        """A mesh's, with the store's path as it is from here.
+
+        Raises:
+            InputError: its model is remote.
+        """
+        sharing = blueprint.communicator
+        place = default_store() if sharing.store is None else blueprint.folder / Path(sharing.store.path).expanduser()
         own = sharing.store or StoreSpec(path=str(place))
-        return _Target(loaded.spec.model, sharing.min_tokens, own.model_copy(update={"path": str(place)}))
+        return _Target(blueprint.local_model(), sharing.min_tokens, own.model_copy(update={"path": str(place)}))
 
 
 def _warm(passages: list[Content], target: _Target, tenant: str) -> dict[str, int]:

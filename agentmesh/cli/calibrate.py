@@ -41,9 +41,10 @@ def calibrate(
     questions = read_questions(data, limit)
     console = Console(stderr=True)
     with Mesh.from_loaded(load_mesh(config, overrides=set or (), libraries=library or ())) as mesh:
+        mesh.blueprint.local_model()
         with fetching(console, quiet=False) as progress:
             backend = mesh.load(progress)
-        assert isinstance(backend, LocalBackend), "a mesh from a file runs its model itself"
+        assert isinstance(backend, LocalBackend), "a model of this machine"
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task("documents", total=None)
             mesh.ingest(lambda done, total: bars.update(task, completed=done, total=total))

@@ -11,8 +11,19 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from agentmesh.cli.options import DEFAULT_RUNS, Config, Format, FormatOption, Libraries, RunsDir, Sets, parts
+from agentmesh.cli.options import (
+    DEFAULT_RUNS,
+    Config,
+    ExecutorOption,
+    Format,
+    FormatOption,
+    Libraries,
+    RunsDir,
+    Sets,
+    parts,
+)
 from agentmesh.display import fetching
+from agentmesh.executors import Where
 from agentmesh.record import find_run
 
 if TYPE_CHECKING:
@@ -47,6 +58,8 @@ def evaluate(
             "with --no-judge-check."
         ),
     ] = True,
+    executor: ExecutorOption = Where.LOCAL,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model for --executor ray.")] = 1,
     resume: Annotated[str | None, typer.Option(help="Go on with an evaluation that was cut off.")] = None,
     set: Sets = None,
     library: Libraries = None,
@@ -74,6 +87,8 @@ def evaluate(
         fail_on_error=fail_on_error,
         judge_check=judge_check,
         resume=None if resume is None else find_run(runs_dir, resume),
+        executor=executor,
+        replicas=replicas,
         runs_dir=runs_dir,
         overrides=overrides,
         libraries=library or (),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from agentmesh.config.base import Choice
+from agentmesh.executors import Where
 
 
 class Format(Choice):
@@ -38,6 +39,7 @@ StoreOption = Annotated[
     Path | None,
     typer.Option("--store", envvar="AGENTMESH_STORE", help="Folder that keeps KV and what was learned beyond a run."),
 ]
+ExecutorOption = Annotated[Where, typer.Option(help="Where runs happen: in this process, or on replicas under Ray.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all run records.")]
 DEFAULT_RUNS = Path("runs")
 

@@ -35,12 +35,22 @@ def plan(
     for name in ("agent", "round", "slot", "KV from", "because"):
         table.add_column(name, no_wrap=True)
     for visit in found.visits:
-        if visit.note:
+        if visit.note and not visit.endpoint:
             table.add_row(visit.node, str(visit.round), "", "", visit.note)
         for slot in visit.slots:
-            block = f"{slot.source} (block {slot.block})" if slot.shared else "computed"
+            block = (
+                f"{slot.source} (block {slot.block})"
+                if slot.shared
+                else "sent as text"
+                if visit.endpoint
+                else "computed"
+            )
             table.add_row(visit.node, str(visit.round), slot.slot, block, str(slot.reason))
     console = Console()
     console.print(table)
+    for visit in found.visits:
+        if visit.endpoint:
+            line = f"{visit.node}, round {visit.round}: {visit.note}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in found.advice:
         console.print(f"advice: {line}", markup=False, highlight=False, soft_wrap=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,19 +16,36 @@ from rich.console import Console
 from rich.rule import Rule
 
 from agentmesh.backend import Backend
-from agentmesh.cli.options import DEFAULT_RUNS, Config, Format, FormatOption, Libraries, RunsDir, Sets, StoreOption
+from agentmesh.blueprint import Blueprint, draft
+from agentmesh.cli.options import (
+    DEFAULT_RUNS,
+    Config,
+    ExecutorOption,
+    Format,
+    FormatOption,
+    Libraries,
+    RunsDir,
+    Sets,
+    StoreOption,
+)
 from agentmesh.cli.profiling import new_profiles, show_profiles
-from agentmesh.config.load import dump, load_mesh
+from agentmesh.config.load import LoadedMesh, dump, load_mesh
 from agentmesh.display import Display, audits_line, calls_table, fetching, showing
 from agentmesh.errors import InputError
+from agentmesh.executors import Job, Where
 from agentmesh.mesh import Mesh
 from agentmesh.record import Recorder
+from agentmesh.results import RunResult
+from agentmesh.stream import Sink
 
 if TYPE_CHECKING:
     from agentmesh.engine.profile import Profiles
     from agentmesh.sharing.tier.counts import Counts
 
 RUN = "run"
+
+Recording = Callable[[Job, Mapping[str, str]], AbstractContextManager[tuple[Recorder, Sequence[Sink]]]]
+"""Opens the record of a run, whose model is described."""
 
 Inputs = Annotated[
     list[str] | None,
@@ -44,6 +64,7 @@ def run(
     store: StoreOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
     display: Annotated[Display, typer.Option(help="How to show the run while it goes on.")] = Display.AUTO,
+    executor: ExecutorOption = Where.LOCAL,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time went; profile.json and trace.json go into the record.")
     ] = False,
@@ -62,24 +83,29 @@ def run(
     given = read_inputs(input or ())
     loaded = load_mesh(config, overrides=overrides, libraries=library or ())
     profiles = new_profiles() if profile else None
-    with Mesh.from_loaded(loaded) as mesh:
-        mesh.blueprint.all_inputs(given)
-        with fetching(errors, quiet=display is Display.NONE) as progress:
-            backend = mesh.load(progress)
-        told = _counts(backend) if loaded.spec.communicator.store is not None else None
-        facts = {"seed": mesh.blueprint.run.seed if seed is None else seed, "model": backend.describe()}
-        recorder = Recorder(runs_dir, mesh.blueprint.name, dump(loaded.spec), facts)
-        try:
-            with showing(display, errors) as sinks, _profiled(backend, profiles):
-                result = mesh.run(given, seed=seed, sinks=(recorder.write, *sinks))
-            recorder.finish(result)
-            if profiles is not None:
-                recorder.attach("profile.json", profiles.taken[RUN].model_dump_json(indent=2) + "\n")
-                recorder.attach("trace.json", profiles.trace())
-        finally:
-            recorder.close()
-            if display is not Display.NONE:
-                errors.print(f"record: {recorder.path}", markup=False, highlight=False, soft_wrap=True)
+    blueprint = draft(loaded)
+    blueprint.all_inputs(given)
+    recording = partial(_recording, loaded, blueprint.name, runs_dir, display, errors)
+    job = Job(given, blueprint.run.seed if seed is None else seed)
+    told = None
+    if executor is Where.RAY:
+        if profile:
+            raise InputError("--profile looks into this process, and --executor ray runs in another one; leave one out")
+        result = asyncio.run(_on_a_replica(blueprint, job, recording))
+    else:
+        with Mesh.from_blueprint(blueprint) as mesh:
+            if profile:
+                blueprint.local_model()
+            with fetching(errors, quiet=display is Display.NONE) as progress:
+                backend = mesh.load(progress)
+            told = _counts(backend) if blueprint.communicator.store is not None else None
+            with recording(job, backend.describe()) as (recorder, sinks):
+                with _profiled(backend, profiles):
+                    result = mesh.run(job.inputs, seed=job.seed, sinks=sinks)
+                recorder.finish(result)
+                if profiles is not None:
+                    recorder.attach("profile.json", profiles.taken[RUN].model_dump_json(indent=2) + "\n")
+                    recorder.attach("trace.json", profiles.trace())
     if told is not None and display is not Display.NONE:
         errors.print(told.line, markup=False, highlight=False, soft_wrap=True)
     if profiles is not None:
@@ -103,13 +129,49 @@ def _counts(backend: Backend) -> Counts | None:
     return backend.kept.store.counts if isinstance(backend, LocalBackend) and backend.kept is not None else None
 
 
+async def _on_a_replica(blueprint: Blueprint, job: Job, recording: Recording) -> RunResult:
+    """Run a mesh once in another process, under Ray."""
+    from agentmesh.executors.replicas import RayExecutor  # noqa: PLC0415  # an extra, and torch
+
+    executor = RayExecutor(1)
+    try:
+        await executor.prepare(RUN, blueprint, None)
+        with recording(job, executor.ready[RUN].model) as (recorder, sinks):
+            result = await executor.run(RUN, job, sinks)
+            recorder.finish(result)
+    finally:
+        await executor.close()
+    return result
+
+
+@contextmanager
+def _recording(
+    loaded: LoadedMesh,
+    name: str,
+    runs_dir: Path,
+    display: Display,
+    errors: Console,
+    job: Job,
+    model: Mapping[str, str],
+) -> Iterator[tuple[Recorder, Sequence[Sink]]]:
+    """A run's record, and what takes its events: the record, and the display."""
+    recorder = Recorder(runs_dir, name, dump(loaded.spec), {"seed": job.seed, "model": dict(model)})
+    try:
+        with showing(display, errors) as sinks:
+            yield recorder, (recorder.write, *sinks)
+    finally:
+        recorder.close()
+        if display is not Display.NONE:
+            errors.print(f"record: {recorder.path}", markup=False, highlight=False, soft_wrap=True)
+
+
 def _profiled(backend: Backend, profiles: Profiles | None) -> AbstractContextManager[None]:
     """Takes a profile of a run, where one is asked for."""
     if profiles is None:
         return nullcontext()
     from agentmesh.local import LocalBackend  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
-    assert isinstance(backend, LocalBackend), "a mesh file's model runs in this process"
+    assert isinstance(backend, LocalBackend), "a model of this machine"
     return profiles.of(backend.engine, RUN)
 
 

@@ -88,7 +88,8 @@ def export(
     round, prompt_tokens = placed_exact + placed_realigned + computed,
     slot_tokens (shareable), placed_slots, output_tokens, queue_ms, ttft_ms,
     decode_ms, learn_ms, finish (stop, length or context), parts_ms (where TTFT
-    went, as JSON), audit_kl (nats), audit_flip.
+    went, as JSON), audit_kl (nats), audit_flip, endpoint_cached (tokens that a
+    remote model had cached).
 
     evalplus: evalplus-PRESET.jsonl has task_id and solution, a whole program,
     for each answer. Then: evalplus.evaluate --dataset humaneval --samples FILE

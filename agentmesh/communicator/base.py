@@ -10,8 +10,9 @@ import torch
 
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.engine.composition import Composition, Parts
-from agentmesh.events import Audit, PlanRow, Reason, Treatment
+from agentmesh.events import PlanRow, Reason, Treatment
 from agentmesh.kv.arena import Arena
+from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Content, Prompt, Reader
 from agentmesh.sharing.budget import Budget
 

@@ -34,10 +34,11 @@ from agentmesh.communicator.persistence import Persistence
 from agentmesh.config.presets import AnchorSpec, CommunicatorSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
 from agentmesh.engine.spans import Part, Spans
-from agentmesh.events import Audit, Reason, Treatment
+from agentmesh.events import Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.rope import Rope
 from agentmesh.kv.values import KV, KVSource
+from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Prompt, Reader
 from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
 from agentmesh.sharing.budget import Budget, Worth

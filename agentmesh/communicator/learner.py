@@ -7,14 +7,15 @@ sees one version of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.errors import InputError
-from agentmesh.events import Audit, Reason
+from agentmesh.events import Reason
 from agentmesh.kv.values import KV
+from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Reader
 from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.ledger import Ledger
@@ -83,6 +84,9 @@ class Observed:
 
 
 Finding = Observed | Audited
+
+Taught = tuple[str, Finding]
+"""A link's name, and a finding about it."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,24 @@ class Learner:
             if not state.wait and self._too_far((*state.audits, found)):
                 opened.append(name)
         return Audit(kl=kl, flip=flip, opened=tuple(opened))
+
+    def collect(self) -> list[Taught]:
+        """Learn nothing from now on, but note what would be learned in the list that is returned, run by run."""
+        found: list[Taught] = []
+
+        def note(name: str, state: LinkState | None, finding: Finding) -> LinkState | None:
+            found.append((name, finding))
+            return state
+
+        self.ledger.learn = note
+        return found
+
+    def learn(self, taught: Iterable[Taught]) -> None:
+        """Learn what others have collected, in their order: the same as if all of it had been learned here."""
+        for name, finding in taught:
+            state = self._learn(name, self.ledger.states.get(name), finding)
+            if state is not None:
+                self.ledger.states[name] = state
 
     def begin(self, reader: Reader) -> None:
         """Fix what a run sees; a tenant's first run brings back what its earlier ones have learned."""

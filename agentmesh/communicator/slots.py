@@ -24,8 +24,9 @@ from agentmesh.config.presets import CommunicatorSpec, Picking, PresetSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
 from agentmesh.engine.scout import Look, Scout
 from agentmesh.engine.spans import Part
-from agentmesh.events import Audit, Reason
+from agentmesh.events import Reason
 from agentmesh.kv.arena import Arena
+from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Content, Prompt, Reader
 from agentmesh.sharing.matching import Match, Matcher, Relation
 from agentmesh.sharing.realigner import NoOffset, Realigner

@@ -24,6 +24,7 @@ GROUP_NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 NODE_NAME = r"^[A-Za-z][A-Za-z0-9_-]*(\.[0-9]+)?$"
 VARIABLE = r"^[A-Za-z_]\w*$"
 TENANT = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
+ENDPOINT = r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$"
 PATTERN_WORDS: Mapping[str, str] = MappingProxyType(
     {
         PYTHON_REF: "package.module:Name",
@@ -32,6 +33,7 @@ PATTERN_WORDS: Mapping[str, str] = MappingProxyType(
         NODE_NAME: "the name of a group or node, such as solver or solver.2",
         VARIABLE: "a variable name of letters, digits and _",
         TENANT: "at most 64 letters, digits, dots, - and _, the first one a letter or digit, or nothing",
+        ENDPOINT: "an address such as http://127.0.0.1:8000/v1, without a user, key or query in it",
     }
 )
 """What each pattern asks for, in words an error message can use."""

@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from agentmesh.config.base import PYTHON_REF, VARIABLE, Bytes, Choice, Frozen, Integer, Number, Seconds, Shorthand
+from agentmesh.config.base import (
+    ENDPOINT,
+    PYTHON_REF,
+    VARIABLE,
+    Bytes,
+    Choice,
+    Frozen,
+    Integer,
+    Number,
+    Seconds,
+    Shorthand,
+)
 from agentmesh.config.presets import MIB, CommunicatorSpec
 from agentmesh.config.topology import Parameter, TopologySpec
 
@@ -59,6 +70,48 @@ class ModelSpec(Frozen):
     decode: Decode = Decode.SAME
 
 
+class RemoteModelSpec(Frozen):
+    """A model behind an OpenAI-compatible endpoint, such as vLLM, llama.cpp or Ollama: text in, text out.
+
+    Args:
+        remote: the endpoint's address, such as ``http://127.0.0.1:8000/v1``.
+        name: the model's name there.
+        api_key_env: the environment variable that holds the key; the key itself never stands in a file.
+        timeout: seconds without a byte of an answer after which a call fails.
+        retry: how often a call is sent again that was refused for now or broke off before its first token.
+        concurrency: how many runs it serves well at once.
+        body: more fields of each request, such as vLLM's ``cache_salt``.
+    """
+
+    remote: Annotated[str, Field(pattern=ENDPOINT)]
+    name: Annotated[str, Field(min_length=1)]
+    api_key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None
+    timeout: Seconds = 120.0
+    retry: Annotated[Integer, Field(ge=0)] = 4
+    concurrency: Annotated[Integer, Field(ge=1)] = 8
+    body: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("body")
+    @classmethod
+    def _none_of_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        ours = sorted(set(value) & {"model", "messages", "stream", "stream_options"})
+        if ours:
+            raise ValueError(f"{', '.join(ours)} cannot be set here: agentmesh fills them itself")
+        return value
+
+
+def _model_tag(value: Any) -> str:
+    remote = isinstance(value, RemoteModelSpec) or (isinstance(value, dict) and "remote" in value)
+    return "remote" if remote else "local"
+
+
+ModelChoice = Annotated[
+    Annotated[ModelSpec, Tag("local")] | Annotated[RemoteModelSpec, Tag("remote")],
+    Discriminator(_model_tag),
+    Shorthand("name"),
+]
+
+
 class GenerateSpec(Frozen):
     """How an agent's message is decoded. A stop string ends the message after the token that completes it."""
 
@@ -102,7 +155,7 @@ class AgentBase(Frozen):
 
 
 class LlmAgentSpec(AgentBase):
-    """An agent that writes its message with the mesh's model."""
+    """An agent that writes its message with the mesh's model, or with a remote ``model`` of its own."""
 
     kind: Literal["llm"] = "llm"
     system: str = ""
@@ -110,6 +163,7 @@ class LlmAgentSpec(AgentBase):
     memory: Memory = Memory.NONE
     reads: Reads | None = None
     generate: GenerateSpec = GenerateSpec()
+    model: RemoteModelSpec | None = None
 
 
 class PythonAgentSpec(AgentBase):
@@ -172,6 +226,7 @@ class CustomAgentSpec(AgentBase):
     system: str = ""
     prompt: str = ""
     generate: GenerateSpec = GenerateSpec()
+    model: RemoteModelSpec | None = None
 
 
 def _agent_tag(value: Any) -> str:
@@ -228,7 +283,7 @@ class MeshSpec(Frozen):
     version: Literal[1]
     name: str = ""
     about: str = ""
-    model: Annotated[ModelSpec, Shorthand("name")] = ModelSpec()
+    model: ModelChoice = ModelSpec()
     topology: TopologyChoice
     inputs: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] = ("question",)
     defaults: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)

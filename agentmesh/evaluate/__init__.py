@@ -53,7 +53,7 @@ def evaluate(
         presets: their names; ``single`` stands for one agent alone with the token budget of the whole mesh.
         limit: how many samples behind the warm-up, or a range such as ``"10-20"``; all if ``None``.
         more: ``warmup``, ``seed``, ``epochs``, ``allow_code``, ``fail_on_error``, ``judge_check``, ``resume``,
-            ``runs_dir``, ``overrides``, ``libraries``; see ``subjects.Request``.
+            ``executor``, ``replicas``, ``runs_dir``, ``overrides``, ``libraries``; see ``subjects.Request``.
 
     Raises:
         UsageError: mesh, task, samples or presets do not fit each other, or an event loop is running here, as in a

@@ -158,7 +158,8 @@ def _call(row: Row, call: CallRecord) -> Record:
     about = {"preset": row.preset, "sample": row.sample, "epoch": row.epoch}
     kl, flip = (None, None) if call.audit is None else (call.audit.kl, call.audit.flip)
     audit = {"audit_kl": kl, "audit_flip": flip}
-    return {**about, **{name: getattr(call, name) for name in CALL_FIELDS}, **audit}
+    cached = {"endpoint_cached": None if call.endpoint is None else call.endpoint.cached_tokens}
+    return {**about, **{name: getattr(call, name) for name in CALL_FIELDS}, **audit, **cached}
 
 
 def _jsonl(table: Iterable[Record]) -> str:

@@ -16,7 +16,8 @@ from pydantic import Field, ValidationError
 
 from agentmesh.config.base import Frozen
 from agentmesh.errors import RecordError
-from agentmesh.events import CallRecord, CheckRecord, MessageRecord
+from agentmesh.events import CallRecord, MessageRecord
+from agentmesh.metering import CheckRecord
 from agentmesh.record import disk
 
 Key = tuple[str, str, int]

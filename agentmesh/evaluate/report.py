@@ -25,9 +25,9 @@ from agentmesh.evaluate.folder import (
 from agentmesh.evaluate.journal import Journal, Row
 from agentmesh.evaluate.results import PresetResult, Results
 from agentmesh.evaluate.session import Evaluation, Plan, judges, scored
-from agentmesh.evaluate.subjects import Request, Subject, engine_of, find_subjects
+from agentmesh.evaluate.subjects import Request, Subject, find_subjects, open_executor
 from agentmesh.evaluate.summary import summary_markdown
-from agentmesh.mesh import Progress
+from agentmesh.models import Progress
 from agentmesh.suites.samples import Sample, part, read_samples
 from agentmesh.suites.scorers import SCORERS
 from agentmesh.suites.scorers.base import Scorer
@@ -115,6 +115,7 @@ async def aevaluate(request: Request, progress: Progress | None = None, started:
         UsageError: mesh, task, samples or presets do not fit each other.
         RecordError: the folder cannot be written.
         ModelError: the weights cannot be fetched or read.
+        ReplicaError: replicas cannot be made, or keep dying.
         RunError: a sample failed and ``fail_on_error`` is set.
     """
     task = load_task(request.task, request.libraries)
@@ -134,16 +135,18 @@ async def aevaluate(request: Request, progress: Progress | None = None, started:
             judge_check=request.judge_check,
         )
         settings = _settings(request, subjects, [*warm, *samples])
-        if request.resume is None:
-            path = create(request.runs_dir, task.name, settings, subject.text, {"seed": request.seed})
-        else:
-            path = request.resume
-            check_resumed(path, settings)
-        journal = stack.enter_context(Journal(path / "samples.jsonl"))
-        tick = started(path, plan.runs) if started is not None else lambda: None
-        blueprints = {preset: found.blueprint for preset, found in subjects.items()}
-        evaluation = Evaluation(blueprints, plan, scorers, journal, path, tick)
-        await evaluation.run(stack.enter_context(engine_of(request.mesh, subject.blueprint, progress)))
+        if request.resume is not None:
+            check_resumed(request.resume, settings)
+        executor = open_executor(request, progress)
+        try:
+            facts = {"seed": request.seed, "executor": request.executor, "replicas": request.replicas}
+            path = request.resume or create(request.runs_dir, task.name, settings, subject.text, facts)
+            journal = stack.enter_context(Journal(path / "samples.jsonl"))
+            tick = started(path, plan.runs) if started is not None else lambda: None
+            blueprints = {preset: found.blueprint for preset, found in subjects.items()}
+            await Evaluation(blueprints, plan, scorers, journal, path, tick).run(executor)
+        finally:
+            await executor.close()
         return finish(path, settings, list(journal.rows.values()))
 
 

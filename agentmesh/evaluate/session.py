@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
 from agentmesh.blueprint import Blueprint
 from agentmesh.config.mesh import LlmAgentSpec
 from agentmesh.config.presets import specs
-from agentmesh.engine.loop import Engine
 from agentmesh.errors import InputError, RunError, UsageError, listing
 from agentmesh.evaluate.choices import with_choices
 from agentmesh.evaluate.journal import Journal, Row
-from agentmesh.local import LocalBackend
-from agentmesh.mesh import Mesh
+from agentmesh.executors import Course, Executor, Job
 from agentmesh.suites.prompt import SamplePrompt
 from agentmesh.suites.samples import Sample
 from agentmesh.suites.scorers.base import Output, Scorer
@@ -72,7 +70,7 @@ class Evaluation:
         plan: what is evaluated.
         scorers: by name, the primary one first.
         journal: what is done already, and what is done from now on.
-        folder: where learned realigners are kept for the case that it is cut off.
+        folder: where learned realigners are kept for the case that it is cut off, and for replicas.
         tick: called after each run.
 
     Raises:
@@ -98,11 +96,11 @@ class Evaluation:
         for blueprint in blueprints.values():
             check_mesh(blueprint, plan.task)
 
-    async def run(self, engine: Engine) -> None:
+    async def run(self, executor: Executor) -> None:
         """Evaluate everything that is not done yet.
 
         Args:
-            engine: the loaded model; each preset runs it with a communicator of its own.
+            executor: where the samples run; each preset has a communicator of its own there.
 
         Raises:
             RunError, UsageError: a sample failed, and the plan says to fail then.
@@ -119,44 +117,23 @@ class Evaluation:
                 self._tick()
             if not pending:
                 continue
-            mesh = Mesh.from_blueprint(self._blueprints[preset], model=await self._warmed(engine, preset))
-            await together(self._one(mesh, preset, sample, epoch) for sample, epoch in pending)
+            blueprint = self._blueprints[preset]
+            name = "dense" if preset == SINGLE else preset
+            ready = replace(blueprint, communicator=specs(blueprint.communicator, [name])[name])
+            warm = [self._inputs(blueprint, sample) for sample in self._plan.warm]
+            course = Course(warm, self._folder / f"learned-{preset}.safetensors")
+            await executor.prepare(preset, ready, course, self._tick)
+            await together(self._one(executor, preset, sample, epoch) for sample, epoch in pending)
 
-    async def _warmed(self, engine: Engine, preset: str) -> LocalBackend:
-        """A backend that has learned from the warm-up and learns no more."""
-        blueprint, name = self._blueprints[preset], "dense" if preset == SINGLE else preset
-        spec = specs(blueprint.communicator, [name])[name]
-        ready, digests = LocalBackend(engine, spec), blueprint.digests
-        kept = self._folder / f"learned-{preset}.safetensors"
-        if kept.is_file() or not ready.communicator.learns:
-            for _ in self._plan.warm:
-                self._tick()
-        if kept.is_file():
-            ready.load_realigners(kept, digests)
-        elif self._plan.warm and ready.communicator.learns:
-            warm = LocalBackend(engine, spec)
-            warm.observe_only(on=True)
-            mesh = Mesh.from_blueprint(blueprint, model=warm)
-            await mesh.arun_all((self._inputs(blueprint, s) for s in self._plan.warm), self._tick)
-            ready.communicator.adopt(warm.communicator)
-            if warm.knows_links:
-                warm.save_realigners(kept, digests)
-        ready.communicator.freeze()
-        if self._plan.warm and name != "dense":
-            # The mesh's fixed texts are kept before the first measured sample, in every process that goes on.
-            mesh = Mesh.from_blueprint(blueprint, model=ready)
-            await mesh.arun(self._inputs(blueprint, self._plan.warm[0]))
-        return ready
-
-    async def _one(self, mesh: Mesh, preset: str, sample: Sample, epoch: int) -> None:
+    async def _one(self, executor: Executor, preset: str, sample: Sample, epoch: int) -> None:
         """Run, score and note one sample."""
-        seed = self._plan.seed + epoch
+        seed, blueprint = self._plan.seed + epoch, self._blueprints[preset]
         expected = sample.answer or sample.tests
         about = {"preset": preset, "sample": sample.id, "epoch": epoch, "seed": seed, "expected": expected}
         try:
             begun = time.time()
-            inputs, check = self._inputs(mesh.blueprint, sample), self._plan.judge_check
-            result = await mesh.arun(inputs, seed=seed, sample=sample.id, check_judges=check)
+            job = Job(self._inputs(blueprint, sample), seed, sample.id, check_judges=self._plan.judge_check)
+            result = await executor.run(preset, job)
         except (RunError, UsageError) as error:
             self._journal.append(Row(**about, error=f"{type(error).__name__}: {error}"))
             self._tick()
@@ -173,7 +150,7 @@ class Evaluation:
             calls=result.calls,
             checks=result.checks,
         )
-        self._journal.append(await scored(row, sample, self._scorers, judges(mesh.blueprint)))
+        self._journal.append(await scored(row, sample, self._scorers, judges(blueprint)))
         self._tick()
 
     def _inputs(self, blueprint: Blueprint, sample: Sample) -> dict[str, str]:

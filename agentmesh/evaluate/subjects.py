@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,16 @@ from typing import Any
 from agentmesh.agents.base import Agent, FunctionAgent
 from agentmesh.blueprint import Blueprint, Member, draft
 from agentmesh.config.load import LoadedMesh, dump, load_mesh, written
-from agentmesh.config.mesh import AgentBase, LlmAgentSpec
-from agentmesh.config.presets import PRESETS, CommunicatorSpec
+from agentmesh.config.mesh import AgentBase, LlmAgentSpec, RemoteModelSpec
+from agentmesh.config.presets import PRESETS
 from agentmesh.config.topology import PythonRef
-from agentmesh.engine.loop import Engine
 from agentmesh.errors import InputError, did_you_mean, listing
 from agentmesh.evaluate.session import SINGLE, token_budget
+from agentmesh.executors import Executor, Where
+from agentmesh.executors.local import LocalExecutor
 from agentmesh.local import LocalBackend
-from agentmesh.mesh import Mesh, Progress
+from agentmesh.mesh import Mesh
+from agentmesh.models import Progress
 from agentmesh.suites.task import Kind, Task
 from agentmesh.topology import Edge
 
@@ -43,6 +44,8 @@ class Request:
         fail_on_error: whether a failed sample ends everything.
         judge_check: whether judges are asked once more, with their inbox in another order.
         resume: an evaluation's folder to go on with.
+        executor: where the samples run, ``local`` or ``ray``.
+        replicas: how many copies of the model the executor ``ray`` makes.
         runs_dir: where a new folder is made.
         overrides: ``path=value`` texts that change entries of the mesh file.
         libraries: folders searched for names before the shipped ones.
@@ -60,6 +63,8 @@ class Request:
     fail_on_error: bool = False
     judge_check: bool = True
     resume: Path | None = None
+    executor: str = Where.LOCAL
+    replicas: int = 1
     runs_dir: Path = Path("runs")
     overrides: Sequence[str] = ()
     libraries: Sequence[Path] = ()
@@ -84,6 +89,11 @@ def find_subjects(request: Request, task: Task) -> dict[str, Subject]:
         raise InputError(f"--presets is empty; name some of {listing([*PRESETS, SINGLE])}")
     found: dict[str, Subject] = {}
     given = _given(request, task.spec.until)
+    if isinstance(given.blueprint.model, RemoteModelSpec) and {*request.presets} - {"dense", SINGLE}:
+        raise InputError(
+            f"--presets {','.join(request.presets)}: the model of mesh {given.blueprint.name} is remote and takes text "
+            f"only, so nothing but `dense` and `{SINGLE}` differs there; ask for --presets dense"
+        )
     for name in request.presets:
         if name == SINGLE:
             found[name] = _single(request, task, given.blueprint)
@@ -97,23 +107,22 @@ def find_subjects(request: Request, task: Task) -> dict[str, Subject]:
     return found
 
 
-@contextmanager
-def engine_of(mesh: str | Mesh, blueprint: Blueprint, progress: Progress | None) -> Iterator[Engine]:
-    """The model of what is evaluated: the mesh's own where it is loaded, else one that is closed at the end.
+def open_executor(request: Request, progress: Progress | None) -> Executor:
+    """Where the samples run: on replicas, or here with the mesh's own model where it is loaded.
 
     Raises:
-        ModelError: the weights cannot be fetched or read.
+        UsageError: no such executor, or what it takes is not installed.
+        ReplicaError: replicas cannot be made.
     """
-    backend = mesh.backend if isinstance(mesh, Mesh) else None
-    if isinstance(backend, LocalBackend):
-        yield backend.engine
-        return
-    spec, exact = CommunicatorSpec(preset="dense"), blueprint.run.deterministic
-    opened = LocalBackend.open(blueprint.model, spec, progress, deterministic=exact)
-    try:
-        yield opened.engine
-    finally:
-        opened.close()
+    if request.executor not in list(Where):
+        hint = did_you_mean(request.executor, Where)
+        raise InputError(f"no executor {request.executor!r}; there are {listing(Where)}.{hint}")
+    if request.executor == Where.RAY:
+        from agentmesh.executors.replicas import RayExecutor  # noqa: PLC0415  # an extra
+
+        return RayExecutor(request.replicas)
+    backend = request.mesh.backend if isinstance(request.mesh, Mesh) else None
+    return LocalExecutor(backend.engine if isinstance(backend, LocalBackend) else None, progress)
 
 
 def described(blueprint: Blueprint) -> str:
@@ -182,7 +191,8 @@ def _single(request: Request, task: Task, whole: Blueprint) -> Subject:
     alone = [*own, f"agents.agent.generate.max_tokens={budget}"]
     loaded = load_mesh(SINGLES[task.spec.kind], overrides=alone, libraries=request.libraries)
     single = _of_file(loaded, task.spec.until)
-    return replace(single, blueprint=replace(single.blueprint, run=whole.run, communicator=whole.communicator))
+    as_whole = replace(single.blueprint, model=whole.model, run=whole.run, communicator=whole.communicator)
+    return replace(single, blueprint=as_whole)
 
 
 def _ending(spec: AgentBase, until: Sequence[str]) -> AgentBase:

@@ -91,7 +91,8 @@ class PromptRenderer:
         self._check_slots(pieces, scope.split("".join(message["content"] for message in messages)))
         segments = self._segments(pieces)
         points = self._points(segments, leads, [exchange.prompt_tokens for exchange in history or ()])
-        return Prompt(segments, points, continues=history is not None), turn
+        texts = tuple((message["role"], _text(scope.split(message["content"]))) for message in messages)
+        return Prompt(segments, points, continues=history is not None, messages=texts), turn
 
     def _sentinels(self, pieces: Sequence[str | Content], scope: Scope) -> str:
         """Pieces of an earlier turn as text with this scope's sentinels."""
@@ -144,6 +145,11 @@ class PromptRenderer:
             if (points[-1] if points else 0) + self.min_tokens <= point < total:
                 points.append(point)
         return tuple(points)
+
+
+def _text(pieces: Sequence[str | Content]) -> str:
+    """Pieces as they read."""
+    return "".join(piece.text if isinstance(piece, Content) else piece for piece in pieces)
 
 
 def _slot_ends(segments: Sequence[Segment]) -> set[int]:

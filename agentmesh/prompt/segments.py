@@ -110,12 +110,14 @@ class Prompt:
             beginning may end. Prefill is cut there whether or not anything is reused.
         continues: whether a later prompt of the same conversation will begin with the whole of this one.
         reader: whose prompt it is.
+        messages: the same as chat messages, role and text, for a model that is sent text.
     """
 
     segments: tuple[Segment, ...]
     points: tuple[int, ...] = ()
     continues: bool = False
     reader: Reader = field(default_factory=Reader)
+    messages: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from agentmesh.backend import Backend
 from agentmesh.config.load import LoadedMesh
-from agentmesh.config.mesh import ModelSpec
 from agentmesh.errors import RequestTooLongError, UsageError, listing
 from agentmesh.graphview import render
-from agentmesh.mesh import Mesh, Progress
+from agentmesh.mesh import Mesh
+from agentmesh.models import Progress
 from agentmesh.serve.problems import RefusedError
 
 CHARACTERS = 16
@@ -98,16 +98,17 @@ def by_name(loaded: Sequence[LoadedMesh]) -> dict[str, Served]:
 
 
 def load_models(meshes: Mapping[str, Served], progress: Progress | None = None) -> None:
-    """Load every mesh's model, each once.
+    """Load every mesh's models, each of this machine once.
 
     Raises:
         ModelError: the weights cannot be fetched or read.
-        InputError: a mesh's realigners were made for something else.
+        InputError: a mesh's realigners were made for something else, or the key of a remote model is not set.
+        UsageError: a model is remote, and the library that it takes is not installed.
     """
-    opened: dict[tuple[ModelSpec, bool], Backend] = {}
+    opened: dict[tuple[str, bool], Backend] = {}
     for served in meshes.values():
         blueprint = served.mesh.blueprint
-        key = blueprint.model, blueprint.run.deterministic
+        key = blueprint.model.model_dump_json(), blueprint.run.deterministic
         opened[key] = served.mesh.load(progress, beside=opened.get(key))
 
 

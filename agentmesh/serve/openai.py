@@ -25,7 +25,8 @@ from agentmesh.serve.native import SSE, STREAM_HEADERS, find
 from agentmesh.serve.runs import Order, Run, Runs
 
 GONE = 499
-FINISH = {"stop": "stop", "length": "length", "context": "length"}
+FINISH = {"context": "length"}
+"""Ends of messages that OpenAI calls by another name."""
 
 
 @final
@@ -189,7 +190,7 @@ def _last(run: Run) -> CallRecord | None:
 
 def _finish(run: Run) -> str:
     last = _last(run)
-    return "stop" if last is None else FINISH[last.finish]
+    return "stop" if last is None else FINISH.get(last.finish, last.finish)
 
 
 def _usage(run: Run) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _usage(run: Run) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.output_tokens,
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.placed_exact + usage.placed_realigned},
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
         "completion_tokens_details": {"reasoning_tokens": usage.output_tokens - (last.output_tokens if last else 0)},
     }
 
@@ -207,5 +208,5 @@ def _usage(run: Run) -> dict[str, Any]:
 def _facts(run: Run) -> dict[str, Any]:
     """What OpenAI has no words for."""
     usage = run.usage
-    placed = {"placed_exact": usage.placed_exact, "placed_realigned": usage.placed_realigned}
-    return {"run": run.id, "calls": usage.calls, **placed, "computed": usage.computed}
+    names = {"calls", "placed_exact", "placed_realigned", "computed", "endpoint_cached"}
+    return {"run": run.id, **usage.model_dump(include=names)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from agentmesh.errors import AgentmeshError, NodeError, RequestTooLongError, UsageError
+from agentmesh.errors import AgentmeshError, NodeError, RemoteError, RequestTooLongError, UsageError
 
 INVALID = "invalid_request_error"
 OVERLOADED = "overloaded_error"
@@ -60,6 +60,8 @@ def refusal(error: BaseException) -> RefusedError:
     if isinstance(cause, UsageError):
         code = "context_length_exceeded" if isinstance(cause, RequestTooLongError) else "invalid_input"
         return RefusedError(400, str(error), code=code)
+    if isinstance(cause, RemoteError):
+        return RefusedError(502, str(error), kind=SERVER, code="endpoint_failed")
     if isinstance(error, AgentmeshError):
         return RefusedError(500, str(error), kind=SERVER, code="run_failed")
     return RefusedError(500, "the run failed for a reason of the server's own; its log says more", kind=SERVER)

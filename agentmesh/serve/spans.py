@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from agentmesh.events import CallRecord, Event, ModelFinished, NodeFailed, NodeFinished, NodeStarted
+from agentmesh.results import Usage, usage_of
 from agentmesh.serve.runs import Run, Status
 
 PROVIDER = {"gen_ai.provider.name": "agentmesh"}
@@ -80,8 +81,7 @@ class Spans:
         for span in spans.visits.values():
             span.end()
         if run.status is Status.DONE:
-            usage = run.usage
-            spans.whole.set_attributes(_tokens(usage.prompt_tokens, usage.output_tokens, _placed(run.calls)))
+            spans.whole.set_attributes(_tokens(run.usage))
             spans.whole.end()
         else:
             self._fail(spans.whole, run.status.value, str(run.error), None)
@@ -112,7 +112,8 @@ class Spans:
         spans.began[visit] = at
 
     def _call(self, run: Run, spans: _Open, call: CallRecord, at: int) -> None:
-        visit, model = (call.node, call.round), run.order.served.mesh.blueprint.model.name
+        visit, blueprint = (call.node, call.round), run.order.served.mesh.blueprint
+        model = (blueprint.remote_of(call.node) or blueprint.model).name
         begun = at - int((call.ttft_ms + call.decode_ms + call.learn_ms) * 1e6)
         span = self._tracer.start_span(
             f"chat {model}",
@@ -125,7 +126,7 @@ class Spans:
                 "gen_ai.response.finish_reasons": (call.finish,),
                 "gen_ai.response.time_to_first_chunk": call.ttft_ms / 1e3,
                 "agentmesh.preset": call.preset,
-                **_tokens(call.prompt_tokens, call.output_tokens, _placed([call])),
+                **_tokens(usage_of([call])),
             },
             start_time=max(begun, spans.began[visit]),
         )
@@ -139,16 +140,12 @@ class Spans:
         span.end(at)
 
 
-def _tokens(read: int, written: int, placed: int) -> dict[str, int]:
+def _tokens(usage: Usage) -> dict[str, int]:
     return {
-        "gen_ai.usage.input_tokens": read,
-        "gen_ai.usage.output_tokens": written,
-        "gen_ai.usage.cache_read.input_tokens": placed,
+        "gen_ai.usage.input_tokens": usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": usage.output_tokens,
+        "gen_ai.usage.cache_read.input_tokens": usage.cached,
     }
-
-
-def _placed(calls: list[CallRecord]) -> int:
-    return sum(call.placed_exact + call.placed_realigned for call in calls)
 
 
 def _message(role: str, text: str) -> str:

@@ -79,7 +79,7 @@ def test_fidelity_gives_the_documented_figures_and_a_plot(folder: Path) -> None:
 def test_ttft_gives_the_documented_figures_and_a_plot(tmp_path: Path) -> None:
     sizes = ["--agents", "3", "--question", "60", "--prefix", "40", "--output", "40", "--warmup", "5", "--repeat", "1"]
     presets = "dense,prefix,prefix@role-last,kvcomm,linear"
-    options = [*sizes, "--presets", presets, "--plot", "t.png", "--model", "random:tiny-llama"]
+    options = [*sizes, "--presets", presets, "--plot", "t.png", "--model", "random:tiny-llama", "--no-cost-gate"]
     found = figures("bench", "ttft", *options, cwd=tmp_path)
 
     linear = found["presets"]["linear"]
@@ -229,7 +229,16 @@ def test_throughput_compares_presets_and_concurrencies_with_one_call_at_a_time(f
 @pytest.mark.parametrize("corpus", [False, True])
 def test_ttft_of_passages_as_a_block_and_from_the_corpus(tmp_path: Path, corpus: bool) -> None:
     sizes = ["--agents", "2", "--question", "20", "--prefix", "20", "--output", "40", "--warmup", "5", "--repeat", "1"]
-    options = [*sizes, "--presets", "dense,epic", "--model", "random:tiny-llama", "--passages", "2x50"]
+    options = [
+        *sizes,
+        "--presets",
+        "dense,epic",
+        "--model",
+        "random:tiny-llama",
+        "--passages",
+        "2x50",
+        "--no-cost-gate",
+    ]
     found = figures("bench", "ttft", *options, *(["--corpus"] if corpus else []), cwd=tmp_path)
 
     epic = found["presets"]["epic"]

@@ -72,16 +72,17 @@ def ttft(
     repeat: int,
     *,
     budget: str,
+    cost_gate: bool,
     progress: Progress | None,
     tick: Callable[[], None],
 ) -> Times:
-    """Time presets; see ``bench.ttft``.
+    """Time presets; see ``bench.ttft``. Without ``cost_gate`` they share also where computing is faster.
 
     Raises:
         UnsupportedModelError: the model's KV cannot be moved.
         InputError: sizes beyond the model's context, or a budget that is no size.
     """
-    base = _settings("dense", budget)
+    base = _settings("dense", budget).model_copy(update={"cost_gate": cost_gate})
     backend = _backend(model, progress)
     try:
         longest = max(
@@ -103,7 +104,7 @@ def scaling(
         UnsupportedModelError: the model's KV cannot be moved.
         InputError: lengths beyond the model's context, or a budget that is no size.
     """
-    base = _settings("linear", budget).model_copy(update={"max_kl": math.inf, "audit": 0.0})
+    base = _settings("linear", budget).model_copy(update={"max_kl": math.inf, "audit": 0.0, "cost_gate": False})
     backend = _backend(model, progress)
     try:
         backend.engine.check(max(grid.lengths))

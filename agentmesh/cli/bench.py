@@ -158,6 +158,9 @@ def ttft(
         str | None, typer.Option(help="COUNTxTOKENS: documents that stand before the question.")
     ] = None,
     corpus: Corpus = False,
+    cost_gate: Annotated[
+        bool, typer.Option(help="Compute what takes longer to place, as runs do; off, everything shareable is placed.")
+    ] = True,
     budget: Annotated[str, typer.Option(help="Bytes each preset may keep.")] = "4GiB",
     plot: Plot = None,
     format: FormatOption = Format.TEXT,
@@ -172,7 +175,15 @@ def ttft(
     sizes = session.setting(agents, question, prefix, output, layout, passages, corpus=corpus)
     with _bars((warmup + repeat) * len(names)) as (progress, tick):
         figures = session.ttft(
-            _spec(model, dtype), names, sizes, warmup, repeat, budget=budget, progress=progress, tick=tick
+            _spec(model, dtype),
+            names,
+            sizes,
+            warmup,
+            repeat,
+            budget=budget,
+            cost_gate=cost_gate,
+            progress=progress,
+            tick=tick,
         )
     if plot is not None:
         from agentmesh.plots import plot_ttft  # noqa: PLC0415  # matplotlib is slow to import

@@ -21,7 +21,7 @@ from agentmesh.suites.samples import Sample
 from agentmesh.suites.scorers.base import Output
 from agentmesh.suites.scorers.programs import CodeScorer
 
-AT_ONCE = 6
+AT_ONCE = 4  # on two cores; with more, fork bombs hold up the supervisors of their neighbours
 SLACK_SECONDS = 2.5
 SECRET_NAME, SECRET = "HOSTILE_TEST_KEY", secrets.token_hex(12)
 SAMPLE = Sample(

@@ -1,4 +1,4 @@
-"""Products of few rows: cut into pieces they are the same numbers; int8 copies are close, and for small steps only."""
+"""Products of few rows: cut into pieces they are the same numbers; copies are close, int8 ones for small steps only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 
-from agentmesh.config.mesh import Decode, ModelSpec
+from agentmesh.config.mesh import Decode, Dtype, ModelSpec
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
@@ -47,8 +47,8 @@ def step(runner: ArenaRunner, sequences: int) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, SPLIT_ROWS, SPLIT_ROWS + 1])
 def test_a_product_in_pieces_is_the_same_product(rows: int) -> None:
     layer = torch.nn.Linear(96, 6 * 7)
-    switch = Switch(int8=False)
-    quick = QuickLinear(layer, switch, int8=False)
+    switch = Switch(Decode.SAME)
+    quick = QuickLinear(layer, switch, Decode.SAME)
     given = torch.randn(rows, 96)
 
     with torch.inference_mode(), switch.computing():
@@ -62,7 +62,7 @@ def test_outputs_that_threads_do_not_divide_are_cut_into_fewer_pieces() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        quick = QuickLinear(torch.nn.Linear(8, 9), Switch(int8=False), int8=False)
+        quick = QuickLinear(torch.nn.Linear(8, 9), Switch(Decode.SAME), Decode.SAME)
     finally:
         torch.set_num_threads(threads)
 
@@ -76,11 +76,29 @@ def test_only_layers_that_gain_are_changed() -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            quicken(model, "one layer", int8=False)
+            quicken(model, "one layer", Decode.SAME)
         finally:
             torch.set_num_threads(before)
 
         assert (switch_of(model) is not None) is wanted
+
+
+@pytest.fixture(scope="module")
+def half() -> ArenaRunner:
+    return runner_of(load(ModelSpec(name="random:tiny-llama", decode=Decode.BFLOAT16)))
+
+
+@pytest.mark.parametrize("sequences", [1, INT8_ROWS, INT8_ROWS + 1])
+def test_a_step_of_bfloat16_copies_is_closer_than_one_of_int8_copies(
+    plain: ArenaRunner, half: ArenaRunner, sequences: int
+) -> None:
+    own, own_next = step(plain, sequences)
+    first, following = step(half, sequences)
+
+    assert torch.equal(first, own), "prompts are prefilled with the model's own weights"
+    assert following.dtype is torch.float32
+    error = (following - own_next).norm() / own_next.norm()
+    assert 0 < float(error) < 0.01
 
 
 @pytest.mark.parametrize("sequences", [1, INT8_ROWS])
@@ -106,7 +124,7 @@ def test_a_step_that_fails_leaves_the_own_weights_in_use(plain: ArenaRunner, qui
     assert torch.equal(step(quick, 1)[0], step(plain, 1)[0])
 
 
-def test_kv_of_int8_steps_is_kept_apart_by_the_fingerprint() -> None:
+def test_kv_of_steps_over_copies_is_kept_apart_by_the_fingerprint() -> None:
     names = {load(ModelSpec(name="random:tiny-llama", decode=decode)).fingerprint for decode in Decode}
 
     assert len(names) == len(Decode)
@@ -117,10 +135,12 @@ def test_what_cannot_be_copied_is_refused() -> None:
     model.device = torch.device("cpu")
 
     with pytest.raises(UnsupportedModelError, match="no linear layers"):
-        quicken(model, "relu", int8=True)
+        quicken(model, "relu", Decode.INT8)
     model.device = torch.device("meta")
     with pytest.raises(UnsupportedModelError, match="is on meta"):
-        quicken(model, "relu", int8=True)
+        quicken(model, "relu", Decode.INT8)
+    with pytest.raises(UnsupportedModelError, match="is loaded in bfloat16"):
+        load(ModelSpec(name="random:tiny-llama", dtype=Dtype.BFLOAT16, decode=Decode.BFLOAT16))
 
 
 @pytest.mark.model

@@ -75,7 +75,7 @@ def decode(
     dtype: DtypeOption = Dtype.FLOAT32,
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
     output: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
-    decode: Annotated[Decode, typer.Option(help="Weights that decode: the model's own, or int8 copies.")] = Decode.SAME,
+    decode: Annotated[Decode, typer.Option(help="Weights that decode: the model's own, or copies.")] = Decode.SAME,
     repeat: Repeat = 5,
     profile: ProfileOption = False,
     trace: TraceOption = DEFAULT_TRACE,

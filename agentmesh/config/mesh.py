@@ -34,12 +34,14 @@ class Dtype(Choice):
 class Decode(Choice):
     """Which weights decode messages on a CPU.
 
-    ``int8`` reads int8 copies while at most four sequences decode at once: less memory is read, and messages are
-    approximate. Prompts are prefilled with the model's own weights all the same.
+    ``int8`` reads int8 copies while at most four sequences decode at once, ``bfloat16`` reads copies in half the bytes
+    at any number: less memory is read, and messages are approximate. Prompts are prefilled with the model's own weights
+    all the same.
     """
 
     SAME = "same"
     INT8 = "int8"
+    BFLOAT16 = "bfloat16"
 
 
 class Memory(Choice):

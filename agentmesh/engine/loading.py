@@ -236,7 +236,7 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{spec.name} has no fast tokenizer, which agentmesh needs for exact slot borders")
     use_grouped_heads(model)
-    quicken(model, spec.name, int8=spec.decode is Decode.INT8)
+    quicken(model, spec.name, spec.decode)
     config = model.config.get_text_config()
     control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return LoadedModel(

@@ -1,8 +1,8 @@
-"""Matrix products of few rows on the CPU: all cores at work, or int8 copies of the weights.
+"""Matrix products of few rows on the CPU: all cores at work, or smaller copies of the weights.
 
 What a decoding step costs is reading the weights. On some processors torch multiplies few float32 rows on one core,
 which cannot read memory as fast as all of them; the same product cut into one piece a core can. Copies of the weights
-in int8 (``model.decode``) are a quarter to read, and make messages approximate.
+(``model.decode``) in int8 or bfloat16 are a quarter or half to read, and make messages approximate.
 
 The model's own code runs as it is; its linear layers look at a switch, which stands on ``OWN`` unless the runner throws
 it. So whoever calls the model past the runner gets what transformers does.
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from agentmesh.config.base import Choice
+from agentmesh.config.mesh import Decode
 from agentmesh.errors import UnsupportedModelError
 
 SPLIT_ROWS = 64
@@ -35,24 +36,67 @@ class Way(Choice):
 
     OWN = "own"
     SPLIT = "split"
-    INT8 = "int8"
+    COPY = "copy"
+
+
+class Copy(Protocol):
+    """A smaller copy of one layer's weights ``[out, in]``."""
+
+    def __init__(self, weight: torch.Tensor) -> None: ...
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows ``[R, in]`` times the copy, ``[R, out]``, in the copy's own number format."""
+
+
+@final
+class Int8Copy:
+    """Weights as int8, with one bfloat16 scale for each output."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        weight = weight.float()
+        scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
+        self._weight = (weight / scales[:, None]).round().to(torch.int8)
+        self._scales = scales.to(torch.bfloat16)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """As in ``Copy``."""
+        product: torch.Tensor = torch._weight_int8pack_mm(  # noqa: SLF001  # it has no other name
+            rows.to(torch.bfloat16), self._weight, self._scales
+        )
+        return product
+
+
+@final
+class BFloat16Copy:
+    """Weights as bfloat16."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight.to(torch.bfloat16)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """As in ``Copy``."""
+        return functional.linear(rows.to(torch.bfloat16), self._weight)
+
+
+COPIES: dict[Decode, type[Copy]] = {Decode.INT8: Int8Copy, Decode.BFLOAT16: BFloat16Copy}
 
 
 @final
 class Switch:
     """Says to all layers of one model how to multiply. Owned by the layers, thrown by the model's runner."""
 
-    def __init__(self, *, int8: bool) -> None:
+    def __init__(self, decode: Decode) -> None:
         self.way = Way.OWN
-        self._int8 = int8
+        self._decode = decode
 
     def computing(self) -> AbstractContextManager[None]:
         """Use the model's own weights for what runs inside, unless it is a decoding step that uses others."""
         return self._thrown(Way.SPLIT if self.way is Way.OWN else self.way)
 
     def decoding(self, rows: int) -> AbstractContextManager[None]:
-        """Use the int8 copies for what runs inside, if there are any and it has few rows."""
-        return self._thrown(Way.INT8 if self._int8 and rows <= INT8_ROWS else Way.SPLIT)
+        """Use the copies for what runs inside, if there are any and they are faster for so many rows."""
+        few = rows <= INT8_ROWS if self._decode is Decode.INT8 else True
+        return self._thrown(Way.COPY if self._decode in COPIES and few else Way.SPLIT)
 
     @contextmanager
     def _thrown(self, way: Way) -> Iterator[None]:
@@ -70,17 +114,17 @@ class QuickLinear(nn.Module):
     Args:
         inner: the layer.
         switch: says how.
-        int8: whether to keep an int8 copy, with one scale for each output.
+        decode: whether to keep a copy, and which.
 
     Attributes:
         pieces: into how many a product of few rows is cut.
     """
 
-    def __init__(self, inner: nn.Linear, switch: Switch, *, int8: bool) -> None:
+    def __init__(self, inner: nn.Linear, switch: Switch, decode: Decode) -> None:
         super().__init__()
         self.inner = inner
         self.switch = switch
-        self._copy = _int8(inner.weight) if int8 else None
+        self._copy = COPIES[decode](inner.weight) if decode in COPIES else None
         self.pieces = _pieces(inner.weight)
         self._cut = inner.weight.view(self.pieces, -1, inner.in_features).mT if self.pieces > 1 else None
 
@@ -98,10 +142,8 @@ class QuickLinear(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply rows ``[…, in]``; ``[…, out]``."""
         way = self.switch.way
-        if way is Way.INT8 and self._copy is not None:
-            flat = rows.reshape(-1, rows.shape[-1]).to(torch.bfloat16)
-            product = torch._weight_int8pack_mm(flat, *self._copy)  # noqa: SLF001  # it has no other name
-            product = product.to(rows.dtype)
+        if way is Way.COPY and self._copy is not None:
+            product = self._copy.multiply(rows.reshape(-1, rows.shape[-1])).to(rows.dtype)
         elif way is not Way.OWN and self._cut is not None and rows.shape[:-1].numel() <= SPLIT_ROWS:
             flat = rows.reshape(1, -1, rows.shape[-1])
             product = torch.bmm(flat.expand(self.pieces, -1, -1), self._cut).transpose(0, 1)
@@ -111,30 +153,34 @@ class QuickLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-def quicken(model: Any, name: str, *, int8: bool) -> None:
+def quicken(model: Any, name: str, decode: Decode) -> None:
     """Let a model's linear layers multiply few rows faster, where its runner asks for it.
 
-    Does nothing where there is nothing to gain: off the CPU, with other numbers than float32 (torch uses all cores
-    there), or with one thread.
+    Without copies it does nothing where there is nothing to gain: off the CPU, with other numbers than float32 (torch
+    uses all cores there), or with one thread.
 
     Raises:
-        UnsupportedModelError: int8 copies are asked for, and the model is on another device or has no linear layers.
+        UnsupportedModelError: copies are asked for, and the model is on another device, has these numbers already, or
+            has no linear layers.
     """
-    if int8 and model.device.type != "cpu":
+    copies = decode in COPIES
+    if copies and model.device.type != "cpu":
         raise UnsupportedModelError(
-            f"`decode: int8` is for models on the CPU, {name} is on {model.device}; leave `decode` out there"
+            f"`decode: {decode}` is for models on the CPU, {name} is on {model.device}; leave `decode` out there"
         )
     found = [
         (parent, child, layer)
         for parent in model.modules()
         for child, layer in parent.named_children()
-        if type(layer) is nn.Linear and (int8 or _pieces(layer.weight) > 1)
+        if type(layer) is nn.Linear and (copies or _pieces(layer.weight) > 1)
     ]
-    if int8 and not found:
-        raise UnsupportedModelError(f"{name} has no linear layers that `decode: int8` could copy; leave it out")
-    switch = Switch(int8=int8)
+    if copies and not found:
+        raise UnsupportedModelError(f"{name} has no linear layers that `decode: {decode}` could copy; leave it out")
+    if decode is Decode.BFLOAT16 and any(layer.weight.dtype is torch.bfloat16 for _, _, layer in found):
+        raise UnsupportedModelError(f"{name} is loaded in bfloat16, `decode: bfloat16` copies nothing; leave it out")
+    switch = Switch(decode)
     for parent, child, layer in found:
-        setattr(parent, child, QuickLinear(layer, switch, int8=int8))
+        setattr(parent, child, QuickLinear(layer, switch, decode))
 
 
 def switch_of(model: Any) -> Switch | None:
@@ -147,10 +193,3 @@ def _pieces(weight: torch.Tensor) -> int:
     if weight.device.type != "cpu" or weight.dtype is not torch.float32 or not weight.is_contiguous():
         return 1
     return next(count for count in range(torch.get_num_threads(), 0, -1) if weight.shape[0] % count == 0)
-
-
-def _int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An int8 copy of weights ``[out, in]``, and the scales ``[out]`` of its outputs."""
-    weight = weight.float()
-    scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
-    return (weight / scales[:, None]).round().to(torch.int8), scales.to(torch.bfloat16)

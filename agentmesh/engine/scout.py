@@ -22,6 +22,9 @@ from agentmesh.kv.arena import Arena
 LOOK_LAYERS = 2
 SINKS = 4
 
+ASKING = 32
+"""Queries of a look at the attention: more of them, of a long question, take time and pick nearly the same tokens."""
+
 
 class _LookedEnough(Exception):  # noqa: N818  # it stops a forward early and is no error
     """Raised in front of the first layer that a look does not need."""
@@ -83,11 +86,12 @@ class Scout:
 
     @torch.inference_mode()
     def attention(self, composition: Composition, queries: Sequence[int]) -> Look:
-        """Attention that the tokens at ``queries`` pay to every position, summed over layers and heads.
+        """Attention that the last tokens at ``queries`` pay to every position, summed over layers and heads.
 
         Only placed tokens are there to be seen, besides the queries themselves (METHOD 5, documents), and the prompt's
         first tokens, which models attend to whenever nothing else fits: without them everything else gets too much.
         """
+        queries = queries[-ASKING:]
         covered = {position for piece in composition.placed[:1] for position in range(piece.start, piece.stop)}
         sinks = [position for position in range(min(SINKS, queries[0])) if position not in covered]
         positions = [*sinks, *queries]

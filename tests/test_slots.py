@@ -431,6 +431,17 @@ def test_placing_is_judged_by_most_prefills_and_tried_again() -> None:
     assert dear.placing_pays(100)
 
 
+def test_prefills_of_nearly_one_size_do_not_tell_a_slope_among_themselves() -> None:
+    """The larger of two sizes happened to be quicker: computing still takes time, and placing pays."""
+    costs = Costs()
+    for round_ in range(8):
+        costs.see(Parts(forward=1900 - 20 * (round_ % 3)), computed=1188, placed=0)
+        costs.see(Parts(forward=1700 + 20 * (round_ % 3)), computed=1260, placed=0)
+        costs.see(Parts(forward=900, realign=30, compose=20), computed=1200, placed=700)
+
+    assert costs.placing_pays(1200)
+
+
 def test_few_tokens_are_computed_where_placing_has_a_price_of_its_own() -> None:
     """Computing takes 20 ms and 1 ms a token, placing 30 ms and 0.1 ms a token: it pays from 34 tokens on."""
     costs = Costs()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
 from statistics import median
 
 import torch
@@ -42,10 +43,13 @@ class Line:
     def through(points: Sequence[tuple[int, float]]) -> Line:
         """The line that most points ``(tokens, ms)`` lie near (Theil and Sen): medians, so that a few may be far off.
 
-        Points of one size alone say nothing of a start, which is taken as 0.
+        Slopes count by how far apart their points are, and no tokens take no time: points of nearly one size, whose
+        differences are noise, do not say much of a slope among themselves.
         """
-        slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
-        slope = max(median(slopes), 0.0) if slopes else median(ms / tokens for tokens, ms in points)
+        pairs = combinations([(0, 0.0), *points], 2)
+        slopes = sorted(((b[1] - a[1]) / (b[0] - a[0]), abs(b[0] - a[0])) for a, b in pairs if a[0] != b[0])
+        reached = list(accumulate(weight for _, weight in slopes))
+        slope = max(slopes[bisect_left(reached, reached[-1] / 2)][0], 0.0)
         return Line(max(median(ms - slope * tokens for tokens, ms in points), 0.0), slope)
 
 

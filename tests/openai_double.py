@@ -10,6 +10,8 @@ Each call takes the next step of the script, and the last one for ever. Steps:
     echo            streams the last message, backwards
     busy:STATUS[:RETRY-AFTER]    refuses with a status
     error:STATUS:JSON            refuses with a body
+    garbled         refuses with a body that is not compressed as it says
+    deep            refuses with endlessly nested JSON
     cut:WORDS       streams the words and closes the connection without an end
     hang            streams one word and then nothing, until the client goes away
     never           answers nothing at all
@@ -126,6 +128,15 @@ class Handler(BaseHTTPRequestHandler):
     def _error(self, rest: str, _body: dict[str, Any]) -> None:
         status, _, text = rest.partition(":")
         self._json(int(status), json.loads(text))
+
+    def _garbled(self, _rest: str, _body: dict[str, Any]) -> None:
+        self._json(400, {}, {"Content-Encoding": "gzip"})
+
+    def _deep(self, _rest: str, _body: dict[str, Any]) -> None:
+        self.send_response(400)
+        self.send_header("Content-Length", "60000")
+        self.end_headers()
+        self.wfile.write(b"[" * 60_000)
 
     def _cut(self, words: str, _body: dict[str, Any]) -> None:
         self._stream()

@@ -105,11 +105,11 @@ class InThread:
 
 
 @contextmanager
-def serving(service: Service) -> Iterator[InThread]:
+def serving(service: Service, **settings: Any) -> Iterator[InThread]:
     """Serve for the time of the block."""
     app = make_app(service)
     with bound("127.0.0.1", 0) as listen:
-        config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=10)
+        config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=10, **settings)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listen]})
         thread.start()

@@ -138,6 +138,8 @@ def test_both_forms_of_retry_after_are_read() -> None:
         ("cut:half a", "passed on already"),
         ("plain", "in another way than OpenAI-compatible endpoints"),
         ("inside:[1]", "in another way than OpenAI-compatible endpoints"),
+        ("garbled", "cannot be decoded"),
+        ("deep", r"refuses the request \(status 400"),
         ("endless", "seems not to know that setting"),
         ('error:400:{"error": {"message": "top_p must be in (0, 1]", "type": "BadRequestError"}}', "top_p must be in"),
     ],

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -14,16 +17,19 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import HeldModel, InThread, events_of, eventually, offered, serving
+from serving import PATIENCE_S, HeldModel, InThread, events_of, eventually, offered, serving
 
+from agentmesh.errors import InputError
 from agentmesh.events import TokenText
 from agentmesh.serve.app import Service
 from agentmesh.serve.asked import Unheard
 from agentmesh.serve.guard import Guard
 from agentmesh.serve.keys import Keys, read_keys
 from agentmesh.serve.limits import Gate, Limits
-from agentmesh.serve.openai import Words
+from agentmesh.serve.meshes import Served
+from agentmesh.serve.openai import Words, before_stop
 from agentmesh.serve.problems import RefusedError
+from agentmesh.serve.server import Punctual
 from agentmesh.testing import ScriptedModel
 
 KEYS = "ann key-of-ann-0123456789, bob key-of-bob-0123456789, metrics key-of-metrics-0123"
@@ -104,6 +110,8 @@ def test_a_stream_is_the_same_answer_in_pieces_and_ends_with_usage_where_asked(
         ({"n": 2}, openai.BadRequestError, "unsupported_parameter", "cannot heed 'n'"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, None, "'tools'"),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, None, "'response_format'"),
+        ({"stop": list("abcde")}, openai.BadRequestError, None, "at most 4"),
+        ({"stream_options": {"include_usage": True}}, openai.BadRequestError, None, "'stream_options'"),
         ({"max_tokens": 0}, openai.BadRequestError, None, "max_tokens: Input should be greater"),
         ({"temperature": "hot"}, openai.BadRequestError, None, "temperature"),
         ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "unknown_parameter", "Did you mean 'temperature'"),
@@ -296,6 +304,22 @@ def test_bodies_that_are_too_long_or_too_slow_are_refused(held: tuple[InThread, 
     assert all(answer.json()["error"]["message"] for answer in (long, slow, deep, form))
 
 
+@pytest.mark.parametrize("head", [b"", b"GET /health HTTP/1.1\r\nHost: "])
+def test_a_connection_on_which_no_request_comes_is_closed(head: bytes) -> None:
+    with serving(Service(offered(ScriptedModel(words))), http=Punctual, timeout_keep_alive=1) as served:
+        place = served.http.base_url
+        with socket.create_connection((place.host, place.port), PATIENCE_S) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" if head else b"")
+            answered = raw.recv(4096) if head else b""
+            raw.sendall(head)
+            until = time.monotonic() + PATIENCE_S / 2
+            while raw.recv(4096):
+                assert time.monotonic() < until
+
+        assert (b"200 OK" in answered) == bool(head)
+        assert served.http.get("/health").status_code == 200
+
+
 def test_inputs_of_too_many_tokens_are_refused() -> None:
     with (
         serving(Service(offered(ScriptedModel(words)), limits=Limits(input_tokens=10))) as served,
@@ -474,6 +498,14 @@ def test_keys_are_read_from_lines_and_never_shown(tmp_path: Any) -> None:
         with pytest.raises(Exception, match=r"keys:1: ") as caught:
             read_keys(file, None)
         assert "key-of" not in str(caught.value)
+    for wrong, why in (
+        ("# none yet\n", "holds no key"),
+        ("ann key-of-both-01234567\nbob key-of-both-01234567", "ann, too"),
+    ):
+        file.write_text(wrong)
+        with pytest.raises(InputError, match=why) as caught:
+            read_keys(file, None)
+        assert "key-of" not in str(caught.value)
 
 
 def test_a_client_that_reads_nothing_loses_its_answer() -> None:
@@ -498,15 +530,70 @@ def test_a_client_that_reads_nothing_loses_its_answer() -> None:
     assert over == [True]
 
 
-@given(st.text(alphabet="ab \n", min_size=1).filter(str.strip), st.lists(st.integers(0, 12)))
-def test_the_pieces_of_a_stream_are_the_answer_however_it_is_cut(text: str, cuts: list[int]) -> None:
+def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(pair: tuple[InThread, ScriptedModel]) -> None:
+    ask = client(pair[0]).chat.completions
+
+    for stop, answer in (("is 7", "It"), (["7.\n", "x"], "It is"), ("\n", "It is 7."), ("It", "")):
+        whole = ask.create(**ASK, stop=stop)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in ask.create(**ASK, stop=stop, stream=True)]
+        assert (whole.choices[0].message.content, "".join(pieces)) == (answer, answer)
+
+
+def test_each_chunk_of_a_stream_with_usage_has_the_field(pair: tuple[InThread, ScriptedModel]) -> None:
+    counted = {**ASK, "stream": True, "stream_options": {"include_usage": True}}
+    texts = [pair[0].http.post("/v1/chat/completions", json=asked).text for asked in (counted, {**ASK, "stream": True})]
+    chunks, plain = ([json.loads(line[6:]) for line in text.split("\n\n") if "{" in line] for text in texts)
+
+    assert [chunk["usage"] is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+    assert not any("usage" in chunk for chunk in plain)
+
+
+def test_halves_of_characters_are_refused_and_do_not_break_the_answer(pair: tuple[InThread, ScriptedModel]) -> None:
+    for changes in ({"\ud800": 1}, {"inputs": {"\ud800": 7}}, {"model": "\ud800"}, {"inputs": {"\ud800": "x"}}):
+        content = json.dumps({**ASK, **changes}).encode()
+        answer = pair[0].http.post(
+            "/v1/chat/completions", content=content, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code in (400, 404)
+        assert answer.json()["error"]["message"]
+
+
+def test_a_full_server_refuses_before_it_counts_tokens(
+    held: tuple[InThread, HeldModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, model = held
+    runs = [served.start() for _ in range(3)]
+    counted = []
+    monkeypatch.setattr(Served, "complete", lambda *_: counted.append(True))
+
+    answer = served.http.post("/api/meshes/pair/runs", json={"inputs": {"question": "What?"}})
+    assert (answer.status_code, counted) == (429, [])
+    model.go.set()
+    eventually(lambda: all(served.row(run)["status"] == "done" for run in runs))
+
+
+def test_a_refused_input_gives_its_slot_back(pair: tuple[InThread, ScriptedModel]) -> None:
+    for _ in range(90):  # more than wait and work together
+        assert pair[0].http.post("/api/meshes/pair/runs", json={"inputs": {"qestion": "x"}}).status_code == 400
+    assert pair[0].metric("agentmesh_num_requests_running") == 0
+    pair[0].start()
+
+
+@given(
+    st.text(alphabet="ab \n", min_size=1).filter(str.strip),
+    st.lists(st.integers(0, 12)),
+    st.lists(st.text("ab ", min_size=1), max_size=2),
+)
+def test_the_pieces_of_a_stream_are_the_answer_however_it_is_cut(text: str, cuts: list[int], stops: list[str]) -> None:
     served = offered(ScriptedModel(words))["pair"]
-    streamed = Words(served.mesh.blueprint)
+    streamed = Words(served.mesh.blueprint, stops)
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     tokens = [text[start:stop] for start, stop in pairwise(places)]
 
     pieces = [streamed.take(TokenText(node="agent.2", round=0, text=token).model_dump_json()) for token in tokens]
     other = streamed.take(TokenText(node="agent.1", round=0, text="no").model_dump_json())
 
-    assert "".join(pieces) == text.strip()
-    assert (other, streamed.rest(text.strip())) == ("", "")
+    answer = before_stop(text.lstrip(), stops).rstrip()
+    assert "".join(pieces) + streamed.rest(answer) == answer
+    assert stops or "".join(pieces) == answer
+    assert other == ""

@@ -126,6 +126,24 @@ def test_meshes_that_name_the_same_model_share_it(mesh: Path) -> None:
         close(meshes)
 
 
+def test_a_server_whose_models_thread_has_ended_is_not_ready(mesh: Path) -> None:
+    meshes = by_name([load_mesh(mesh)])
+    load_models(meshes)
+    try:
+        with serving(Service(meshes)) as served:
+            before = served.http.get("/ready")
+            backend = meshes["team"].mesh.backend
+            assert isinstance(backend, LocalBackend)
+            backend.engine.thread.close()
+            after = served.http.get("/ready")
+
+            assert (before.status_code, before.json()) == (200, {"status": "ready"})
+            assert (after.status_code, after.json()) == (503, {"status": "broken", "meshes": ["team"]})
+            assert served.http.get("/health").status_code == 200
+    finally:
+        close(meshes)
+
+
 def test_a_tenants_question_gives_another_tenant_no_hit() -> None:
     found = {kind: [one.cached for one in asked] for kind, asked in measure("random:tiny-llama", 2, 30).items()}
 

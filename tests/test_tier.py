@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -139,6 +140,64 @@ def test_foreign_files_are_set_aside_and_disturb_nothing(store: DiskStore, tmp_p
     assert found(again, "b", "t") is not None
     again.collect()
     assert again.folder.set_aside_count() == 0
+    again.close()
+
+
+def test_a_flip_of_any_byte_of_the_index_costs_misses_at_most(store: DiskStore, tmp_path: Path) -> None:
+    for number in range(4):
+        store.put(record(f"r{number}", tenant="t" * (number % 2)))
+    store._index.compact()
+    store.close()
+    whole = store.folder.index.read_bytes()
+    keys = whole.rindex(b'["r')
+    written = [at for at, byte in enumerate(whole) if byte]
+    for at in [*range(keys, keys + 6), *random.Random(0).sample(written, 24)]:
+        folder = tmp_path / f"flipped-{at}"
+        shutil.copytree(tmp_path / "kv", folder)
+        (folder / "index.sqlite").write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+
+        again = DiskStore(folder, 64 * MIB, ttl=1e9)
+        for number in range(4):
+            found(again, f"r{number}", "t" * (number % 2))
+        again.put(record("more"))
+        checked = again.verify()
+        assert checked.damaged <= 1, f"byte {at}: nothing but the entry that was hit may be given up"
+        again.collect()
+        again.close()
+        reopened = DiskStore(folder, 64 * MIB)
+        assert sum(total.entries for total in reopened.totals()) >= checked.whole
+        reopened.close()
+
+
+def header_of(**facts: object) -> bytes:
+    """The beginning of a safetensors file that says such things of itself."""
+    named = {"layout": 1, "kind": "reading", "tenant": "", "fingerprint": "model", "keys": ["k"], "about": {}}
+    text = json.dumps({**named, "tokens": 1, "generation": 0, "rank": 0, **facts})
+    header = json.dumps({"__metadata__": {"agentmesh": text}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header_of(tokens=float("inf")),
+        header_of(rank=10**30),
+        header_of(generation=-(10**30)),
+        header_of(keys=["\ud800"]),
+        header_of(keys=7),
+        header_of(tokens=[]),
+        (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    ],
+)
+def test_files_that_say_impossible_things_of_themselves_are_set_aside(
+    store: DiskStore, tmp_path: Path, content: bytes
+) -> None:
+    store.put(record("a"))
+    (file_of(store, "a").parent / f"{digest_of(content)}.safetensors").write_bytes(content)
+
+    again = DiskStore(tmp_path / "kv", 64 * MIB)
+    assert again.folder.set_aside_count() == 1
+    assert found(again, "a") is not None
     again.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, final
@@ -19,7 +20,13 @@ class ModelThread:
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agentmesh-engine")
+        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="agentmesh-engine", initializer=self._begun)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still do something; a thread that has nothing to do yet is not made before its first work."""
+        return self._thread is None or self._thread.is_alive()
 
     @property
     def executor(self) -> ThreadPoolExecutor:
@@ -37,3 +44,6 @@ class ModelThread:
     def close(self, *, wait: bool = True) -> None:
         """Do nothing more; waits for the work that is running, unless told not to."""
         self._pool.shutdown(wait=wait, cancel_futures=True)
+
+    def _begun(self) -> None:
+        self._thread = threading.current_thread()

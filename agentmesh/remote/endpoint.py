@@ -141,6 +141,8 @@ class Endpoint:
             ) from error
         except httpx2.InvalidURL as error:
             raise RemoteError(f"{self.spec.remote} is no address that can be asked: {error}") from error
+        except httpx2.DecodingError as error:
+            raise RemoteError(f"{self.spec.remote}: what it answers cannot be decoded ({error})") from error
         except (httpx2.TransportError, httpx2.StreamError) as error:
             words = f"{type(error).__name__}: {error}"
             raise TransientError(f"{self.spec.remote}: the connection broke off ({words})") from error
@@ -174,7 +176,7 @@ class Endpoint:
                 break
         try:
             found = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = data.decode("utf-8", "replace")
         error = found.get("error", found.get("detail", found)) if isinstance(found, dict) else found
         status = response.status_code
@@ -213,7 +215,7 @@ class Endpoint:
         try:
             answer = await client.get(f"{self.spec.remote.rstrip('/')}/models", timeout=CONNECT_S)
             names = [str(model["id"]) for model in answer.json()["data"]]
-        except (httpx2.TransportError, ValueError, LookupError, TypeError):
+        except (httpx2.RequestError, ValueError, LookupError, TypeError, RecursionError):
             return wrong
         return f"it serves {listing(names)}.{did_you_mean(self.spec.name, names)}" if names else wrong
 

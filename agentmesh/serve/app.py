@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from agentmesh.errors import AgentmeshError
+from agentmesh.local import LocalBackend
 from agentmesh.serve.asked import Unheard
 from agentmesh.serve.guard import Guard, response
 from agentmesh.serve.keys import Keys
@@ -63,7 +64,7 @@ def make_app(service: Service) -> FastAPI:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     app = FastAPI(title="agentmesh", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.runs = runs
+    app.state.runs, app.state.meshes = runs, meshes
     app.include_router(NativeApi(meshes, runs, limits).router)
     app.include_router(OpenAiApi(meshes, runs, limits, service.unheard).router)
     app.add_api_route("/metrics", counted)
@@ -85,9 +86,17 @@ async def health() -> dict[str, str]:
 
 
 async def ready(request: Request) -> JSONResponse:
-    """Whether new runs are taken."""
+    """Whether new runs are taken: the server is not about to stop, and the threads of all models are alive."""
     runs: Runs = request.app.state.runs
-    return JSONResponse({"status": "stopping"}, 503) if runs.closing else JSONResponse({"status": "ready"})
+    dead = [name for name, served in request.app.state.meshes.items() if not _alive(served)]
+    if runs.closing:
+        return JSONResponse({"status": "stopping"}, 503)
+    return JSONResponse({"status": "broken", "meshes": dead}, 503) if dead else JSONResponse({"status": "ready"})
+
+
+def _alive(served: Served) -> bool:
+    backend = served.mesh.backend
+    return not isinstance(backend, LocalBackend) or backend.engine.thread.alive
 
 
 async def page(name: str = "index.html") -> Response:

@@ -55,6 +55,10 @@ IGNORED = frozenset(
 """Parameters that change no answer here."""
 
 
+STOPS = 4
+"""Stop texts of one request, as with OpenAI: each is looked for behind every token."""
+
+
 class Unheard(Choice):
     """What to do with messages that a mesh has no input for."""
 
@@ -112,6 +116,12 @@ class ChatRequest(BaseModel):
         Raises:
             RefusedError: a parameter that is unknown, or has a value that asks for something.
         """
+        if self.stream_options is not None and not self.stream:
+            raise RefusedError(
+                400, "'stream_options' are for streams; send `stream: true`, too", param="stream_options"
+            )
+        if isinstance(self.stop, list) and len(self.stop) > STOPS:
+            raise RefusedError(400, f"{len(self.stop)} stop texts; expected at most {STOPS}", param="stop")
         for name, value in (self.model_extra or {}).items():
             if name in IGNORED or value is None:
                 continue

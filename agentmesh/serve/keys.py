@@ -43,7 +43,8 @@ def read_keys(file: Path | None, variable: str | None) -> Keys:
         variable: the same, with commas for line ends.
 
     Raises:
-        InputError: the file cannot be read, or an entry is no tenant and key; keys are never repeated in messages.
+        InputError: the file cannot be read or holds no key, an entry is no tenant and key, or a key stands for two
+            tenants; keys are never repeated in messages.
     """
     lines: list[tuple[str, str]] = []
     if file is not None:
@@ -51,11 +52,21 @@ def read_keys(file: Path | None, variable: str | None) -> Keys:
             lines += [(f"{file}:{n}", line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1)]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: the keys cannot be read: {error}") from error
+    if file is not None and not list(_parsed(lines)):
+        raise InputError(
+            f"{file}: holds no key, so everybody on this machine would be let in; leave --keys out for that"
+        )
     lines += [(f"{VARIABLE}, entry {n}", entry) for n, entry in enumerate((variable or "").split(","), 1)]
-    return Keys(dict(_parsed(lines)))
+    tenants: dict[str, str] = {}
+    for place, digest, tenant in _parsed(lines):
+        other = tenants.setdefault(digest, tenant)
+        if other != tenant:
+            raise InputError(f"{place}: the key of {tenant} is that of {other}, too; a key stands for one tenant")
+    return Keys(tenants)
 
 
-def _parsed(lines: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+def _parsed(lines: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str, str]]:
+    """Place, digest and tenant of each key."""
     for place, line in lines:
         words = line.partition("#")[0].split()
         if not words:
@@ -66,7 +77,7 @@ def _parsed(lines: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
         hashed = _HASHED.fullmatch(key)
         if hashed is None and len(key) < SHORTEST:
             raise InputError(f"{place}: the key of {tenant} has {len(key)} characters; expected at least {SHORTEST}")
-        yield hashed[1] if hashed else _digest(key), tenant
+        yield place, hashed[1] if hashed else _digest(key), tenant
 
 
 def _digest(key: str) -> str:

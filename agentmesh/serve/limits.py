@@ -110,11 +110,11 @@ class Gate:
             waited = f"{self._limits.wait_s:g} s"
             raise busy(f"the run waited {waited} for its turn and none came; try again later", self.retry_after)
 
-    def close(self, ticket: Ticket, took_s: float) -> None:
-        """A run has ended, or will never begin; ``took_s`` seconds after its beginning."""
+    def close(self, ticket: Ticket, took_s: float | None) -> None:
+        """A run has ended ``took_s`` seconds after its beginning; ``None`` for one that will never begin."""
         if ticket.at_work:
             self._at_work[ticket.tenant] -= 1
-            self._typical_s += (took_s - self._typical_s) / 8
+            self._typical_s += 0.0 if took_s is None else (took_s - self._typical_s) / 8
         else:
             self._waiting.remove(ticket)
         self._next()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from types import MappingProxyType
 from typing import Any, final
 
 from fastapi import APIRouter, Request
@@ -79,21 +80,22 @@ class OpenAiApi:
 
     async def _chunks(self, run: Run, *, usage: bool) -> AsyncIterator[str]:
         """The answer in pieces, as server-sent events."""
-        yield _data(_chunk(run, {"role": "assistant", "content": ""}))
-        words = Words(run.order.served.mesh.blueprint)
+        part = partial(_chunk, run, more={"usage": None} if usage else {})
+        yield _data(part({"role": "assistant", "content": ""}))
+        words = Words(run.order.served.mesh.blueprint, _stops(run))
         async for note in run.follow(-1, self._limits.beat_s):
             if note is None:
                 yield ": still there\n\n"
             elif note.type == TokenText.model_fields["type"].default and (piece := words.take(note.data)):
-                yield _data(_chunk(run, {"content": piece}))
+                yield _data(part({"content": piece}))
         if run.error is not None:
             yield _data(run.error.body)
             return
-        if rest := words.rest(run.answer or ""):
-            yield _data(_chunk(run, {"content": rest}))
-        yield _data(_chunk(run, {}, _finish(run)))
+        if rest := words.rest(_answer(run)):
+            yield _data(part({"content": rest}))
+        yield _data(part({}, _finish(run)))
         if usage:
-            yield _data({**_chunk(run, {}), "choices": [], "usage": _usage(run), "agentmesh": _facts(run)})
+            yield _data({**part({}), "choices": [], "usage": _usage(run), "agentmesh": _facts(run)})
         yield "data: [DONE]\n\n"
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -102,14 +104,20 @@ class OpenAiApi:
 
 @final
 class Words:
-    """Turns the output node's tokens into an answer without white space around it."""
+    """Turns the output node's tokens into an answer: no white space around it, and no stop text behind it.
 
-    def __init__(self, blueprint: Blueprint) -> None:
+    Args:
+        blueprint: of the mesh.
+        stops: stop texts that the client asked for: what could become one is held back.
+    """
+
+    def __init__(self, blueprint: Blueprint, stops: Sequence[str] = ()) -> None:
         topology = blueprint.topology
         self._output, self._round = topology.output, topology.rounds - 1
         spec = blueprint.members[topology.output].spec
         retry = blueprint.run.retry if spec is None or spec.retry is None else spec.retry
         self._live = isinstance(spec, LlmAgentSpec) and not retry  # what is sent cannot be taken back
+        self._stops = tuple(stops)
         self._sent = ""
         self._held = ""
 
@@ -121,7 +129,11 @@ class Words:
             return ""
         text = self._held + event.text
         text = text if self._sent else text.lstrip()
-        piece = text.rstrip()
+        before = before_stop(text, self._stops)
+        self._live = before == text
+        sizes = ((stop, size) for stop in self._stops for size in range(1, min(len(stop), len(before) + 1)))
+        begun = max((size for stop, size in sizes if stop.startswith(before[-size:])), default=0)
+        piece = before[: len(before) - begun].rstrip()
         self._held = text[len(piece) :]
         self._sent += piece
         return piece
@@ -129,6 +141,11 @@ class Words:
     def rest(self, answer: str) -> str:
         """What of the answer was not sent yet: all of it, where no model wrote it or a retry might have changed it."""
         return answer[len(self._sent) :] if answer.startswith(self._sent) else ""
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first stop text in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 @final
@@ -162,15 +179,33 @@ async def _first_of(event: asyncio.Event, request: Request) -> None:
             wait.cancel()
 
 
+def _stops(run: Run) -> tuple[str, ...]:
+    """Stop texts that the client asked for; they end what a model writes, and nothing else."""
+    order = run.order
+    blueprint = order.served.mesh.blueprint
+    written = isinstance(blueprint.members[blueprint.topology.output].spec, LlmAgentSpec)
+    return order.answer.stop if order.answer is not None and written else ()
+
+
+def _answer(run: Run) -> str:
+    """The answer as OpenAI's clients expect it: without the stop text that the mesh's message ends with."""
+    stops = _stops(run)
+    text = before_stop(run.answer or "", stops)
+    bare = [len(end) for stop in stops if text.endswith(end := stop.rstrip())]  # the run cut white space off
+    return text[: len(text) - (max(bare, default=0) if _finish(run) == "stop" else 0)].rstrip()
+
+
 def _completion(run: Run) -> dict[str, Any]:
-    message = {"role": "assistant", "content": run.answer, "refusal": None}
+    message = {"role": "assistant", "content": _answer(run), "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": _finish(run), "logprobs": None}
     return {**_head(run, "chat.completion"), "choices": [choice], "usage": _usage(run), "agentmesh": _facts(run)}
 
 
-def _chunk(run: Run, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
+def _chunk(
+    run: Run, delta: dict[str, str], finish: str | None = None, *, more: Mapping[str, None] = MappingProxyType({})
+) -> dict[str, Any]:
     choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-    return {**_head(run, "chat.completion.chunk"), "choices": [choice]}
+    return {**_head(run, "chat.completion.chunk"), "choices": [choice], **more}
 
 
 def _head(run: Run, kind: str) -> dict[str, Any]:

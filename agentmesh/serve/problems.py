@@ -36,8 +36,8 @@ class RefusedError(AgentmeshError):
     @property
     def body(self) -> dict[str, Any]:
         """The error as JSON."""
-        facts = {"type": self.kind, "param": self.param or None, "code": self.code or None}
-        return {"error": {"message": str(self), **facts}}
+        facts = {"type": self.kind, "param": _sendable(self.param) or None, "code": self.code or None}
+        return {"error": {"message": _sendable(str(self)), **facts}}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -45,6 +45,11 @@ class RefusedError(AgentmeshError):
         if self.retry_after:
             return {"Retry-After": str(self.retry_after)}
         return {"x-should-retry": "false"} if self.status >= 500 else {}
+
+
+def _sendable(text: str) -> str:
+    """A text without halves of characters, which JSON can bring in and UTF-8 cannot carry out again."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def busy(message: str, retry_after: int) -> RefusedError:

@@ -8,6 +8,7 @@ import time
 import uuid
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -189,8 +190,11 @@ class Runs:
         """
         if self.closing:
             raise RefusedError(503, "the server is about to stop", kind=SERVER, code="closing", retry_after=5)
-        inputs = await order.served.complete(order.inputs, self._limits.input_tokens)
-        ticket = self._gate.claim(order.tenant)
+        ticket = self._gate.claim(order.tenant)  # first: counting tokens is work, which a full server does not take on
+        with ExitStack() as undo:
+            undo.callback(self._gate.close, ticket, None)
+            inputs = await order.served.complete(order.inputs, self._limits.input_tokens)
+            undo.pop_all()
         run = Run(replace(order, inputs=inputs))
         self._kept.setdefault(order.tenant, {})[run.id] = run
         work = self._tasks[run] = asyncio.ensure_future(self._work(run, ticket))

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import final
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from agentmesh.errors import UsageError
 from agentmesh.serve.app import Service, make_app
@@ -50,6 +52,7 @@ def run(service: Service, listen: socket.socket, say: Callable[[str], None]) -> 
     app = make_app(service)
     config = uvicorn.Config(
         app,
+        http=Punctual,
         log_level="warning",
         access_log=False,
         lifespan="on",
@@ -66,6 +69,39 @@ def run(service: Service, listen: socket.socket, say: Callable[[str], None]) -> 
     asyncio.run(server.serve(sockets=[listen]))
     if server.interrupted:
         raise KeyboardInterrupt
+
+
+@final
+class Punctual(H11Protocol):
+    """Uvicorn's HTTP, closing connections on which no whole head of a request comes within ``timeout_keep_alive``.
+
+    Left to itself it waits for the first one for ever, and nobody needs a key to take up all connections with that.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn's own
+        """A client is there, and silent so far."""
+        super().connection_made(transport)
+        self._expect(silent=True)
+
+    def data_received(self, data: bytes) -> None:
+        """Something came: a head, or a part of one, or of a body."""
+        super().data_received(data)
+        self._expect(silent=self.conn.their_state is h11.IDLE)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        self._expect(silent=False)
+        super().connection_lost(exc)
+
+    def _expect(self, *, silent: bool) -> None:
+        """Wait for a head from the first moment on in which one is missing."""
+        if silent and self._late is None:
+            self._late = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        elif not silent and self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 @final

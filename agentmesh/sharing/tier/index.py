@@ -21,6 +21,9 @@ BUSY_S = 5.0
 TRIES = 40
 CHECKPOINT_PAGES = 64
 FIELDS = "tenant, digest, kind, fingerprint, nbytes, tokens, generation, rank, keys, created, used"
+KINDS = (str, str, str, str, int, int, int, int, str, float, float)
+"""What fields hold. Columns have no types that SQLite would insist on, and a flipped byte may change a value's."""
+
 TABLES = """
 CREATE TABLE IF NOT EXISTS entries(
   tenant TEXT NOT NULL, digest TEXT NOT NULL, kind TEXT NOT NULL, fingerprint TEXT NOT NULL, nbytes INTEGER NOT NULL,
@@ -110,6 +113,8 @@ class Index:
             for statement in TABLES.split(";"):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version={VERSION}")
+        for _ in self.all():  # a flipped byte inside a value is nothing that SQLite would see
+            pass
 
     def close(self) -> None:
         """Close the connection."""
@@ -227,12 +232,23 @@ class Index:
 
     def _drop(self, pair: tuple[str, str]) -> None:
         for row in self._db.execute("SELECT keys FROM entries WHERE tenant = ? AND digest = ?", pair).fetchall():
-            named = [(key, *pair) for key in json.loads(row[0])]
+            named = [(key, *pair) for key in _keys(row[0])]
             self._db.executemany("DELETE FROM names WHERE key = ? AND tenant = ? AND digest = ?", named)
         self._db.execute("DELETE FROM entries WHERE tenant = ? AND digest = ?", pair)
 
 
 def _entry(row: Sequence[Any]) -> Entry:
+    if any(not isinstance(value, kind) for value, kind in zip(row, KINDS, strict=True)):
+        raise sqlite3.DatabaseError("the index is damaged: a field is of another kind")
     tenant, digest, kind, fingerprint, nbytes, tokens, generation, rank, keys, created, used = row
-    names = tuple(json.loads(keys))
-    return Entry(tenant, digest, kind, fingerprint, nbytes, tokens, generation, rank, names, created, used)
+    return Entry(tenant, digest, kind, fingerprint, nbytes, tokens, generation, rank, _keys(keys), created, used)
+
+
+def _keys(text: str) -> tuple[str, ...]:
+    try:
+        names = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise sqlite3.DatabaseError(f"the index is damaged: {error}") from error
+    if not isinstance(names, list) or any(not isinstance(name, str) for name in names):
+        raise sqlite3.DatabaseError("the index is damaged: an entry's keys are no list of texts")
+    return tuple(names)

@@ -21,6 +21,8 @@ HEAD = 1 << 16
 """Bytes read at first to learn what a file holds; a longer header is read as long as it is, up to ``LONGEST``."""
 
 LONGEST = 1 << 24
+LARGEST = 1 << 63
+"""Of numbers that SQLite keeps, without their sign."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Record:
                 facts["generation"],
                 facts["rank"],
             )
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(str(error)) from error
 
 
@@ -96,11 +98,12 @@ def entry_of(data: bytes, digest: str, nbytes: int, now: float) -> Entry:
         named = ("tenant", "kind", "fingerprint", "tokens", "generation", "rank")
         tenant, kind, fingerprint, tokens, generation, rank = (facts[name] for name in named)
         keys = tuple(map(str, facts["keys"]))
+        "".join([str(tenant), str(kind), str(fingerprint), *keys]).encode()
         return Entry(
-            str(tenant), digest, str(kind), str(fingerprint), nbytes, int(tokens), int(generation), int(rank), keys,
-            now, now,
+            str(tenant), digest, str(kind), str(fingerprint), nbytes, _number(tokens), _number(generation),
+            _number(rank), keys, now, now,
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedError(str(error)) from error
 
 
@@ -114,6 +117,12 @@ def header_bytes(data: bytes) -> int:
     if not 0 < size <= LONGEST:
         raise DamagedError(f"a header of {size} bytes")
     return size
+
+
+def _number(value: Any) -> int:
+    if not -LARGEST < int(value) < LARGEST:
+        raise ValueError("a number that no index can hold")
+    return int(value)
 
 
 def _facts(header: bytes) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from inprocess import command
 
 from agentmesh.bench import session, ttft
 from agentmesh.bench.data import Question
@@ -44,12 +43,6 @@ def folder(tmp_path: Path) -> Path:
     lines = [json.dumps({"id": i, "question": f"Problem {i}: " + "count the boats. " * 4}) for i in range(12)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     return tmp_path
-
-
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "agentmesh", *arguments], cwd=cwd, capture_output=True, text=True, check=False
-    )
 
 
 def figures(*arguments: str, cwd: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inprocess import command
 
 from agentmesh.cli import invoke
 from agentmesh.record import find_run, outcome, read_events, runs
@@ -40,13 +40,13 @@ def mesh(tmp_path: Path) -> Path:
     return path
 
 
-def command(*arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def started(*arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "agentmesh", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, cwd=cwd, timeout=120, check=False, **options)
 
 
 def test_run_prints_one_json_object_with_the_stable_keys(mesh: Path, tmp_path: Path) -> None:
-    done = command("run", mesh, "-i", "question=What is 3 + 4?", "--format", "json", cwd=tmp_path)
+    done = started("run", mesh, "-i", "question=What is 3 + 4?", "--format", "json", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -142,7 +142,7 @@ def test_looking_at_files_is_quick_and_loads_no_model(tmp_path: Path) -> None:
         times = []
         for _ in range(3):
             begun = time.perf_counter()
-            done = command(*arguments, cwd=tmp_path)
+            done = started(*arguments, cwd=tmp_path)
             times.append(time.perf_counter() - begun)
             assert done.returncode == 0, done.stderr
         assert min(times) < 1.0, arguments
@@ -169,10 +169,11 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
     assert "question=" in capsys.readouterr().out
 
 
-def test_options_can_be_set_in_the_environment(mesh: Path, tmp_path: Path) -> None:
-    settings = {**os.environ, "AGENTMESH_RUN_PRESET": "dense", "AGENTMESH_RUN_FORMAT": "json"}
+def test_options_can_be_set_in_the_environment(mesh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTMESH_RUN_PRESET", "dense")
+    monkeypatch.setenv("AGENTMESH_RUN_FORMAT", "json")
 
-    done = command("run", mesh, "-i", "question=x", cwd=tmp_path, env=settings)
+    done = command("run", mesh, "-i", "question=x", cwd=tmp_path)
 
     assert json.loads(done.stdout)["calls"][0]["preset"] == "dense"
 
@@ -213,7 +214,7 @@ def test_a_full_disk_fails_the_run_and_keeps_what_was_finished(mesh: Path, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 
     arguments = ["run", mesh, "-i", "question=" + "long " * 400, "--display", "none"]
-    done = command(*arguments, cwd=tmp_path, preexec_fn=small_files)  # a single-threaded child
+    done = started(*arguments, cwd=tmp_path, preexec_fn=small_files)  # a single-threaded child
 
     assert done.returncode == 1
     assert "cannot write the run's record" in " ".join(done.stderr.split())

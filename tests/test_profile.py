@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from inprocess import command
 
 from agentmesh.config.load import mesh_from_dict
 from agentmesh.config.mesh import ModelSpec
@@ -263,15 +264,12 @@ def test_on_a_device_work_counts_where_the_device_does_it() -> None:
     assert [operation.name for operation in look.operations if operation.device] == ["gemm", "copy"]
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "agentmesh", *arguments], cwd=cwd, capture_output=True, text=True, check=False
-    )
-
-
 def test_a_run_puts_its_profile_into_its_record(tmp_path: Path) -> None:
     (tmp_path / "mesh.yaml").write_text(json.dumps(MESH))
-    done = command("run", "mesh.yaml", "-i", "question=How many boats?", "--profile", "--display", "none", cwd=tmp_path)
+    line = ["run", "mesh.yaml", "-i", "question=How many boats?", "--profile", "--display", "none"]
+    command = [sys.executable, "-m", "agentmesh", *line]  # a process, of which the C library's words are seen, too
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
     assert "where the time went: run" in done.stderr

@@ -409,6 +409,8 @@ def test_anchors_take_at_most_a_share_of_a_short_block() -> None:
     assert [recompute.head(tokens) for tokens in (4, 40, 80, 1000)] == [0, 8, 16, 16]
     assert [recompute.line_breaks(tokens) for tokens in (4, 40, 80, 1000)] == [0, 4, 8, 8]
     assert Recompute(first=16).head(8) == 8
+    assert Recompute(first=16, documents=0.3).head(100, corpus=True) == 8, "a look picks more of them"
+    assert Recompute(first=16).head(100, corpus=True) == 16
 
 
 def test_placing_is_judged_by_most_prefills_and_tried_again() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from agentmesh.communicator.labels import Label, Labels, computed
 from agentmesh.communicator.learner import Verdict, shares
-from agentmesh.config.presets import PresetSpec
+from agentmesh.config.presets import PresetSpec, Recompute
 from agentmesh.engine.composition import Composition, Placement
 from agentmesh.events import Reason, Treatment
 from agentmesh.kv.values import KVSource
@@ -48,6 +48,11 @@ class Poor:
     number: int
     tokens: range
     reason: Reason
+
+
+def head(recompute: Recompute, match: Match) -> int:
+    """How many tokens at the beginning of a match are computed."""
+    return recompute.head(match.tokens, corpus=match.relation is Relation.CORPUS)
 
 
 def without_base(prompt: Prompt, decisions: Sequence[Decision]) -> Iterator[Poor]:
@@ -99,9 +104,9 @@ class Brush:
     def _anchor(self, labels: Labels, number: int, match: Match) -> None:
         """Compute a block's head and its last tokens with a line break."""
         recompute, tokens = self.choice.recompute, labels.prompt.tokens
-        head = match.start + recompute.head(match.tokens)
-        labels.paint(match.start, head, computed(Reason.BLOCK_HEAD, number))
-        found = [position for position in range(head, match.stop) if tokens[position] in self.line_breaks]
+        begin = match.start + head(recompute, match)
+        labels.paint(match.start, begin, computed(Reason.BLOCK_HEAD, number))
+        found = [position for position in range(begin, match.stop) if tokens[position] in self.line_breaks]
         for position in found[max(len(found) - recompute.line_breaks(match.tokens), 0) :]:
             labels.paint(position, position + 1, computed(Reason.LINE_BREAK, number))
 

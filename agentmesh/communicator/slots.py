@@ -14,7 +14,17 @@ from typing import Any, final
 import torch
 
 from agentmesh.communicator.base import Plan, Preset
-from agentmesh.communicator.blocks import Brush, Decision, Poor, apart, compose, compose_whole, paint_best, without_base
+from agentmesh.communicator.blocks import (
+    Brush,
+    Decision,
+    Poor,
+    apart,
+    compose,
+    compose_whole,
+    head,
+    paint_best,
+    without_base,
+)
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Labels
 from agentmesh.communicator.learner import Learner, Verdict, shares
@@ -201,7 +211,7 @@ class Slots(Preset):
 
     def _decide(self, prompt: Prompt, matches: Sequence[Match]) -> tuple[Decision, ...]:
         """Gate every match; where one has to be observed first, none is placed."""
-        tokens = sum(match.tokens - self._choice.recompute.head(match.tokens) for match in matches)
+        tokens = sum(match.tokens - head(self._choice.recompute, match) for match in matches)
         asks = self._spec.cost_gate and prompt.reader.sees is None and not self.learner.frozen
         pays = not asks or self._costs.placing_pays(tokens)
         decisions = [Decision(match, self._gate(prompt, match, pays=pays)) for match in matches]
@@ -230,7 +240,7 @@ class Slots(Preset):
         """Parts of matches that have a nearer base; placed where their match is."""
         for decision in decisions if self._choice.repeats else ():
             match = decision.match
-            begin = match.start + self._choice.recompute.head(match.tokens)
+            begin = match.start + head(self._choice.recompute, match)
             for found in copies(self.keeper.segments, prompt, match, begin, self._spec.max_depth):
                 yield Decision(found, Verdict(self._still) if decision.placed else decision.verdict)
 
@@ -300,11 +310,11 @@ class Slots(Preset):
         for decision in plan.decisions:
             match = decision.match
             if shares(match.relation) and match.tokens >= self._spec.min_tokens:
-                head = min(self._choice.recompute.head(match.tokens), match.tokens - 1)
-                base = match.cut(match.start + head, match.stop)
-                truth = arena.read_free(match.start + head, match.stop, self.keeper.rope)
-                own = [p for p in range(match.start + head, match.stop) if p not in plan.apart] or [match.stop - 1]
-                index = torch.tensor(own, device=truth.keys.device) - match.start - head
+                begin = match.start + min(head(self._choice.recompute, match), match.tokens - 1)
+                base = match.cut(begin, match.stop)
+                truth = arena.read_free(begin, match.stop, self.keeper.rope)
+                own = [p for p in range(begin, match.stop) if p not in plan.apart] or [match.stop - 1]
+                index = torch.tensor(own, device=truth.keys.device) - begin
                 numbers = [position - match.start for position in own]
                 self.learner.observe(prompt.reader, match, base.take(index), truth.take(index), numbers)
 

@@ -53,9 +53,9 @@ class Recompute(Frozen):
 
     ``first`` tokens of each block, at most a share ``most_first`` of it; its last ``breaks`` tokens with a line break,
     at most a share ``most_breaks`` of it, whose offsets are the largest and the least predictable (docs/method.md); and
-    ``ratio`` of the others, picked ``by`` a look at the cache. ``documents`` is the ratio for passages that are known
-    from the corpus alone. ``fixed`` says whether fixed text between blocks is computed; only the ``anchors`` realigner
-    can place it.
+    ``ratio`` of the others, picked ``by`` a look at the cache. Of passages that are known from the corpus alone it is
+    ``documents_first`` tokens, and a share ``documents`` that a look at the question's attention picks. ``fixed`` says
+    whether fixed text between blocks is computed; only the ``anchors`` realigner can place it.
     """
 
     first: Annotated[Integer, Field(ge=0)] = 0
@@ -65,11 +65,13 @@ class Recompute(Frozen):
     ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
     by: Picking = Picking.DEVIATION
     documents: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    documents_first: Annotated[Integer, Field(ge=0)] = 8
     fixed: bool = True
 
-    def head(self, tokens: int) -> int:
-        """Tokens at the beginning of a block of so many that are computed."""
-        return min(self.first, int(self.most_first * tokens))
+    def head(self, tokens: int, *, corpus: bool = False) -> int:
+        """Tokens at the beginning of a block of so many that are computed, less where a look picks more of them."""
+        first = min(self.first, self.documents_first) if corpus and self.documents else self.first
+        return min(first, int(self.most_first * tokens))
 
     def line_breaks(self, tokens: int) -> int:
         """Line breaks at the end of a block of so many tokens that are computed at most."""

@@ -32,13 +32,13 @@ class AttentionWatch:
     def see(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> None:
         """Add one layer's attention; shapes as in ``attention``."""
         query = query[:, :, self._skip :]
-        groups = query.shape[1] // key.shape[1]
-        grouped = query.view(query.shape[0], key.shape[1], groups, *query.shape[2:]).float()
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = grouped @ key.unsqueeze(2).float().mT * scale
+        batch, heads, asking, dims = query.shape
+        scale = dims**-0.5 if scale is None else scale
+        rows = (query.float() * scale).reshape(batch, key.shape[1], -1, dims)  # no key is repeated
+        scores = (rows @ key.float().mT).view(batch, heads, asking, -1)
         if mask is not None:
-            scores = scores + mask[:, :, self._skip :].unsqueeze(2).float()
-        paid = scores.softmax(dim=-1).sum(dim=(0, 1, 2, 3))
+            scores += mask[:, :, self._skip :].float()
+        paid = scores.softmax(dim=-1).sum(dim=(0, 1, 2))
         self.total = paid if not len(self.total) else self.total + paid
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agentmesh.agents.base import Agent
@@ -14,6 +15,7 @@ from agentmesh.config.mesh import (
     CustomAgentSpec,
     LlmAgentSpec,
     ModelSpec,
+    Order,
     PythonAgentSpec,
     Reads,
     RemoteModelSpec,
@@ -181,6 +183,7 @@ def draft(loaded: LoadedMesh, graph: Topology | None = None, objects: Mapping[st
     _check_input_names(loaded)
     folder = Path() if loaded.document is None else Path(loaded.document.name).parent
     name = spec.name or (loaded.topology_name if loaded.document is None else Path(loaded.document.name).stem)
+    members = _shared_first(members, model)
     return Blueprint(name, topology, members, spec.inputs, spec.defaults, model, spec.communicator, spec.run, folder)
 
 
@@ -189,6 +192,23 @@ def _model(model: ModelSpec | RemoteModelSpec, members: Iterable[Member]) -> Mod
     writing = [member for member in members if isinstance(member.spec, LlmAgentSpec | CustomAgentSpec | None)]
     own = [member.remote for member in writing if member.remote is not None]
     return own[0] if own and len(own) == len(writing) else model
+
+
+def _shared_first(members: Mapping[str, Member], model: ModelSpec | RemoteModelSpec) -> dict[str, Member]:
+    """Members with their own text behind the shared text, where several read it at one endpoint (issue 6)."""
+    found: dict[str, Member] = dict(members)
+    ends: dict[str, tuple[str, str]] = {}
+    for node, member in members.items():
+        remote = member.remote or model
+        if isinstance(remote, RemoteModelSpec) and remote.order is Order.SHARED_FIRST:
+            ends[node] = (remote.remote, remote.name)
+    counts = Counter(ends[node] for node in ends if isinstance(members[node].spec, LlmAgentSpec))
+    for node, end in ends.items():
+        spec = members[node].spec
+        if isinstance(spec, LlmAgentSpec) and spec.system and counts[end] > 1:
+            moved = {"system": "", "prompt": f"{spec.prompt.strip()}\n\n{spec.system.strip()}"}
+            found[node] = replace(members[node], spec=spec.model_copy(update=moved))
+    return found
 
 
 def _check_kv_edges(

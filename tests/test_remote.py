@@ -245,7 +245,7 @@ def test_an_agent_with_a_memory_sends_its_earlier_turns() -> None:
         mesh.run(question="What?")
         roles = [[message["role"] for message in request["body"]["messages"]] for request in double.requests()]
 
-    assert roles.count(["system", "user", "assistant", "user"]) == 2
+    assert roles.count(["user", "assistant", "user"]) == 2
 
 
 def test_remote_and_local_agents_read_each_other() -> None:
@@ -284,24 +284,39 @@ def test_what_a_remote_agent_wrote_is_new_text_to_a_local_reader() -> None:
     assert result.usage_by_agent["agent.3"].placed_realigned > 0
 
 
-def planned(**changes: Any) -> Forecast:
-    remote = {"remote": "http://127.0.0.1:1/v1", "name": "big"}
+def planned(order: str = "shared-first", **changes: Any) -> Forecast:
+    remote = {"remote": "http://127.0.0.1:1/v1", "name": "big", "order": order}
     agents = {"agent": {**READ, "role": ["Solver", "Checker", "Editor"], "model": remote}, **changes}
     data = {"version": 1, "topology": {"use": "fully-connected", "agents": 3}, "agents": agents}
     return forecast(draft(mesh_from_dict({**data, "communicator": "linear"})))
 
 
 def test_a_plan_says_that_text_is_sent_and_what_the_order_of_texts_costs() -> None:
-    role_first = planned()
-    alike = planned(agent={"prompt": READ["prompt"], "model": {"remote": "http://127.0.0.1:1/v1", "name": "big"}})
+    as_written, shared_first = planned("as-written"), planned()
     mixed = planned(**{"agent.2": READ})
 
-    assert {slot.reason for visit in role_first.visits for slot in visit.slots} == {Reason.REMOTE_TEXT}
-    assert role_first.visits[0].note == "text to big at http://127.0.0.1:1/v1"
-    assert any("agent.2: with its own text behind" in line and "question" in line for line in role_first.advice)
-    assert not alike.advice
-    assert "has read question, message agent.1@0 as the beginning of agent.2" in alike.visits[2].note
+    assert {slot.reason for visit in as_written.visits for slot in visit.slots} == {Reason.REMOTE_TEXT}
+    assert as_written.visits[0].note == "text to big at http://127.0.0.1:1/v1"
+    assert any("agent.2: with its own text behind" in line and "question" in line for line in as_written.advice)
+    assert not shared_first.advice
+    assert "has read question, message agent.1@0 as the beginning of agent.2" in shared_first.visits[2].note
     assert {slot.reason for slot in mixed.visits[1].slots} == {Reason.FIRST_READER}
+
+
+def test_texts_that_several_agents_of_an_endpoint_read_are_a_common_beginning() -> None:
+    with endpoint("text:a") as double:
+        agents = {
+            "worker": {**READ, "role": ["Solver", "Checker"]},
+            "hub": {**READ, "model": spec(double, name="tiny-long")},
+        }
+        mesh = Mesh(agents=agents, topology={"use": "star", "workers": 2}, model=spec(double))
+        mesh.run(question="What is shared?")
+        sent = [request["body"]["messages"] for request in double.requests()]
+
+    texts = [[(message["role"], message["content"]) for message in messages] for messages in sent]
+    assert [("user", "What is shared?\n\nYou are a Solver.")] in texts
+    assert [("user", "What is shared?\n\nYou are a Checker.")] in texts
+    assert texts[-1][0] == ("system", "You are a hub."), "it has its endpoint for itself"
 
 
 def test_a_mesh_of_remote_agents_alone_loads_no_model_of_this_machine() -> None:

@@ -72,6 +72,17 @@ class ModelSpec(Frozen):
     decode: Decode = Decode.SAME
 
 
+class Order(Choice):
+    """How a prompt is ordered that goes to an endpoint, whose cache knows common beginnings only.
+
+    ``shared-first`` puts an agent's system text behind its prompt, so that texts which several agents of an endpoint
+    read come first; an agent that has an endpoint for itself keeps its order. ``as-written`` sends what the mesh says.
+    """
+
+    SHARED_FIRST = "shared-first"
+    AS_WRITTEN = "as-written"
+
+
 class RemoteModelSpec(Frozen):
     """A model behind an OpenAI-compatible endpoint, such as vLLM, llama.cpp or Ollama: text in, text out.
 
@@ -83,6 +94,7 @@ class RemoteModelSpec(Frozen):
         retry: how often a call is sent again that was refused for now or broke off before its first token.
         concurrency: how many runs it serves well at once.
         body: more fields of each request, such as vLLM's ``cache_salt``.
+        order: of the texts in its prompts.
     """
 
     remote: Annotated[str, Field(pattern=ENDPOINT)]
@@ -92,6 +104,7 @@ class RemoteModelSpec(Frozen):
     retry: Annotated[Integer, Field(ge=0)] = 4
     concurrency: Annotated[Integer, Field(ge=1)] = 8
     body: dict[str, Any] = Field(default_factory=dict)
+    order: Order = Order.SHARED_FIRST
 
     @field_validator("body")
     @classmethod

@@ -103,6 +103,9 @@ def test_a_stream_is_the_same_answer_in_pieces_and_ends_with_usage_where_asked(
     assert counted[-1].usage.total_tokens == ask.create(**ASK).usage.total_tokens  # type: ignore[union-attr]
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "code", "message"),
     [
@@ -131,6 +134,12 @@ def test_a_stream_is_the_same_answer_in_pieces_and_ends_with_usage_where_asked(
             openai.BadRequestError,
             "unsupported_messages",
             "no input for earlier messages",
+        ),
+        (
+            {"messages": [*ASK["messages"], {"role": "assistant", "tool_calls": [CALL]}, *ASK["messages"]]},
+            openai.BadRequestError,
+            "unsupported_messages",
+            "message 2 calls a tool",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},

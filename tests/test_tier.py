@@ -427,6 +427,22 @@ def test_a_folder_that_is_read_only_is_read(store: DiskStore, tmp_path: Path) ->
     assert "nothing can be written to" in trouble
 
 
+def test_a_writer_survives_work_for_which_there_is_no_memory(tmp_path: Path) -> None:
+    counts = Counts()
+    writer = Writer(DiskStore(tmp_path / "kv", 64 * MIB, counts=counts), 1000)
+
+    def greedy(_store: DiskStore) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    writer.submit(greedy, 100)
+    writer.submit(lambda store: store.put(record("r")), 100)
+
+    assert writer.drain(30)
+    writer.close(30)
+    assert (counts.failed, counts.stored) == (1, 1)
+    assert "can't allocate" in counts.line
+
+
 def test_a_writer_takes_what_fits_its_queue_and_counts_the_rest(tmp_path: Path) -> None:
     counts = Counts()
     writer = Writer(DiskStore(tmp_path / "kv", 64 * MIB, counts=counts), 1000)

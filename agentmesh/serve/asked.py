@@ -78,6 +78,8 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
@@ -122,6 +124,14 @@ class ChatRequest(BaseModel):
             )
         if isinstance(self.stop, list) and len(self.stop) > STOPS:
             raise RefusedError(400, f"{len(self.stop)} stop texts; expected at most {STOPS}", param="stop")
+        for number, message in enumerate(self.messages):
+            if message.tool_calls or message.function_call:
+                raise RefusedError(
+                    400,
+                    f"message {number + 1} calls a tool, and a mesh reads text alone; send what the tool said as text",
+                    param=f"messages[{number}]",
+                    code="unsupported_messages",
+                )
         for name, value in (self.model_extra or {}).items():
             if name in IGNORED or value is None:
                 continue

@@ -104,6 +104,9 @@ class Writer:
                 self._working, self._idle = job.nbytes, False
             try:
                 job.work(self._store)
+            except (RuntimeError, MemoryError) as error:  # torch's word for memory that is not to be had
+                self._store.counts.failed += 1
+                self._store.counts.trouble = str(error) or "out of memory"
             finally:
                 with self._changed:
                     self._working, self._idle = 0, True

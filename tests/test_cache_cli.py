@@ -96,6 +96,27 @@ def test_clear_asks_and_removes_one_tenants_entries_only(
     assert [row["tenant"] for row in as_json(capsys, "cache", "stats")["entries"]] == ["b"]
 
 
+def test_a_run_places_passages_that_were_warmed_before_anybody_read_them(
+    capsys: pytest.CaptureFixture[str], docs: Path, tmp_path: Path
+) -> None:
+    mesh = tmp_path / "m.yaml"
+    reader = "agents: {{retriever: {{kind: retriever, documents: {docs}, top_k: 2}}, reader: {{prompt: {prompt}}}}}\n"
+    prompt = json.dumps("{% for m in inbox %}{{ m }}\n\n{% endfor %}\n{{ question }}")
+    graph = "{nodes: {retriever: {}, reader: {}}, edges: [{from: retriever, to: reader}], output: reader}"
+    mesh.write_text(
+        f"version: 1\nmodel: random:tiny-llama\ntopology: {graph}\n{reader.format(docs=docs, prompt=prompt)}"
+        "communicator: {preset: rotate, min_tokens: 8, store: kv}\n"
+    )
+    question = ("-i", "question=Which boats does Pier 1 hold?", "--runs-dir", tmp_path, "--display", "plain")
+
+    cold = as_json(capsys, "run", mesh, *question, "--set", "communicator.store=other")
+    assert as_json(capsys, "cache", "warm", docs, "--mesh", mesh)["computed"] == 2
+    warm = as_json(capsys, "run", mesh, *question)
+
+    assert [call["placed_realigned"] for call in cold["calls"]] == [0]
+    assert warm["calls"][0]["placed_realigned"] > 200
+
+
 def test_a_mesh_says_for_which_model_and_into_which_store_a_corpus_is_warmed(
     capsys: pytest.CaptureFixture[str], docs: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from agentmesh.evaluate.report import Report, evaluate, read_report
 from agentmesh.evaluate.results import summarise
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval
 from agentmesh.evaluate.subjects import Request
+from agentmesh.events import CallRecord, PlanRow, Reason, Treatment
 
 
 @pytest.fixture
@@ -260,6 +261,27 @@ def test_the_primary_metric_is_compared_where_a_sample_has_it() -> None:
     assert found.presets["dense"].metrics["recall"].value == 0.75
     none = summarise([*rows("dense", None), *rows("linear", None)], "t", "m", "x").paired["linear vs dense"]
     assert (none.n, none.delta) == (1, 0)
+
+
+def test_reasons_are_those_of_shareable_tokens() -> None:
+    """A line break of fixed text inside a block is computed for the same reason, and is no shareable token."""
+    plan = [
+        PlanRow(segment=segment, kind=Treatment.COMPUTED, tokens=tokens, reason=reason)
+        for segment, tokens, reason in (
+            ("input question", 16, Reason.BLOCK_HEAD),
+            ("fixed", 3, Reason.LINE_BREAK),
+            ("message a@0", 2, Reason.LINE_BREAK),
+            ("input question", 9, Reason.FIRST_READER),
+        )
+    ]
+    counts = {"prompt_tokens": 30, "placed_exact": 0, "placed_realigned": 0, "computed": 30, "output_tokens": 1}
+    times = {"queue_ms": 0.0, "ttft_ms": 1.0, "decode_ms": 1.0}
+    call = CallRecord(node="a", round=0, preset="linear", finish="stop", plan=plan, slot_tokens=18, **counts, **times)
+
+    found = summarise([Row(preset="linear", sample="1", calls=[call])], "t", "m", "x").presets["linear"]
+
+    assert found.reasons == {"block-head": 16, "line-break": 2}
+    assert found.slot_tokens - found.placed_slots == sum(found.reasons.values())
 
 
 def test_the_command_lists_what_it_needs(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:

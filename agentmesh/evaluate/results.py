@@ -14,6 +14,9 @@ from agentmesh.evaluate.journal import Row, by_preset
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval, standard_error
 from agentmesh.events import SHAREABLE, CallRecord, Treatment
 
+FIXED = "fixed"
+"""The segment of rows that are no slots: text of templates, which lies inside blocks, too."""
+
 
 class Metric(Frozen):
     """The mean of a metric over samples, its standard error and 95 % interval."""
@@ -192,7 +195,7 @@ def _refused(call: CallRecord) -> dict[str, int]:
     """A call's shareable tokens that were computed, by reason."""
     found: dict[str, int] = {}
     for row in call.plan:
-        if row.kind is Treatment.COMPUTED and row.tokens and row.reason in SHAREABLE:
+        if row.kind is Treatment.COMPUTED and row.tokens and row.reason in SHAREABLE and row.segment != FIXED:
             found[str(row.reason)] = found.get(str(row.reason), 0) + row.tokens
     return found
 

@@ -10,9 +10,10 @@ it. So whoever calls the model past the runner gets what transformers does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, final
+from typing import Any, ClassVar, Protocol, final
 
 import torch
 from torch import nn
@@ -40,7 +41,9 @@ class Way(Choice):
 
 
 class Copy(Protocol):
-    """A smaller copy of one layer's weights ``[out, in]``."""
+    """A smaller copy of one layer's weights ``[out, in]``, faster up to ``most`` rows."""
+
+    most: ClassVar[float]
 
     def __init__(self, weight: torch.Tensor) -> None: ...
 
@@ -51,6 +54,8 @@ class Copy(Protocol):
 @final
 class Int8Copy:
     """Weights as int8, with one bfloat16 scale for each output."""
+
+    most: ClassVar[float] = INT8_ROWS
 
     def __init__(self, weight: torch.Tensor) -> None:
         weight = weight.float()
@@ -70,6 +75,8 @@ class Int8Copy:
 class BFloat16Copy:
     """Weights as bfloat16."""
 
+    most: ClassVar[float] = math.inf
+
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight.to(torch.bfloat16)
 
@@ -87,7 +94,7 @@ class Switch:
 
     def __init__(self, decode: Decode) -> None:
         self.way = Way.OWN
-        self._decode = decode
+        self._most = COPIES[decode].most if decode in COPIES else 0
 
     def computing(self) -> AbstractContextManager[None]:
         """Use the model's own weights for what runs inside, unless it is a decoding step that uses others."""
@@ -95,8 +102,7 @@ class Switch:
 
     def decoding(self, rows: int) -> AbstractContextManager[None]:
         """Use the copies for what runs inside, if there are any and they are faster for so many rows."""
-        few = rows <= INT8_ROWS if self._decode is Decode.INT8 else True
-        return self._thrown(Way.COPY if self._decode in COPIES and few else Way.SPLIT)
+        return self._thrown(Way.COPY if rows <= self._most else Way.SPLIT)
 
     @contextmanager
     def _thrown(self, way: Way) -> Iterator[None]:

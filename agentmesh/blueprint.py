@@ -183,8 +183,10 @@ def draft(loaded: LoadedMesh, graph: Topology | None = None, objects: Mapping[st
     _check_input_names(loaded)
     folder = Path() if loaded.document is None else Path(loaded.document.name).parent
     name = spec.name or (loaded.topology_name if loaded.document is None else Path(loaded.document.name).stem)
-    members = _shared_first(members, model)
-    return Blueprint(name, topology, members, spec.inputs, spec.defaults, model, spec.communicator, spec.run, folder)
+    blueprint = Blueprint(
+        name, topology, members, spec.inputs, spec.defaults, model, spec.communicator, spec.run, folder
+    )
+    return replace(blueprint, members=_shared_first(blueprint))
 
 
 def _model(model: ModelSpec | RemoteModelSpec, members: Iterable[Member]) -> ModelSpec | RemoteModelSpec:
@@ -194,20 +196,18 @@ def _model(model: ModelSpec | RemoteModelSpec, members: Iterable[Member]) -> Mod
     return own[0] if own and len(own) == len(writing) else model
 
 
-def _shared_first(members: Mapping[str, Member], model: ModelSpec | RemoteModelSpec) -> dict[str, Member]:
+def _shared_first(blueprint: Blueprint) -> dict[str, Member]:
     """Members with their own text behind the shared text, where several read it at one endpoint (issue 6)."""
-    found: dict[str, Member] = dict(members)
-    ends: dict[str, tuple[str, str]] = {}
-    for node, member in members.items():
-        remote = member.remote or model
-        if isinstance(remote, RemoteModelSpec) and remote.order is Order.SHARED_FIRST:
-            ends[node] = (remote.remote, remote.name)
-    counts = Counter(ends[node] for node in ends if isinstance(members[node].spec, LlmAgentSpec))
-    for node, end in ends.items():
-        spec = members[node].spec
-        if isinstance(spec, LlmAgentSpec) and spec.system and counts[end] > 1:
+    written = {node: m.spec for node, m in blueprint.members.items() if isinstance(m.spec, LlmAgentSpec)}
+    remotes = {node: remote for node in written if (remote := blueprint.remote_of(node)) is not None}
+    ordered = {node: remote for node, remote in remotes.items() if remote.order is Order.SHARED_FIRST}
+    readers = Counter((remote.remote, remote.name) for remote in ordered.values())
+    found = dict(blueprint.members)
+    for node, remote in ordered.items():
+        spec = written[node]
+        if spec.system and readers[remote.remote, remote.name] > 1:
             moved = {"system": "", "prompt": f"{spec.prompt.strip()}\n\n{spec.system.strip()}"}
-            found[node] = replace(members[node], spec=spec.model_copy(update=moved))
+            found[node] = replace(found[node], spec=spec.model_copy(update=moved))
     return found
 
 

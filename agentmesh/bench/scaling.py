@@ -21,7 +21,7 @@ from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.errors import InputError
 from agentmesh.local import LocalBackend
-from agentmesh.prompt import ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment
+from agentmesh.prompt import FIXED, ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment
 
 OWN = 32
 """Tokens of fixed text that each agent's prompt begins with."""
@@ -151,10 +151,10 @@ def _call(tokenizer: ChatTokenizer, run: str, order: int, cell: tuple[int, float
     block = round(share * length)
     content = Content("", ContentKind.INPUT, "text", english_tokens(tokenizer, run, block))
     rest = length - block - OWN if agent == 2 else LEAST - OWN
-    segments = [Segment("fixed", "", english_tokens(tokenizer, f"agent {agent}", OWN))]
+    segments = [Segment(FIXED, "", english_tokens(tokenizer, f"agent {agent}", OWN))]
     if block:
         segments.append(Segment("text", "", content.tokens or (), content))
-    segments.append(Segment("fixed", "", english_tokens(tokenizer, f"{run}, behind it", rest)))
+    segments.append(Segment(FIXED, "", english_tokens(tokenizer, f"{run}, behind it", rest)))
     awaited = {content.origin: 1} if agent == 1 else {}
     # What a run sees is fixed, as in deterministic runs: so the block is placed whether or not that pays.
     reader = Reader(run, order, order - 1, f"agent.{agent}", awaited=awaited, seed=order)

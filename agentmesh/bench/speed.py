@@ -21,7 +21,7 @@ from agentmesh.engine.embedded import Progress
 from agentmesh.engine.profile import Profiles
 from agentmesh.events import PlanRow
 from agentmesh.local import LocalBackend
-from agentmesh.prompt import Content, ContentKind, Prompt, Segment
+from agentmesh.prompt import FIXED, Content, ContentKind, Prompt, Segment
 from agentmesh.results import Profile
 
 DECODING = "decoding"
@@ -188,7 +188,7 @@ def _prompt(backend: LocalBackend, lead: int, rest: int, number: int, *, changed
     beginning = _tokens(backend, f"Ledger {number}. ", lead)
     end = _tokens(backend, f"{'Another' if changed else 'One'} question about month {number}. ", rest)
     segments = (
-        Segment("fixed", "", beginning),
+        Segment(FIXED, "", beginning),
         Segment("question", "", end, Content("", ContentKind.INPUT, "question", end)),
     )
     return Prompt(segments, (lead,))

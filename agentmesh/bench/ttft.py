@@ -24,7 +24,7 @@ from agentmesh.config.presets import CommunicatorSpec, settings, specs
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.events import Treatment
 from agentmesh.local import LocalBackend
-from agentmesh.prompt import ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment, neutral_header
+from agentmesh.prompt import FIXED, ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment, neutral_header
 
 COMMON_PREFIX = 32
 
@@ -153,16 +153,16 @@ def _prompt(
     own = english_tokens(tokenizer, f"role {agent}", setting.prefix)
     first = layout is Layout.ROLE_FIRST
     lead = own if first else english_tokens(tokenizer, "team", COMMON_PREFIX)
-    segments, points, at = [Segment("fixed", "", lead)], [len(lead)], len(lead)
+    segments, points, at = [Segment(FIXED, "", lead)], [len(lead)], len(lead)
     for content in contents:
         label = tuple(tokenizer.encode(_label(content), control=False))
         assert content.tokens is not None, "a bench gives contents as tokens"
-        segments += [Segment("fixed", "", label), Segment(content.origin, "", content.tokens, content)]
+        segments += [Segment(FIXED, "", label), Segment(content.origin, "", content.tokens, content)]
         at += len(label) + len(content.tokens)
         if not first:
             points.append(at)
     end = tuple(tokenizer.encode("\n\nAnswer the question.\n", control=False))
-    segments.append(Segment("fixed", "", end if first else (*own, *end)))
+    segments.append(Segment(FIXED, "", end if first else (*own, *end)))
     return Prompt(tuple(segments), tuple(points))
 
 

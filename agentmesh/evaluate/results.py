@@ -13,9 +13,7 @@ from agentmesh.evaluate.choices import WORD
 from agentmesh.evaluate.journal import Row, by_preset
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval, standard_error
 from agentmesh.events import SHAREABLE, CallRecord, Treatment
-
-FIXED = "fixed"
-"""The segment of rows that are no slots: text of templates, which lies inside blocks, too."""
+from agentmesh.prompt import FIXED
 
 
 class Metric(Frozen):

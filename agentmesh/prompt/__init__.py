@@ -2,10 +2,11 @@
 
 from agentmesh.prompt.pieces import texts_of
 from agentmesh.prompt.render import ChatTokenizer, Exchange, PromptRenderer, neutral_header
-from agentmesh.prompt.segments import Content, ContentKind, Message, Prompt, Reader, Segment, said
+from agentmesh.prompt.segments import FIXED, Content, ContentKind, Message, Prompt, Reader, Segment, said
 from agentmesh.prompt.templates import RoleTemplate, Scope
 
 __all__ = [
+    "FIXED",
     "ChatTokenizer",
     "Content",
     "ContentKind",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agentmesh.errors import TemplateError
-from agentmesh.prompt.segments import Content, Prompt, Segment
+from agentmesh.prompt.segments import FIXED, Content, Prompt, Segment
 from agentmesh.prompt.templates import RoleTemplate, Scope
 
 
@@ -118,7 +118,7 @@ class PromptRenderer:
         for piece in pieces:
             if isinstance(piece, str):
                 tokens = tuple(self.tokenizer.encode(piece, control=True))
-                segments.append(Segment("fixed", piece, tokens))
+                segments.append(Segment(FIXED, piece, tokens))
             else:
                 ids = piece.tokens
                 tokens = tuple(self.tokenizer.encode(piece.text, control=False)) if ids is None else ids

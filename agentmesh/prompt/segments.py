@@ -58,6 +58,10 @@ class Message:
         return "\n\n".join(content.text for content in self.contents)
 
 
+FIXED = "fixed"
+"""The label of segments that are no slots: text of templates."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of token ids with one origin; ``content`` is ``None`` for the fixed text of a template."""

@@ -11,8 +11,8 @@ from typing import Any, final
 
 from agentmesh.evaluate.breakdown import first_differing, natural
 from agentmesh.evaluate.journal import Row
-from agentmesh.evaluate.results import FIXED
 from agentmesh.events import CallRecord, MessageRecord, PlanRow, Reason, Treatment
+from agentmesh.prompt import FIXED
 
 RUN_SIZE = 24
 """About as many characters as one run takes in the page, beside its text."""

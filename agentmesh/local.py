@@ -124,6 +124,7 @@ class LocalBackend:
             "device": str(loaded.model.device),
             "reuse": support.level.value,
             "reuse_limit": support.reason,
+            "steps": "few operations" if support.steps else "the model's own code",
         }
 
     async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:

@@ -128,7 +128,7 @@ class Rig:
     """One model with a mesh for each of some presets; budgets are in tokens' worth of KV."""
 
     def __init__(self, loaded: LoadedModel, *, deterministic: bool) -> None:
-        support = probe(loaded.model)
+        support = probe(loaded.model, loaded.step)
         runner = support.runner
         assert isinstance(runner, ArenaRunner)
         self.engine = Engine(loaded, support, 1 if deterministic else BATCH)

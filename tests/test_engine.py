@@ -57,13 +57,13 @@ def generate(engine: Engine, tokens: list[int], sampling: Sampling) -> tuple[Gen
 @pytest.fixture(scope="module")
 def tiny_engine() -> Iterator[Engine]:
     loaded = load(ModelSpec(name="random:tiny-llama"))
-    with Engine(loaded, probe(loaded.model)) as engine:
+    with Engine(loaded, probe(loaded.model, loaded.step)) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def engine(smollm2: LoadedModel) -> Iterator[Engine]:
-    with Engine(smollm2, probe(smollm2.model)) as engine:
+    with Engine(smollm2, probe(smollm2.model, smollm2.step)) as engine:
         yield engine
 
 
@@ -190,14 +190,14 @@ def test_tokens_of_a_batch_of_one_do_not_depend_on_neighbours_at_all() -> None:
         prompts = [[number] * (20 + number) for number in range(3, 9)]
         return await asyncio.gather(*(quiet(engine, prompt, sampling) for prompt in prompts))
 
-    with Engine(loaded, probe(loaded.model), batch=1) as engine:
+    with Engine(loaded, probe(loaded.model, loaded.step), batch=1) as engine:
         first = asyncio.run(quiet(engine, [5] * 25, sampling))
         assert asyncio.run(together(engine))[2].tokens == first.tokens
 
 
 def test_a_step_that_fails_fails_its_sequences_and_no_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(ModelSpec(name="random:tiny-llama"))
-    support = probe(loaded.model)
+    support = probe(loaded.model, loaded.step)
     calls = []
 
     def broken(*_arguments: object) -> torch.Tensor:
@@ -220,7 +220,7 @@ def test_an_engine_that_is_closed_cancels_what_it_decodes() -> None:
     loaded = load(ModelSpec(name="random:tiny-llama"))
 
     async def closed_midway() -> None:
-        engine = Engine(loaded, probe(loaded.model))
+        engine = Engine(loaded, probe(loaded.model, loaded.step))
         begun = asyncio.Event()
         task = asyncio.create_task(
             engine.generate(Whole([5] * 50), 50, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)

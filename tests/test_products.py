@@ -12,14 +12,14 @@ from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
-from agentmesh.engine.products import INT8_ROWS, SPLIT_ROWS, QuickLinear, Switch, quicken, switch_of
+from agentmesh.engine.products import INT8_ROWS, SPLIT_ROWS, QuickLinear, Switch, check_copies, quicken, switch_of
 from agentmesh.errors import UnsupportedModelError
 
 PROMPT = tuple(range(3, 40))
 
 
 def runner_of(loaded: LoadedModel) -> ArenaRunner:
-    found = probe(loaded.model).runner
+    found = probe(loaded.model, loaded.step).runner
     assert isinstance(found, ArenaRunner)
     return found
 
@@ -66,7 +66,7 @@ def test_outputs_that_threads_do_not_divide_are_cut_into_fewer_pieces() -> None:
     finally:
         torch.set_num_threads(threads)
 
-    assert quick.pieces == 3
+    assert quick.product.pieces == 3
 
 
 def test_only_layers_that_gain_are_changed() -> None:
@@ -76,7 +76,7 @@ def test_only_layers_that_gain_are_changed() -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            quicken(model, "one layer", Decode.SAME)
+            quicken(model, Decode.SAME)
         finally:
             torch.set_num_threads(before)
 
@@ -135,10 +135,10 @@ def test_what_cannot_be_copied_is_refused() -> None:
     model.device = torch.device("cpu")
 
     with pytest.raises(UnsupportedModelError, match="no linear layers"):
-        quicken(model, "relu", Decode.INT8)
+        check_copies(model, "relu", Decode.INT8)
     model.device = torch.device("meta")
     with pytest.raises(UnsupportedModelError, match="is on meta"):
-        quicken(model, "relu", Decode.INT8)
+        check_copies(model, "relu", Decode.INT8)
     with pytest.raises(UnsupportedModelError, match="is loaded in bfloat16"):
         load(ModelSpec(name="random:tiny-llama", dtype=Dtype.BFLOAT16, decode=Decode.BFLOAT16))
 

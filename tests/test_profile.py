@@ -73,7 +73,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     loaded = load(ModelSpec(name="random:tiny-llama"))
-    with Engine(loaded, probe(loaded.model)) as engine:
+    with Engine(loaded, probe(loaded.model, loaded.step)) as engine:
         yield engine
 
 

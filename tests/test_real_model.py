@@ -41,7 +41,7 @@ def prompts(loaded: LoadedModel) -> list[Prompt]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_prefix_hit_is_bit_equal_to_a_cold_prefill(dtype: str, request: pytest.FixtureRequest) -> None:
     loaded: LoadedModel = request.getfixturevalue("smollm2" if dtype == "float32" else "smollm2_bf16")
-    support = probe(loaded.model)
+    support = probe(loaded.model, loaded.step)
     runner = support.runner
     assert support.level is Level.REALIGN
     assert isinstance(runner, ArenaRunner)
@@ -65,7 +65,7 @@ def test_a_prefix_hit_is_bit_equal_to_a_cold_prefill(dtype: str, request: pytest
 
 def test_position_free_keys_survive_bf16_storage_and_moving(smollm2: LoadedModel) -> None:
     """Layer 0 depends on token and position alone: moved keys must be the model's own to 1e-5."""
-    support = probe(smollm2.model)
+    support = probe(smollm2.model, smollm2.step)
     runner, rope = support.runner, support.rope
     assert isinstance(runner, ArenaRunner)
     assert rope is not None

@@ -22,7 +22,7 @@ from agentmesh.sharing.repeats import AHEAD
 @pytest.fixture(scope="module")
 def tiny() -> tuple[LoadedModel, Support]:
     loaded = load(ModelSpec(name="random:tiny-llama"))
-    return loaded, probe(loaded.model)
+    return loaded, probe(loaded.model, loaded.step)
 
 
 def words(seed: int, count: int) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def test_their_kv_is_much_nearer_to_a_dense_prefill_than_what_the_writer_had(smo
     question = encode("A box holds six eggs. How many eggs are in five boxes, if two of them break?")
     copied = slice(len(lead), len(lead) + len(encode(shared)))
     chain = Chain(question, first, second, copied, encode("\n\nThe next one of the team says:\n"))
-    support = probe(smollm2.model)
+    support = probe(smollm2.model, smollm2.step)
     rig = Rig(support.runner)
     plan = run(make(CommunicatorSpec(preset="rotate", repeats=True), support, smollm2), rig, chain)
     begin = chain.calls[2].prompt.starts[3]

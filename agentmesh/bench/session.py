@@ -140,7 +140,7 @@ def _settings(preset: str, budget: str) -> CommunicatorSpec:
 def _backend(model: ModelSpec, progress: Progress | None) -> LocalBackend:
     """A backend whose model lives on this thread, since a rig runs it here."""
     loaded = load(model, progress)
-    support = probe(loaded.model)
+    support = probe(loaded.model, loaded.step)
     backend = LocalBackend(Engine(loaded, support), DENSE)
     if support.level is not Level.REALIGN:
         backend.close()

@@ -60,12 +60,13 @@ def _support(model: str) -> dict[str, Any]:
     from agentmesh.engine.probe import probe  # noqa: PLC0415  # the same
 
     loaded = load(ModelSpec(name=model))
-    support = probe(loaded.model)
+    support = probe(loaded.model, loaded.step)
     layers = {label: support.layers.count(label) for label in dict.fromkeys(support.layers)}
     return {
         "source": loaded.source,
         "context": f"{loaded.max_context:,} tokens",
         "KV reuse": support.level.value + (f" (no more, because {support.reason})" if support.reason else ""),
+        "decoding": "in few operations" if support.steps else "by the model's own code",
         "layers": ", ".join(f"{count} {label}" for label, count in layers.items()),
         "chat template": "yes" if loaded.tokenizer.chat_template else "no (plain paragraphs)",
         "fingerprint": loaded.fingerprint[:16],

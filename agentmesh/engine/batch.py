@@ -1,13 +1,13 @@
-"""Many arenas as one transformers cache: the next token of every sequence in one pass over the weights.
+"""Many arenas at once: the next token of every sequence in one pass over the weights.
 
 Sequences keep their own arenas and lengths. The model's matrix products see all of them at once; each attends over
-its own arena, so nothing is padded and no mask is made.
+its own arena, so nothing is padded and no mask is made. ``BatchCache`` is what transformers' own code takes for this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch.nn import functional
@@ -19,6 +19,47 @@ from agentmesh.kv.arena import Arena
 
 Views = list[tuple[torch.Tensor, ...]]
 """For each layer, a view of every arena."""
+
+
+@final
+class NextRows:
+    """The rows of several arenas that one decoding step writes, and the keys and values that it attends over.
+
+    Views of all layers are cut once for the step: cutting them layer by layer takes longer than attending.
+
+    Args:
+        arenas: one a sequence, each aimed at the row of its next token.
+        spans: notes where the time goes.
+    """
+
+    def __init__(self, arenas: Sequence[Arena], spans: Spans) -> None:
+        self.arenas = arenas
+        self._spans = spans
+        rows = (arena.both[:, :, :, arena.length - 1 : arena.length].unbind(1) for arena in arenas)
+        self._new = list(zip(*rows, strict=True))
+        self._seen: dict[int, tuple[Views, Views]] = {}
+
+    def write(self, layer: int, rows: torch.Tensor) -> None:
+        """Write keys and values ``[B, 2, H, 1, D]``, one row to each arena."""
+        with self._spans.mark(Mark.CACHE):
+            torch._foreach_copy_(self._new[layer], rows.unbind(0))
+
+    def attend(self, layer: int, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
+        """Attention of ``query [B, Hq, D]``, each row over its own last ``window`` keys; ``[B, Hq, D]``.
+
+        Query heads of one kv head are the rows of one product, so keys are read once and never repeated.
+        """
+        if window not in self._seen:
+            with self._spans.mark(Mark.CACHE):
+                self._seen[window] = _views(self.arenas, window)
+        keys, values = (views[layer] for views in self._seen[window])
+        with self._spans.mark(Mark.ATTENTION):
+            grouped = query.view(len(keys), 1, keys[0].shape[1], -1, query.shape[-1]).unbind(0)
+            mixed = [
+                functional.scaled_dot_product_attention(*one, scale=scale)
+                for one in zip(grouped, keys, values, strict=True)
+            ]
+            return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).flatten(1, 2)
 
 
 class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -58,8 +99,6 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
 class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """The ``past_key_values`` of one decoding step of several sequences.
 
-    Views of all layers are cut once for the step: cutting them layer by layer takes longer than attending.
-
     Args:
         arenas: one a sequence, each aimed at the row of its next token.
         spans: notes where the time goes.
@@ -67,36 +106,19 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
     def __init__(self, arenas: Sequence[Arena], spans: Spans) -> None:
         self.arenas = arenas
-        self._spans = spans
         self.longest = max(arena.length for arena in arenas)
+        self._rows = NextRows(arenas, spans)
         self._layer = 0
-        rows = (arena.both[:, :, :, arena.length - 1 : arena.length].unbind(1) for arena in arenas)
-        self._new = list(zip(*rows, strict=True))
-        self._seen: dict[int, tuple[Views, Views]] = {}
         super().__init__(layers=[BatchLayer(self, layer) for layer in range(arenas[0].shape.layers)])
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the rows ``[B, H, 1, D]`` of the layer that runs now."""
         self._layer = layer
-        with self._spans.mark(Mark.CACHE):
-            torch._foreach_copy_(self._new[layer], torch.stack((keys, values), dim=1).unbind(0))
+        self._rows.write(layer, torch.stack((keys, values), dim=1))
 
     def attend(self, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
-        """Attention of ``query [B, Hq, 1, D]``, each row over its own last ``window`` keys; ``[B, 1, Hq, D]``.
-
-        Query heads of one kv head are the rows of one product, so keys are read once and never repeated.
-        """
-        if window not in self._seen:
-            with self._spans.mark(Mark.CACHE):
-                self._seen[window] = _views(self.arenas, window)
-        keys, values = (views[self._layer] for views in self._seen[window])
-        with self._spans.mark(Mark.ATTENTION):
-            grouped = query.view(len(keys), 1, keys[0].shape[1], -1, query.shape[3]).unbind(0)
-            mixed = [
-                functional.scaled_dot_product_attention(*one, scale=scale)
-                for one in zip(grouped, keys, values, strict=True)
-            ]
-            return torch.cat(mixed).flatten(1, 2)[:, None]
+        """Attention of ``query [B, Hq, 1, D]``, each row over its own last ``window`` keys; ``[B, 1, Hq, D]``."""
+        return self._rows.attend(self._layer, query.squeeze(2), window, scale)[:, None]
 
 
 def _views(arenas: Sequence[Arena], last: int) -> tuple[Views, Views]:

@@ -21,6 +21,7 @@ from agentmesh.engine.masks import MaskPlan, Masks
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.products import Switch
 from agentmesh.engine.spans import Part, Spans
+from agentmesh.engine.step import Step
 from agentmesh.kv.arena import Arena, ArenaPool, KVShape
 from agentmesh.kv.rope import Rope
 
@@ -39,6 +40,7 @@ class ArenaRunner:
         rope: how it rotates keys; ``None`` where that could not be established.
         batches: whether several sequences can decode in one forward.
         switch: how the model's linear layers multiply few rows, where that can be chosen.
+        step: decodes in fewer operations than the model's own code, where there is one.
         spare: arenas that were given back.
         spans: notes where the time goes, while a profile is on.
     """
@@ -49,6 +51,7 @@ class ArenaRunner:
     rope: Rope | None
     batches: bool = False
     switch: Switch | None = None
+    step: Step | None = None
     spare: ArenaPool = field(default_factory=ArenaPool)
     spans: Spans = field(default_factory=Spans)
 
@@ -117,7 +120,10 @@ class ArenaRunner:
     def _together(self, caches: Sequence[ArenaCache], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         for cache, position in zip(caches, positions, strict=True):
             cache.arena.aim(slice(position, position + 1), position + 1)
-        batch = BatchCache([cache.arena for cache in caches], self.spans)
+        arenas = [cache.arena for cache in caches]
+        if self.step is not None:
+            return self.step.run(arenas, tokens, positions, self.spans)
+        batch = BatchCache(arenas, self.spans)
         device = self.shape.device
         ids = torch.tensor(tokens, device=device)[:, None]
         index = torch.tensor(positions, device=device)[:, None]

@@ -19,7 +19,8 @@ from agentmesh.config.mesh import Decode, ModelSpec
 from agentmesh.engine.attention import use_grouped_heads
 from agentmesh.engine.catalog import FAMILIES, KNOWN, SEED, byte_tokenizer, quiet, random_config, random_model, sha256
 from agentmesh.engine.embedded import Progress, digests, ensure
-from agentmesh.engine.products import quicken
+from agentmesh.engine.products import check_copies, quicken
+from agentmesh.engine.step import Step, recognise
 from agentmesh.errors import ModelError, NotFoundError, UnsupportedModelError, did_you_mean, listing
 
 RANDOM = "random:"
@@ -51,6 +52,7 @@ class LoadedModel:
         source: where the weights came from, for people.
         decode: which weights decode messages.
         config: the text model's transformers configuration.
+        step: decodes in fewer operations than the model's own code; ``None`` where none computes the same.
     """
 
     name: str
@@ -64,6 +66,7 @@ class LoadedModel:
     source: str
     config: Any
     decode: Decode = Decode.SAME
+    step: Step | None = None
 
     @property
     def has_chat_template(self) -> bool:
@@ -236,7 +239,9 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{spec.name} has no fast tokenizer, which agentmesh needs for exact slot borders")
     use_grouped_heads(model)
-    quicken(model, spec.name, spec.decode)
+    check_copies(model, spec.name, spec.decode)
+    step = recognise(model)
+    quicken(model, spec.decode if step is None else Decode.SAME)
     config = model.config.get_text_config()
     control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return LoadedModel(
@@ -251,6 +256,7 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
         source=parts.source,
         config=config,
         decode=spec.decode,
+        step=None if step is None else step.copying(spec.decode),
     )
 
 

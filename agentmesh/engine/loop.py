@@ -378,7 +378,7 @@ class Engine:
 def _loaded(model: ModelSpec, progress: Progress | None) -> tuple[LoadedModel, Support]:
     """A model, and what it supports."""
     loaded = load(model, progress)
-    return loaded, probe(loaded.model)
+    return loaded, probe(loaded.model, loaded.step)
 
 
 def _arena(cache: Cache) -> Arena | None:

@@ -19,6 +19,7 @@ from agentmesh.engine.composition import Composition, Placement
 from agentmesh.engine.forward import ArenaRunner, PlainRunner, Runner
 from agentmesh.engine.masks import MaskPlan
 from agentmesh.engine.products import switch_of
+from agentmesh.engine.step import Step
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.rope import Rope
 
@@ -58,13 +59,18 @@ class Support:
     runner: Runner
 
     @property
+    def steps(self) -> bool:
+        """Whether it decodes by a step of few operations instead of by the model's own code."""
+        return isinstance(self.runner, ArenaRunner) and self.runner.step is not None
+
+    @property
     def rope(self) -> Rope | None:
         """How keys are rotated; ``None`` where KV cannot be moved."""
         return self.runner.rope if isinstance(self.runner, ArenaRunner) else None
 
 
-def probe(model: Any) -> Support:
-    """Establish what ``model`` (a transformers causal language model in eval mode) supports."""
+def probe(model: Any, step: Step | None = None) -> Support:
+    """Establish what ``model`` (a transformers causal language model in eval mode) supports; ``step`` decodes it."""
     config = model.config.get_text_config()
     refusal = refused_by_config(config)
     shape = None if refusal else _kv_shape(model)
@@ -78,7 +84,7 @@ def probe(model: Any) -> Support:
     batching = replace(runner, batches=True)
     if _batch_error(batching) <= TOLERANCE[shape.dtype]:
         runner = batching
-    runner = replace(runner, switch=switch_of(model))
+    runner = replace(runner, switch=switch_of(model), step=step if runner.batches else None)
     if rope is None:
         return Support(Level.PREFIX, labels, "keys do not turn with their position as rotary embeddings do", runner)
     error = _sparse_error(runner)

@@ -88,13 +88,18 @@ class BFloat16Copy:
 COPIES: dict[Decode, type[Copy]] = {Decode.INT8: Int8Copy, Decode.BFLOAT16: BFloat16Copy}
 
 
+def way_of(decode: Decode, rows: int) -> Way:
+    """How so many rows are multiplied in a decoding step: over copies, if there are any and they are faster."""
+    return Way.COPY if decode in COPIES and rows <= COPIES[decode].most else Way.SPLIT
+
+
 @final
 class Switch:
     """Says to all layers of one model how to multiply. Owned by the layers, thrown by the model's runner."""
 
     def __init__(self, decode: Decode) -> None:
         self.way = Way.OWN
-        self._most = COPIES[decode].most if decode in COPIES else 0
+        self._decode = decode
 
     def computing(self) -> AbstractContextManager[None]:
         """Use the model's own weights for what runs inside, unless it is a decoding step that uses others."""
@@ -102,7 +107,7 @@ class Switch:
 
     def decoding(self, rows: int) -> AbstractContextManager[None]:
         """Use the copies for what runs inside, if there are any and they are faster for so many rows."""
-        return self._thrown(Way.COPY if rows <= self._most else Way.SPLIT)
+        return self._thrown(way_of(self._decode, rows))
 
     @contextmanager
     def _thrown(self, way: Way) -> Iterator[None]:
@@ -114,25 +119,56 @@ class Switch:
 
 
 @final
-class QuickLinear(nn.Module):
-    """A linear layer of weights ``[out, in]`` that multiplies as a switch says.
+class Product:
+    """A product with weights ``[out, in]``: as torch multiplies, cut into pieces, or over a copy.
 
     Args:
-        inner: the layer.
-        switch: says how.
+        weight: ``[out, in]``; kept as it is.
+        bias: ``[out]``, or ``None``.
         decode: whether to keep a copy, and which.
 
     Attributes:
         pieces: into how many a product of few rows is cut.
     """
 
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, decode: Decode = Decode.SAME) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.pieces = _pieces(weight)
+        self._copy = COPIES[decode](weight) if decode in COPIES else None
+        self._cut = weight.view(self.pieces, -1, weight.shape[1]).mT if self.pieces > 1 else None
+
+    def copying(self, decode: Decode) -> Product:
+        """The same product with a copy of its weights."""
+        return Product(self.weight, self.bias, decode)
+
+    def multiply(self, rows: torch.Tensor, way: Way) -> torch.Tensor:
+        """Rows ``[R, in]`` times the weights; ``[R, out]``."""
+        if way is Way.COPY and self._copy is not None:
+            product = self._copy.multiply(rows).to(rows.dtype)
+        elif way is not Way.OWN and self._cut is not None and len(rows) <= SPLIT_ROWS:
+            pieces = torch.bmm(rows[None].expand(self.pieces, -1, -1), self._cut)
+            product = pieces.transpose(0, 1).reshape(len(rows), -1)
+        else:
+            return functional.linear(rows, self.weight, self.bias)
+        return product if self.bias is None else product + self.bias
+
+
+@final
+class QuickLinear(nn.Module):
+    """A linear layer that multiplies as a switch says.
+
+    Args:
+        inner: the layer.
+        switch: says how.
+        decode: whether to keep a copy, and which.
+    """
+
     def __init__(self, inner: nn.Linear, switch: Switch, decode: Decode) -> None:
         super().__init__()
         self.inner = inner
         self.switch = switch
-        self._copy = COPIES[decode](inner.weight) if decode in COPIES else None
-        self.pieces = _pieces(inner.weight)
-        self._cut = inner.weight.view(self.pieces, -1, inner.in_features).mT if self.pieces > 1 else None
+        self.product = Product(inner.weight, inner.bias, decode)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -147,43 +183,42 @@ class QuickLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply rows ``[…, in]``; ``[…, out]``."""
-        way = self.switch.way
-        if way is Way.COPY and self._copy is not None:
-            product = self._copy.multiply(rows.reshape(-1, rows.shape[-1])).to(rows.dtype)
-        elif way is not Way.OWN and self._cut is not None and rows.shape[:-1].numel() <= SPLIT_ROWS:
-            flat = rows.reshape(1, -1, rows.shape[-1])
-            product = torch.bmm(flat.expand(self.pieces, -1, -1), self._cut).transpose(0, 1)
-        else:
-            return functional.linear(rows, self.weight, self.bias)
-        product = product.reshape(*rows.shape[:-1], -1)
-        return product if self.bias is None else product + self.bias
+        flat = rows.reshape(-1, rows.shape[-1])
+        return self.product.multiply(flat, self.switch.way).view(*rows.shape[:-1], -1)
 
 
-def quicken(model: Any, name: str, decode: Decode) -> None:
-    """Let a model's linear layers multiply few rows faster, where its runner asks for it.
-
-    Without copies it does nothing where there is nothing to gain: off the CPU, with other numbers than float32 (torch
-    uses all cores there), or with one thread.
+def check_copies(model: Any, name: str, decode: Decode) -> None:
+    """Refuse copies of weights that cannot be made.
 
     Raises:
         UnsupportedModelError: copies are asked for, and the model is on another device, has these numbers already, or
             has no linear layers.
     """
-    copies = decode in COPIES
-    if copies and model.device.type != "cpu":
+    if decode not in COPIES:
+        return
+    if model.device.type != "cpu":
         raise UnsupportedModelError(
             f"`decode: {decode}` is for models on the CPU, {name} is on {model.device}; leave `decode` out there"
         )
+    dtypes = {layer.weight.dtype for layer in model.modules() if type(layer) is nn.Linear}
+    if not dtypes:
+        raise UnsupportedModelError(f"{name} has no linear layers that `decode: {decode}` could copy; leave it out")
+    if decode is Decode.BFLOAT16 and torch.bfloat16 in dtypes:
+        raise UnsupportedModelError(f"{name} is loaded in bfloat16, `decode: bfloat16` copies nothing; leave it out")
+
+
+def quicken(model: Any, decode: Decode) -> None:
+    """Let a model's linear layers multiply few rows faster, where its runner asks for it.
+
+    Without copies it does nothing where there is nothing to gain: off the CPU, with other numbers than float32 (torch
+    uses all cores there), or with one thread.
+    """
     found = [
         (parent, child, layer)
         for parent in model.modules()
         for child, layer in parent.named_children()
-        if type(layer) is nn.Linear and (copies or _pieces(layer.weight) > 1)
+        if type(layer) is nn.Linear and (decode in COPIES or _pieces(layer.weight) > 1)
     ]
-    if copies and not found:
-        raise UnsupportedModelError(f"{name} has no linear layers that `decode: {decode}` could copy; leave it out")
-    if decode is Decode.BFLOAT16 and any(layer.weight.dtype is torch.bfloat16 for _, _, layer in found):
-        raise UnsupportedModelError(f"{name} is loaded in bfloat16, `decode: bfloat16` copies nothing; leave it out")
     switch = Switch(decode)
     for parent, child, layer in found:
         setattr(parent, child, QuickLinear(layer, switch, decode))

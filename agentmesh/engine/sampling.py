@@ -35,10 +35,16 @@ class Sampling:
 
 
 class Sampler:
-    """Picks tokens for one sequence; its random numbers depend on nothing but the seed."""
+    """Picks tokens for one sequence; its random numbers depend on nothing but the seed.
+
+    Args:
+        sampling: how to decode.
+        suppressed: ids that are never picked, ``[S]``.
+    """
 
     def __init__(self, sampling: Sampling, suppressed: torch.Tensor) -> None:
         self._suppressed = suppressed
+        self._never = frozenset(suppressed.tolist())
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._warpers = LogitsProcessorList()
         self._greedy = sampling.temperature == 0
@@ -51,8 +57,17 @@ class Sampler:
 
     def pick(self, logits: torch.Tensor) -> int:
         """The next token id for logits ``[V]``; special tokens other than stops are never picked."""
+        if self._greedy and (likeliest := _likeliest(logits)) not in self._never:
+            return likeliest
         scores = logits.index_fill(0, self._suppressed, float("-inf"))
         if self._greedy:
-            return int(scores.argmax())
+            return _likeliest(scores)
         warped = self._warpers(None, scores[None].float())
         return int(torch.multinomial(warped.softmax(-1).cpu(), 1, generator=self._generator))
+
+
+def _likeliest(logits: torch.Tensor) -> int:
+    """The first of the largest logits ``[V]``. torch looks at one number after the other on a CPU, numpy at many."""
+    if logits.device.type == "cpu" and logits.dtype is torch.float32:
+        return int(logits.numpy().argmax())
+    return int(logits.argmax())

@@ -149,7 +149,7 @@ class Step:
             turn = self._turn(rows, index)
             for number, layer in enumerate(self.layers):
                 heads = self._heads(layer, layer.mixed.multiply(layer.first(rows), way), turn)
-                cached.write(number, heads[:, self.queries :].view(len(rows), 2, self.shape.heads, 1, -1))
+                cached.write(number, heads[:, self.queries :].view(rows.shape[0], 2, self.shape.heads, 1, -1))
                 mixed = cached.attend(number, heads[:, : self.queries], layer.window, layer.scale)
                 rows = rows + layer.out.multiply(mixed.flatten(1), way)
                 gate, entered = layer.gated.multiply(layer.second(rows), way).chunk(2, dim=-1)
@@ -158,7 +158,7 @@ class Step:
 
     def _heads(self, layer: Layer, mixed: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Queries, keys and values ``[B, Hq + 2 H, D]``, normed and turned as the layer does."""
-        heads = mixed.view(len(mixed), -1, self.shape.head_dim)
+        heads = mixed.view(mixed.shape[0], -1, self.shape.head_dim)
         if layer.heads is not None:
             heads = torch.cat((layer.heads(heads[:, : -self.shape.heads]), heads[:, -self.shape.heads :]), dim=1)
         if not layer.turns:

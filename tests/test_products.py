@@ -12,7 +12,20 @@ from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
-from agentmesh.engine.products import INT8_ROWS, SPLIT_ROWS, QuickLinear, Switch, check_copies, quicken, switch_of
+from agentmesh.engine.products import (
+    INT8_ROWS,
+    LEAST_PACKED,
+    PACKED_ROWS,
+    SPLIT_ROWS,
+    Product,
+    QuickLinear,
+    Switch,
+    Way,
+    check_copies,
+    quicken,
+    switch_of,
+    way_of,
+)
 from agentmesh.errors import UnsupportedModelError
 
 PROMPT = tuple(range(3, 40))
@@ -44,7 +57,7 @@ def step(runner: ArenaRunner, sequences: int) -> tuple[torch.Tensor, torch.Tenso
     return first, runner.decode(caches, [5] * sequences, [len(PROMPT)] * sequences)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 16, SPLIT_ROWS, SPLIT_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 15, 16, 24, 25, SPLIT_ROWS - 1, SPLIT_ROWS, SPLIT_ROWS + 1])
 def test_a_product_in_pieces_is_the_same_product(rows: int) -> None:
     layer = torch.nn.Linear(96, 6 * 7)
     switch = Switch(Decode.SAME)
@@ -81,6 +94,29 @@ def test_only_layers_that_gain_are_changed() -> None:
             torch.set_num_threads(before)
 
         assert (switch_of(model) is not None) is wanted
+
+
+@pytest.mark.parametrize("rows", [LEAST_PACKED, 12, PACKED_ROWS])
+def test_a_packed_copy_multiplies_like_the_weights_whatever_rows_are_beside(rows: int) -> None:
+    weight, given = torch.randn(48, 96), torch.randn(PACKED_ROWS, 96)
+    product = Product(weight, torch.randn(48), Decode.PACKED)
+
+    with torch.inference_mode():
+        found = product.multiply(given[:rows], way_of(Decode.PACKED, rows))
+
+    torch.testing.assert_close(found, torch.nn.functional.linear(given[:rows], weight, product.bias))
+    assert torch.equal(found, product.multiply(given, Way.COPY)[:rows])
+
+
+def test_copies_are_used_where_they_are_faster() -> None:
+    ways = {decode: [way_of(decode, rows) is Way.COPY for rows in (1, 4, 5, 16, 17)] for decode in Decode}
+
+    assert ways == {
+        Decode.SAME: [False] * 5,
+        Decode.PACKED: [False, False, True, True, False],
+        Decode.INT8: [True, True, False, False, False],
+        Decode.BFLOAT16: [True] * 5,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +175,8 @@ def test_what_cannot_be_copied_is_refused() -> None:
     model.device = torch.device("meta")
     with pytest.raises(UnsupportedModelError, match="is on meta"):
         check_copies(model, "relu", Decode.INT8)
+    with pytest.raises(UnsupportedModelError, match="packs float32 weights"):
+        load(ModelSpec(name="random:tiny-llama", dtype=Dtype.BFLOAT16, decode=Decode.PACKED))
     with pytest.raises(UnsupportedModelError, match="is loaded in bfloat16"):
         load(ModelSpec(name="random:tiny-llama", dtype=Dtype.BFLOAT16, decode=Decode.BFLOAT16))
 

@@ -34,12 +34,14 @@ class Dtype(Choice):
 class Decode(Choice):
     """Which weights decode messages on a CPU.
 
-    ``int8`` reads int8 copies while at most four sequences decode at once, ``bfloat16`` reads copies in half the bytes
-    at any number: less memory is read, and messages are approximate. Prompts are prefilled with the model's own weights
-    all the same.
+    ``packed`` reads copies in the order in which MKL multiplies sixteen rows, while five to sixteen sequences decode at
+    once: the same numbers and as many bytes again, faster. ``int8`` reads int8 copies while at most four decode,
+    ``bfloat16`` reads copies in half the bytes at any number: less memory is read, and messages are approximate. Prompts
+    are prefilled with the model's own weights all the same.
     """
 
     SAME = "same"
+    PACKED = "packed"
     INT8 = "int8"
     BFLOAT16 = "bfloat16"
 

@@ -2,7 +2,8 @@
 
 What a decoding step costs is reading the weights. On some processors torch multiplies few float32 rows on one core,
 which cannot read memory as fast as all of them; the same product cut into one piece a core can. Copies of the weights
-(``model.decode``) in int8 or bfloat16 are a quarter or half to read, and make messages approximate.
+(``model.decode``) can be in the order in which a library reads them, which saves it sorting them at every product, or
+in int8 or bfloat16, which are a quarter or half to read and make messages approximate.
 
 The model's own code runs as it is; its linear layers look at a switch, which stands on ``OWN`` unless the runner throws
 it. So whoever calls the model past the runner gets what transformers does.
@@ -29,6 +30,15 @@ SPLIT_ROWS = 64
 INT8_ROWS = 4
 """Rows up to which int8 copies are faster; see docs/method.md."""
 
+FULL_ROWS = 16
+"""Rows that MKL multiplies together; nine to fifteen of them take up to twice as long (see docs/method.md)."""
+
+PACKED_ROWS = FULL_ROWS
+"""Rows of a product over packed copies."""
+
+LEAST_PACKED = 5
+"""Rows from which packed copies are faster; see docs/method.md."""
+
 LEVELS = 127
 
 
@@ -41,8 +51,9 @@ class Way(Choice):
 
 
 class Copy(Protocol):
-    """A smaller copy of one layer's weights ``[out, in]``, faster up to ``most`` rows."""
+    """A copy of one layer's weights ``[out, in]``, faster for at least ``least`` and at most ``most`` rows."""
 
+    least: ClassVar[int]
     most: ClassVar[float]
 
     def __init__(self, weight: torch.Tensor) -> None: ...
@@ -52,9 +63,30 @@ class Copy(Protocol):
 
 
 @final
+class PackedCopy:
+    """float32 weights in MKL's own order for products of ``PACKED_ROWS`` rows."""
+
+    least: ClassVar[int] = LEAST_PACKED
+    most: ClassVar[float] = PACKED_ROWS
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, PACKED_ROWS)  # noqa: SLF001  # no other name
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """As in ``Copy``; what is filled up changes no other row."""
+        filled = _filled(rows, PACKED_ROWS)
+        product: torch.Tensor = torch.ops.mkl._mkl_linear(  # noqa: SLF001  # as above
+            filled, self._packed, self._weight, None, PACKED_ROWS
+        )
+        return product[: rows.shape[0]]
+
+
+@final
 class Int8Copy:
     """Weights as int8, with one bfloat16 scale for each output."""
 
+    least: ClassVar[int] = 1
     most: ClassVar[float] = INT8_ROWS
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -75,6 +107,7 @@ class Int8Copy:
 class BFloat16Copy:
     """Weights as bfloat16."""
 
+    least: ClassVar[int] = 1
     most: ClassVar[float] = math.inf
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -85,12 +118,17 @@ class BFloat16Copy:
         return functional.linear(rows.to(torch.bfloat16), self._weight)
 
 
-COPIES: dict[Decode, type[Copy]] = {Decode.INT8: Int8Copy, Decode.BFLOAT16: BFloat16Copy}
+COPIES: dict[Decode, type[Copy]] = {
+    Decode.PACKED: PackedCopy,
+    Decode.INT8: Int8Copy,
+    Decode.BFLOAT16: BFloat16Copy,
+}
 
 
 def way_of(decode: Decode, rows: int) -> Way:
     """How so many rows are multiplied in a decoding step: over copies, if there are any and they are faster."""
-    return Way.COPY if decode in COPIES and rows <= COPIES[decode].most else Way.SPLIT
+    copy = COPIES.get(decode)
+    return Way.COPY if copy is not None and copy.least <= rows <= copy.most else Way.SPLIT
 
 
 @final
@@ -137,6 +175,7 @@ class Product:
         self.pieces = _pieces(weight)
         self._copy = COPIES[decode](weight) if decode in COPIES else None
         self._cut = weight.view(self.pieces, -1, weight.shape[1]).mT if self.pieces > 1 else None
+        self._few = _gains(weight)
 
     def copying(self, decode: Decode) -> Product:
         """The same product with a copy of its weights."""
@@ -144,14 +183,21 @@ class Product:
 
     def multiply(self, rows: torch.Tensor, way: Way) -> torch.Tensor:
         """Rows ``[R, in]`` times the weights; ``[R, out]``."""
+        count = rows.shape[0]
         if way is Way.COPY and self._copy is not None:
             product = self._copy.multiply(rows).to(rows.dtype)
-        elif way is not Way.OWN and self._cut is not None and len(rows) <= SPLIT_ROWS:
-            pieces = torch.bmm(rows[None].expand(self.pieces, -1, -1), self._cut)
-            product = pieces.transpose(0, 1).reshape(len(rows), -1)
+        elif way is not Way.OWN and self._few and count <= SPLIT_ROWS:
+            product = self._multiply_few(_filled(rows, _full(count)))[:count]
         else:
             return functional.linear(rows, self.weight, self.bias)
         return product if self.bias is None else product + self.bias
+
+    def _multiply_few(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows times the weights, in as many pieces as there are."""
+        if self._cut is None:
+            return functional.linear(rows, self.weight)
+        pieces = torch.bmm(rows[None].expand(self.pieces, -1, -1), self._cut)
+        return pieces.transpose(0, 1).reshape(rows.shape[0], -1)
 
 
 @final
@@ -191,8 +237,8 @@ def check_copies(model: Any, name: str, decode: Decode) -> None:
     """Refuse copies of weights that cannot be made.
 
     Raises:
-        UnsupportedModelError: copies are asked for, and the model is on another device, has these numbers already, or
-            has no linear layers.
+        UnsupportedModelError: copies are asked for, and the model is on another device, has these numbers already or
+            no float32 ones to pack, or has no linear layers; or torch was built without MKL.
     """
     if decode not in COPIES:
         return
@@ -205,6 +251,10 @@ def check_copies(model: Any, name: str, decode: Decode) -> None:
         raise UnsupportedModelError(f"{name} has no linear layers that `decode: {decode}` could copy; leave it out")
     if decode is Decode.BFLOAT16 and torch.bfloat16 in dtypes:
         raise UnsupportedModelError(f"{name} is loaded in bfloat16, `decode: bfloat16` copies nothing; leave it out")
+    if decode is Decode.PACKED and dtypes != {torch.float32}:
+        raise UnsupportedModelError(f"`decode: packed` packs float32 weights, {name} has others; leave it out")
+    if decode is Decode.PACKED and not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # torch's
+        raise UnsupportedModelError("`decode: packed` needs a torch with MKL, which this one lacks; leave it out")
 
 
 def quicken(model: Any, decode: Decode) -> None:
@@ -231,6 +281,22 @@ def switch_of(model: Any) -> Switch | None:
 
 def _pieces(weight: torch.Tensor) -> int:
     """Into how many equal pieces a layer's outputs are cut: one for each thread, or the next fewer that divide them."""
-    if weight.device.type != "cpu" or weight.dtype is not torch.float32 or not weight.is_contiguous():
+    if not _gains(weight):
         return 1
     return next(count for count in range(torch.get_num_threads(), 0, -1) if weight.shape[0] % count == 0)
+
+
+def _gains(weight: torch.Tensor) -> bool:
+    """Whether products of few rows can be made faster: in float32, on a CPU."""
+    return weight.device.type == "cpu" and weight.dtype is torch.float32 and weight.is_contiguous()
+
+
+def _full(rows: int) -> int:
+    """So many rows, filled up where that is faster."""
+    beyond = rows % FULL_ROWS
+    return rows + FULL_ROWS - beyond if beyond > FULL_ROWS // 2 else rows
+
+
+def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows with zeros behind them, ``[count, in]``."""
+    return functional.pad(rows, (0, 0, 0, count - rows.shape[0])) if count > rows.shape[0] else rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 import torch
 
 from agentmesh.config.mesh import Decode, Dtype, ModelSpec
+from agentmesh.engine import products
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
@@ -29,6 +31,11 @@ from agentmesh.engine.products import (
 from agentmesh.errors import UnsupportedModelError
 
 PROMPT = tuple(range(3, 40))
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": Dtype.BFLOAT16},
+    "int8": {"decode": Decode.INT8},
+}
 
 
 def runner_of(loaded: LoadedModel) -> ArenaRunner:
@@ -112,11 +119,27 @@ def test_copies_are_used_where_they_are_faster() -> None:
     ways = {decode: [way_of(decode, rows) is Way.COPY for rows in (1, 4, 5, 16, 17)] for decode in Decode}
 
     assert ways == {
+        Decode.AUTO: [False] * 5,
         Decode.SAME: [False] * 5,
         Decode.PACKED: [False, False, True, True, False],
         Decode.INT8: [True, True, False, False, False],
         Decode.BFLOAT16: [True] * 5,
     }
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_weights_are_packed_by_themselves_where_that_is_faster(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_packing_pays", lambda _weight: pays)
+
+    found = {name: load(ModelSpec(name="random:tiny-llama", **more)).decode for name, more in KINDS.items()}
+
+    assert found == {"float32": Decode.PACKED if pays else Decode.SAME, "bfloat16": Decode.SAME, "int8": Decode.INT8}
+    monkeypatch.setattr(products, "PACK_AT_MOST", 1000)
+    assert load(ModelSpec(name="random:tiny-llama")).decode is Decode.SAME
+
+
+def test_the_trial_of_packing_says_one_thing_or_the_other() -> None:
+    assert products._packing_pays(torch.randn(512, 256)) in (True, False)
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +184,10 @@ def test_a_step_that_fails_leaves_the_own_weights_in_use(plain: ArenaRunner, qui
 
 
 def test_kv_of_steps_over_copies_is_kept_apart_by_the_fingerprint() -> None:
-    names = {load(ModelSpec(name="random:tiny-llama", decode=decode)).fingerprint for decode in Decode}
+    names = {decode: load(ModelSpec(name="random:tiny-llama", decode=decode)).fingerprint for decode in Decode}
 
-    assert len(names) == len(Decode)
+    assert len(set(names.values())) == 3
+    assert names[Decode.AUTO] == names[Decode.SAME] == names[Decode.PACKED], "the same numbers"
 
 
 def test_what_cannot_be_copied_is_refused() -> None:

@@ -159,7 +159,7 @@ def decode(
     return DecodeFigures(
         model=model.name,
         dtype=model.dtype.value,
-        decode=model.decode.value,
+        decode=dense.engine.loaded.decode.value,
         prompt_tokens=prompt,
         output_tokens=output,
         repeats=repeats,

@@ -75,7 +75,7 @@ def decode(
     dtype: DtypeOption = Dtype.FLOAT32,
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
     output: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
-    decode: Annotated[Decode, typer.Option(help="Weights that decode: the model's own, or copies.")] = Decode.SAME,
+    decode: Annotated[Decode, typer.Option(help="Weights that decode: the model's own, or copies.")] = Decode.AUTO,
     repeat: Repeat = 5,
     profile: ProfileOption = False,
     trace: TraceOption = DEFAULT_TRACE,
@@ -306,7 +306,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _spec(model: str, dtype: Dtype, decode: Decode = Decode.SAME) -> ModelSpec:
+def _spec(model: str, dtype: Dtype, decode: Decode = Decode.AUTO) -> ModelSpec:
     try:
         return ModelSpec(name=model, dtype=dtype, decode=decode)
     except ValidationError as error:

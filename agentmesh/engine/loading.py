@@ -19,7 +19,7 @@ from agentmesh.config.mesh import Decode, ModelSpec
 from agentmesh.engine.attention import use_grouped_heads
 from agentmesh.engine.catalog import FAMILIES, KNOWN, SEED, byte_tokenizer, quiet, random_config, random_model, sha256
 from agentmesh.engine.embedded import Progress, digests, ensure
-from agentmesh.engine.products import check_copies, quicken
+from agentmesh.engine.products import check_copies, quicken, resolved
 from agentmesh.engine.step import Step, recognise
 from agentmesh.errors import ModelError, NotFoundError, UnsupportedModelError, did_you_mean, listing
 
@@ -240,8 +240,8 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
         raise UnsupportedModelError(f"{spec.name} has no fast tokenizer, which agentmesh needs for exact slot borders")
     use_grouped_heads(model)
     check_copies(model, spec.name, spec.decode)
-    step = recognise(model)
-    quicken(model, spec.decode if step is None else Decode.SAME)
+    decode, step = resolved(model, spec.decode), recognise(model)
+    quicken(model, decode if step is None else Decode.SAME)
     config = model.config.get_text_config()
     control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return LoadedModel(
@@ -255,8 +255,8 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
         fingerprint=_fingerprint(spec, config, parts),
         source=parts.source,
         config=config,
-        decode=spec.decode,
-        step=None if step is None else step.copying(spec.decode),
+        decode=decode,
+        step=None if step is None else step.copying(decode),
     )
 
 
@@ -288,7 +288,7 @@ def _fingerprint(spec: ModelSpec, config: Any, parts: _Parts) -> str:
         "tokenizer": parts.tokenizer.backend_tokenizer.to_str(),
         "chat": parts.tokenizer.chat_template,
         "dtype": spec.dtype.value,
-        "decode": spec.decode.value,
+        "decode": spec.decode.value if spec.decode.approximates else Decode.SAME.value,
         "attention": config._attn_implementation,  # noqa: SLF001  # it has no public name
         "versions": [library.__version__.split(".")[:2] for library in (torch, transformers)],
     }

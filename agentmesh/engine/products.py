@@ -12,6 +12,7 @@ it. So whoever calls the model past the runner gets what transformers does.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol, final
@@ -38,6 +39,12 @@ PACKED_ROWS = FULL_ROWS
 
 LEAST_PACKED = 5
 """Rows from which packed copies are faster; see docs/method.md."""
+
+PACK_AT_MOST = 2**30
+"""Bytes of weights that ``decode: auto`` packs at most."""
+
+TRIALS, WORTH = 5, 0.9
+"""How often packing is tried, and what share of the time it may take to be worth its memory."""
 
 LEVELS = 127
 
@@ -253,8 +260,35 @@ def check_copies(model: Any, name: str, decode: Decode) -> None:
         raise UnsupportedModelError(f"{name} is loaded in bfloat16, `decode: bfloat16` copies nothing; leave it out")
     if decode is Decode.PACKED and dtypes != {torch.float32}:
         raise UnsupportedModelError(f"`decode: packed` packs float32 weights, {name} has others; leave it out")
-    if decode is Decode.PACKED and not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # torch's
+    if decode is Decode.PACKED and not _has_mkl():
         raise UnsupportedModelError("`decode: packed` needs a torch with MKL, which this one lacks; leave it out")
+
+
+def resolved(model: Any, decode: Decode) -> Decode:
+    """``auto`` as what it means for a model on this machine; both choices multiply to the same numbers."""
+    if decode is not Decode.AUTO:
+        return decode
+    layers = [layer.weight for layer in model.modules() if type(layer) is nn.Linear]
+    few = all(_gains(weight) for weight in layers) and sum(weight.nbytes for weight in layers) <= PACK_AT_MOST
+    if not layers or not few or not _has_mkl():
+        return Decode.SAME
+    return Decode.PACKED if _packing_pays(max(layers, key=torch.Tensor.numel)) else Decode.SAME
+
+
+@torch.inference_mode()
+def _packing_pays(weight: torch.Tensor) -> bool:
+    """Whether a product of full rows is faster over a packed copy, as a short trial says."""
+    rows = torch.zeros(PACKED_ROWS, weight.shape[1])
+    products = {
+        way: Product(weight, None, decode) for way, decode in ((Way.COPY, Decode.PACKED), (Way.SPLIT, Decode.SAME))
+    }
+    taken: dict[Way, list[float]] = {way: [] for way in products}
+    for _ in range(TRIALS):
+        for way, product in products.items():
+            begun = time.perf_counter()
+            product.multiply(rows, way)
+            taken[way].append(time.perf_counter() - begun)
+    return min(taken[Way.COPY]) < WORTH * min(taken[Way.SPLIT])
 
 
 def quicken(model: Any, decode: Decode) -> None:
@@ -300,3 +334,7 @@ def _full(rows: int) -> int:
 def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Rows with zeros behind them, ``[count, in]``."""
     return functional.pad(rows, (0, 0, 0, count - rows.shape[0])) if count > rows.shape[0] else rows
+
+
+def _has_mkl() -> bool:
+    return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]  # torch's

@@ -1,7 +1,7 @@
 """A decoding step in few operations: what decoders of the common kind compute, without the model's own code.
 
 A step of a small model is some two thousand operations, most of them so small that calling them is what they cost. Here
-are the same sums in a quarter of the calls: queries, keys and values come from one product and turn together, a gated
+are the same sums in half of the calls: queries, keys and values come from one product and turn together, a gated
 MLP begins with one product, and norms are one call. Prefills run the model's own code.
 
 Layers are read off the model's modules, by the names that most families give them (RMS norms, attention with grouped

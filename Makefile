@@ -7,7 +7,7 @@ SOAK ?=
 LOAD ?=
 QUESTION ?= A box holds 6 eggs. How many eggs are in 5 boxes?
 
-.PHONY: run test check bench soak restart load channel pictures wheel clean
+.PHONY: run test check bench soak flat restart load channel pictures wheel clean
 
 run: $(READY)   ## three agents on a small question, with the embedded model
 	$(BIN)/agentmesh run configs/demo.yaml -i question="$(QUESTION)"
@@ -27,6 +27,9 @@ bench: $(READY) ## the figures that README quotes
 
 soak: $(READY)  ## many runs at once for MINUTES, a line a minute; SOAK="--model smollm2-135m --deterministic" for others
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(SOAK)
+
+flat: $(READY)  ## 300 word problems through one mesh with the embedded model: memory stays flat, calls share
+	$(BIN)/python tests/flat.py
 
 restart: $(READY) ## what a restart costs with a store, and what tenants can tell of each other
 	$(BIN)/python tests/restart.py

@@ -21,6 +21,7 @@ import psutil
 
 from agentmesh import Mesh
 from agentmesh.bench.data import read_questions
+from agentmesh.local import LocalBackend
 from agentmesh.results import RunResult
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,12 @@ SETTLED = 100
 
 GROWTH_BYTES = 32 * 2**20
 SHARE = 0.95
-OVERRIDES = ("communicator.preset=linear", "agents.agent.generate.max_tokens=8", "communicator.cost_gate=false")
+AGENTS = ("agent.1", "agent.2", "agent.3")
+OVERRIDES = (
+    "communicator=linear",
+    "communicator.cost_gate=false",
+    *(f"agents.{agent}.generate.max_tokens=8" for agent in AGENTS),
+)
 
 
 def resident() -> int:
@@ -46,11 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "gsm8k-dev.jsonl")
     parser.add_argument("--limit", type=int, default=300)
     given = parser.parse_args(arguments)
-    questions = [question.inputs for question in read_questions(given.data, given.limit)]
+    questions = [{"question": question.text} for question in read_questions(given.data, given.limit)[: given.limit]]
     results: list[RunResult] = []
     sizes: list[int] = []
     with Mesh.from_yaml(ROOT / "configs" / "math-fully-connected.yaml", overrides=OVERRIDES) as mesh:
         backend = mesh.load()
+        assert isinstance(backend, LocalBackend)
         for low in range(0, len(questions), AT_ONCE):
             results += asyncio.run(mesh.arun_all(questions[low : low + AT_ONCE]))
             sizes.append(resident())
@@ -61,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _judge(results: Sequence[RunResult], sizes: Sequence[int]) -> int:
     """Print what was found; 1 where it is not what was expected."""
-    calls = [call for result in results[SETTLED:] for call in result.calls if call.shareable]
+    calls = [call for result in results[SETTLED:] for call in result.calls if call.slot_tokens]
     shared = sum(call.placed_slots > 0 for call in calls)
     why = Counter(str(row.reason) for call in calls if not call.placed_slots for row in call.plan)
     grown = max(sizes[SETTLED // AT_ONCE :]) - sizes[SETTLED // AT_ONCE - 1]

@@ -9,25 +9,14 @@ import pytest
 import torch
 
 from agentmesh.config.mesh import Decode, Dtype, ModelSpec
-from agentmesh.engine import products
+from agentmesh.engine import tuning
 from agentmesh.engine.composition import Composition
+from agentmesh.engine.copies import INT8_ROWS, LEAST_PACKED, PACKED_ROWS
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
-from agentmesh.engine.products import (
-    INT8_ROWS,
-    LEAST_PACKED,
-    PACKED_ROWS,
-    SPLIT_ROWS,
-    Product,
-    QuickLinear,
-    Switch,
-    Way,
-    check_copies,
-    quicken,
-    switch_of,
-    way_of,
-)
+from agentmesh.engine.products import SPLIT_ROWS, Product, QuickLinear, Switch, Tuning, Way, quicken, switch_of
+from agentmesh.engine.tuning import ALWAYS_CUT, check_copies
 from agentmesh.errors import UnsupportedModelError
 
 PROMPT = tuple(range(3, 40))
@@ -67,8 +56,8 @@ def step(runner: ArenaRunner, sequences: int) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 15, 16, 24, 25, SPLIT_ROWS - 1, SPLIT_ROWS, SPLIT_ROWS + 1])
 def test_a_product_in_pieces_is_the_same_product(rows: int) -> None:
     layer = torch.nn.Linear(96, 6 * 7)
-    switch = Switch(Decode.SAME)
-    quick = QuickLinear(layer, switch, Decode.SAME)
+    switch = Switch(Tuning())
+    quick = QuickLinear(layer, switch)
     given = torch.randn(rows, 96)
 
     with torch.inference_mode(), switch.computing():
@@ -82,7 +71,7 @@ def test_outputs_that_threads_do_not_divide_are_cut_into_fewer_pieces() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        quick = QuickLinear(torch.nn.Linear(8, 9), Switch(Decode.SAME), Decode.SAME)
+        quick = QuickLinear(torch.nn.Linear(8, 9), Switch(Tuning()))
     finally:
         torch.set_num_threads(threads)
 
@@ -96,7 +85,7 @@ def test_only_layers_that_gain_are_changed() -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            quicken(model, Decode.SAME)
+            quicken(model, Tuning())
         finally:
             torch.set_num_threads(before)
 
@@ -109,14 +98,14 @@ def test_a_packed_copy_multiplies_like_the_weights_whatever_rows_are_beside(rows
     product = Product(weight, torch.randn(48), Decode.PACKED)
 
     with torch.inference_mode():
-        found = product.multiply(given[:rows], way_of(Decode.PACKED, rows))
+        found = product.multiply(given[:rows], Tuning(Decode.PACKED).way(rows))
 
     torch.testing.assert_close(found, torch.nn.functional.linear(given[:rows], weight, product.bias))
     assert torch.equal(found, product.multiply(given, Way.COPY)[:rows])
 
 
 def test_copies_are_used_where_they_are_faster() -> None:
-    ways = {decode: [way_of(decode, rows) is Way.COPY for rows in (1, 4, 5, 16, 17)] for decode in Decode}
+    ways = {decode: [Tuning(decode).way(rows) is Way.COPY for rows in (1, 4, 5, 16, 17)] for decode in Decode}
 
     assert ways == {
         Decode.AUTO: [False] * 5,
@@ -129,17 +118,25 @@ def test_copies_are_used_where_they_are_faster() -> None:
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_weights_are_packed_by_themselves_where_that_is_faster(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_packing_pays", lambda _weight: pays)
+    monkeypatch.setattr(tuning, "_packing_pays", lambda _weights: pays)
 
     found = {name: load(ModelSpec(name="random:tiny-llama", **more)).decode for name, more in KINDS.items()}
 
     assert found == {"float32": Decode.PACKED if pays else Decode.SAME, "bfloat16": Decode.SAME, "int8": Decode.INT8}
-    monkeypatch.setattr(products, "PACK_AT_MOST", 1000)
+    monkeypatch.setattr(tuning, "PACK_AT_MOST", 1000)
     assert load(ModelSpec(name="random:tiny-llama")).decode is Decode.SAME
 
 
-def test_the_trial_of_packing_says_one_thing_or_the_other() -> None:
-    assert products._packing_pays(torch.randn(512, 256)) in (True, False)
+def test_single_rows_are_cut_where_that_is_faster_and_more_rows_always() -> None:
+    assert [Tuning(whole_below=ALWAYS_CUT).way(rows) for rows in (1, 3, 4)] == [Way.OWN, Way.OWN, Way.SPLIT]
+    assert Tuning().way(1) is Way.SPLIT
+
+
+def test_a_trial_takes_the_faster_way_by_a_clear_margin() -> None:
+    small, large = (Product(torch.randn(size, 256), None) for size in (64, 8192))
+
+    assert tuning._faster(([small], Way.OWN), ([large], Way.OWN), 4)
+    assert not tuning._faster(([large], Way.OWN), ([small], Way.OWN), 4)
 
 
 @pytest.fixture(scope="module")

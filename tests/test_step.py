@@ -104,7 +104,7 @@ def test_a_step_multiplies_by_the_copies_that_were_asked_for(decode_with: Decode
 
     assert plain.step is not None
     assert copied.step is not None
-    assert plain.step.decode is Decode.SAME
+    assert plain.step.tuning.decode is Decode.SAME
     logits = [decode(runners(one.model, one.step)[0])[0] for one in (plain, copied)]
     error = float((logits[1] - logits[0]).norm() / logits[0].norm())
     assert 0 < error < 0.03

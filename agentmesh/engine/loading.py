@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from agentmesh.config.mesh import Decode, ModelSpec
 from agentmesh.engine.attention import use_grouped_heads
 from agentmesh.engine.catalog import FAMILIES, KNOWN, SEED, byte_tokenizer, quiet, random_config, random_model, sha256
 from agentmesh.engine.embedded import Progress, digests, ensure
-from agentmesh.engine.products import check_copies, quicken, resolved
+from agentmesh.engine.products import quicken
 from agentmesh.engine.step import Step, recognise
+from agentmesh.engine.tuning import check_copies, tuned
 from agentmesh.errors import ModelError, NotFoundError, UnsupportedModelError, did_you_mean, listing
 
 RANDOM = "random:"
@@ -240,8 +241,8 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
         raise UnsupportedModelError(f"{spec.name} has no fast tokenizer, which agentmesh needs for exact slot borders")
     use_grouped_heads(model)
     check_copies(model, spec.name, spec.decode)
-    decode, step = resolved(model, spec.decode), recognise(model)
-    quicken(model, decode if step is None else Decode.SAME)
+    tuning, step = tuned(model, spec.decode), recognise(model)
+    quicken(model, tuning if step is None else replace(tuning, decode=Decode.SAME))
     config = model.config.get_text_config()
     control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return LoadedModel(
@@ -255,8 +256,8 @@ def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
         fingerprint=_fingerprint(spec, config, parts),
         source=parts.source,
         config=config,
-        decode=decode,
-        step=None if step is None else step.copying(decode),
+        decode=tuning.decode,
+        step=None if step is None else step.tuned(tuning),
     )
 
 

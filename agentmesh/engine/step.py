@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 
-from agentmesh.config.mesh import Decode
 from agentmesh.engine.batch import NextRows
+from agentmesh.engine.copies import COPIES
 from agentmesh.engine.masks import UNLIMITED
 from agentmesh.engine.operations import Mark
-from agentmesh.engine.products import COPIES, Product, way_of
+from agentmesh.engine.products import Product, Tuning
 from agentmesh.engine.spans import Spans
 from agentmesh.kv.arena import Arena, KVShape
 
@@ -98,7 +98,7 @@ class Step:
         layers: in order.
         last: the norm before the head.
         head: the product that gives logits.
-        decode: which copies of the weights the products keep.
+        tuning: how the products are multiplied.
     """
 
     shape: KVShape
@@ -108,12 +108,13 @@ class Step:
     layers: tuple[Layer, ...]
     last: Norm
     head: Product
-    decode: Decode = Decode.SAME
+    tuning: Tuning
 
-    def copying(self, decode: Decode) -> Step:
-        """The same step with products that keep copies of their weights; itself where there are none to keep."""
-        if decode not in COPIES:
-            return self
+    def tuned(self, tuning: Tuning) -> Step:
+        """The same step with products that are multiplied in other ways, over copies of their weights if need be."""
+        if tuning.decode not in COPIES:
+            return replace(self, tuning=tuning)
+        decode = tuning.decode
         layers = tuple(
             replace(
                 layer,
@@ -124,7 +125,7 @@ class Step:
             )
             for layer in self.layers
         )
-        return replace(self, layers=layers, head=self.head.copying(decode), decode=decode)
+        return replace(self, layers=layers, head=self.head.copying(decode), tuning=tuning)
 
     @torch.inference_mode()
     def run(
@@ -141,7 +142,7 @@ class Step:
         Returns:
             Logits ``[B, V]``.
         """
-        device, way = self.shape.device, way_of(self.decode, len(tokens))
+        device, way = self.shape.device, self.tuning.way(len(tokens))
         cached = NextRows(arenas, spans)
         ids, index = (torch.tensor(one, device=device) for one in (tokens, positions))
         with spans.mark(Mark.MODEL):
@@ -216,6 +217,7 @@ def _read(model: Any) -> Step:
         layers=layers,
         last=Norm.of(body.norm),
         head=_joined(head),
+        tuning=Tuning(),
     )
 
 

@@ -17,9 +17,10 @@ QUERIES_AT_ONCE = 256
 
 
 class AttentionWatch:
-    """Sums the attention that one forward's queries pay to each key, over layers and heads.
+    """Sums what one forward's queries take from each position, over layers and heads: attention times its value's norm.
 
-    Passed to a model as the option ``agentmesh_watch``.
+    A position that is attended to but whose value is small, as the first ones are, adds little. Passed to a model as
+    the option ``agentmesh_watch``.
 
     Args:
         skip: how many of the first queries do not count.
@@ -29,7 +30,14 @@ class AttentionWatch:
         self.total = torch.zeros(0)
         self._skip = skip
 
-    def see(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> None:
+    def see(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
         """Add one layer's attention; shapes as in ``attention``."""
         query = query[:, :, self._skip :]
         batch, heads, asking, dims = query.shape
@@ -38,8 +46,9 @@ class AttentionWatch:
         scores = (rows @ key.float().mT).view(batch, heads, asking, -1)
         if mask is not None:
             scores += mask[:, :, self._skip :].float()
-        paid = scores.softmax(dim=-1).sum(dim=(0, 1, 2))
-        self.total = paid if not len(self.total) else self.total + paid
+        paid = scores.softmax(dim=-1).view(batch, key.shape[1], -1, scores.shape[-1]).sum(dim=2)
+        taken = (paid * value.float().norm(dim=-1)).sum(dim=(0, 1))
+        self.total = taken if not len(self.total) else self.total + taken
 
 
 def use_grouped_heads(model: Any) -> None:
@@ -78,7 +87,7 @@ def attention(
         return batch.attend(query, attention_mask.shape[3], options.get("scaling")), None
     watch = options.pop("agentmesh_watch", None)
     if watch is not None:
-        watch.see(query, key, attention_mask, options.get("scaling"))
+        watch.see(query, key, value, attention_mask, options.get("scaling"))
     on_cpu = query.device.type == "cpu"
     plain = options.get("position_bias") is None and options.get("cache") is None and not options.get("dropout")
     if attention_mask is None or query.shape[2] == 1 or not plain or not on_cpu:

@@ -89,7 +89,7 @@ class Scout:
 
     @torch.inference_mode()
     def attention(self, composition: Composition, queries: Sequence[int]) -> Look:
-        """Attention that the last tokens at ``queries`` pay to every position, summed over layers and heads.
+        """What the last tokens at ``queries`` take from every position: attention times its value's norm, summed.
 
         Only placed tokens are there to be seen, besides the queries themselves (METHOD 5, documents), and the prompt's
         first tokens, which models attend to whenever nothing else fits: without them everything else gets too much.

@@ -166,7 +166,7 @@ PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
         "linear": PresetSpec(
             share=Share.SLOTS,
             realigner=RealignerKind.LINEAR,
-            recompute=Recompute(first=16, breaks=8, most_first=0.2, most_breaks=0.1, documents=0.3),
+            recompute=Recompute(first=16, breaks=8, most_first=0.2, most_breaks=0.1, documents=0.28),
             repeats=True,
         ),
         "blend": PresetSpec(share=Share.SLOTS, recompute=Recompute(ratio=0.15)),

@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from agentmesh.engine.batch import BatchCache
 
 NAME = "agentmesh_sdpa"
-QUERIES_AT_ONCE = 256
+QUERIES_AT_ONCE = 128
 
 
 class AttentionWatch:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,25 @@ def test_wrong_requests_end_with_a_clear_error(
     assert "Traceback" not in shown
 
 
+def seconds(work: Callable[[], object]) -> float:
+    """The best of three."""
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
 def test_looking_at_files_is_quick_and_loads_no_model(tmp_path: Path) -> None:
+    """A second where Python and four libraries start in a quarter of one; machines are slower at times."""
+    libraries = [sys.executable, "-c", "import networkx, pydantic, rich, typer"]
+    start = seconds(lambda: subprocess.run(libraries, check=True, cwd=tmp_path))
+
+    def look(arguments: Sequence[str]) -> None:
+        done = started(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
     for arguments in (
         ["graph", "debate"],
         ["validate", "demo"],
@@ -139,13 +159,7 @@ def test_looking_at_files_is_quick_and_loads_no_model(tmp_path: Path) -> None:
         ["schema"],
         ["--help"],
     ):
-        times = []
-        for _ in range(3):
-            begun = time.perf_counter()
-            done = started(*arguments, cwd=tmp_path)
-            times.append(time.perf_counter() - begun)
-            assert done.returncode == 0, done.stderr
-        assert min(times) < 1.0, arguments
+        assert seconds(partial(look, arguments)) < 4 * start, arguments
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
-import gc
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+from soak import backend_of, held
 
 from agentmesh import Mesh
 from agentmesh.bench.data import read_questions
-from agentmesh.local import LocalBackend
 from agentmesh.results import RunResult
 
 ROOT = Path(__file__).parents[1]
@@ -39,28 +37,22 @@ OVERRIDES = (
 )
 
 
-def resident() -> int:
-    """Bytes of memory that the process really holds: what the C library keeps for later is given back first."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all questions; 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "gsm8k-dev.jsonl")
     parser.add_argument("--limit", type=int, default=300)
     given = parser.parse_args(arguments)
+    if given.limit <= SETTLED:
+        parser.error(f"--limit {given.limit}: memory is judged behind the first {SETTLED} questions; ask for more")
     questions = [{"question": question.text} for question in read_questions(given.data, given.limit)[: given.limit]]
     results: list[RunResult] = []
     sizes: list[int] = []
     with Mesh.from_yaml(ROOT / "configs" / "math-fully-connected.yaml", overrides=OVERRIDES) as mesh:
-        backend = mesh.load()
-        assert isinstance(backend, LocalBackend)
+        backend = backend_of(mesh)
         for low in range(0, len(questions), AT_ONCE):
             results += asyncio.run(mesh.arun_all(questions[low : low + AT_ONCE]))
-            sizes.append(resident())
+            sizes.append(held(psutil.Process()))
             kept = backend.communicator.nbytes / 2**20
             print(f"{len(results):4d} questions: {sizes[-1] / 2**20:.0f} MiB, kept {kept:.1f} MiB", flush=True)
     return _judge(results, sizes)

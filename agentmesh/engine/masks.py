@@ -7,13 +7,23 @@ Correct for scattered positions, where transformers' own masks (derived from the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 UNLIMITED = 1 << 40
 """Width of a stand-in mask where a layer sees everything."""
 
+SLIDING = "sliding_attention"
+
 Masks = torch.Tensor | dict[str, torch.Tensor]
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """How many keys each layer's queries see, ``None`` for all; without layer types, one window for every layer."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
+    return [window if kind == SLIDING else None for kind in types]
 
 
 @dataclass(frozen=True)

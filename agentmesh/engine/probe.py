@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from agentmesh.engine.composition import Composition, Placement
 from agentmesh.engine.forward import ArenaRunner, PlainRunner, Runner
-from agentmesh.engine.masks import MaskPlan
+from agentmesh.engine.masks import MaskPlan, windows_of
 from agentmesh.engine.products import switch_of
 from agentmesh.engine.step import Step
 from agentmesh.kv.arena import KVShape
@@ -136,10 +136,9 @@ def _kv_shape(model: Any) -> KVShape | None:
 
 def _mask_plan(config: Any, dtype: torch.dtype) -> MaskPlan:
     """One mask a layer type where the configuration names types; else one for all layers."""
-    types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    windows = {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(types or ())}
-    return MaskPlan(windows or {"all": window}, by_type=len(windows) > 1, dtype=dtype)
+    types = getattr(config, "layer_types", None) or ["all"] * config.num_hidden_layers
+    windows = dict(zip(types, windows_of(config), strict=True))
+    return MaskPlan(windows, by_type=len(windows) > 1, dtype=dtype)
 
 
 def _inv_freq(model: Any, layers: int) -> torch.Tensor | None:

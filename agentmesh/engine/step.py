@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 from agentmesh.engine.batch import NextRows
 from agentmesh.engine.copies import COPIES
-from agentmesh.engine.masks import UNLIMITED
+from agentmesh.engine.masks import UNLIMITED, windows_of
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.products import Product, Tuning
 from agentmesh.engine.spans import Spans
@@ -207,7 +207,7 @@ def _read(model: Any) -> Step:
     body, head = model.model, model.lm_head
     attention = body.layers[0].self_attn
     weight, dims = attention.k_proj.weight, attention.head_dim
-    windows = _windows(model.config.get_text_config())
+    windows = windows_of(model.config.get_text_config())
     layers = tuple(_layer(*one) for one in zip(body.layers, windows, strict=True))
     return Step(
         shape=KVShape(len(layers), weight.shape[0] // dims, dims, weight.dtype, weight.device),
@@ -221,14 +221,7 @@ def _read(model: Any) -> Step:
     )
 
 
-def _windows(config: Any) -> list[int]:
-    """How many keys each layer's queries see."""
-    window = getattr(config, "sliding_window", None) or UNLIMITED
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else UNLIMITED for kind in types]
-
-
-def _layer(module: Any, window: int) -> Layer:
+def _layer(module: Any, window: int | None) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     return Layer(
         first=Norm.of(module.input_layernorm),
@@ -240,7 +233,7 @@ def _layer(module: Any, window: int) -> Layer:
         down=_joined(mlp.down_proj),
         activation=mlp.act_fn,
         turns=bool(getattr(attention, "use_rope", True)),
-        window=window,
+        window=window or UNLIMITED,
         scale=attention.scaling,
     )
 

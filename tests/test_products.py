@@ -1,4 +1,4 @@
-"""Products of few rows: cut into pieces they are the same numbers; copies are close, int8 ones for small steps only."""
+"""Products of few rows: cut into pieces they are the same numbers; copies are close, some for small steps only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from agentmesh.config.mesh import Decode, Dtype, ModelSpec
 from agentmesh.engine import tuning
 from agentmesh.engine.composition import Composition
-from agentmesh.engine.copies import INT8_ROWS, LEAST_PACKED, PACKED_ROWS
+from agentmesh.engine.copies import GROUP, INT4_ROWS, INT8_ROWS, LEAST_PACKED, PACKED_ROWS, Int4Copy, Int8Copy
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
@@ -112,6 +112,7 @@ def test_copies_are_used_where_they_are_faster() -> None:
         Decode.SAME: [False] * 5,
         Decode.PACKED: [False, False, True, True, False],
         Decode.INT8: [True, True, False, False, False],
+        Decode.INT4: [True, True, True, False, False],
         Decode.BFLOAT16: [True] * 5,
     }
 
@@ -183,7 +184,7 @@ def test_a_step_that_fails_leaves_the_own_weights_in_use(plain: ArenaRunner, qui
 def test_kv_of_steps_over_copies_is_kept_apart_by_the_fingerprint() -> None:
     names = {decode: load(ModelSpec(name="random:tiny-llama", decode=decode)).fingerprint for decode in Decode}
 
-    assert len(set(names.values())) == 3
+    assert len(set(names.values())) == 4
     assert names[Decode.AUTO] == names[Decode.SAME] == names[Decode.PACKED], "the same numbers"
 
 
@@ -193,6 +194,10 @@ def test_what_cannot_be_copied_is_refused() -> None:
 
     with pytest.raises(UnsupportedModelError, match="no linear layers"):
         check_copies(model, "relu", Decode.INT8)
+    uneven = torch.nn.Sequential(torch.nn.Linear(48, 32))
+    uneven.device = torch.device("cpu")
+    with pytest.raises(UnsupportedModelError, match="rows of 48; use `int8`"):
+        check_copies(uneven, "uneven", Decode.INT4)
     model.device = torch.device("meta")
     with pytest.raises(UnsupportedModelError, match="is on meta"):
         check_copies(model, "relu", Decode.INT8)
@@ -202,10 +207,28 @@ def test_what_cannot_be_copied_is_refused() -> None:
         load(ModelSpec(name="random:tiny-llama", dtype=Dtype.BFLOAT16, decode=Decode.BFLOAT16))
 
 
+def test_int4_copies_keep_weights_of_sixteen_levels_and_give_others_eight_bits() -> None:
+    rows, shape = torch.randn(INT4_ROWS, 96), (40, 3, GROUP)
+    quantised = ((torch.randint(0, 16, shape) * 0.01) + torch.randn(40, 3, 1)).flatten(1)
+
+    errors = {}
+    for name, weight in {"sixteen levels": quantised, "any": torch.randn(40, 96)}.items():
+        for kind in (Int4Copy, Int8Copy):
+            wanted = torch.nn.functional.linear(rows.bfloat16().float(), weight)
+            errors[name, kind] = float((kind(weight).multiply(rows).float() - wanted).norm() / wanted.norm())
+
+    assert errors["sixteen levels", Int4Copy] < 0.004, "bfloat16 and nothing else"
+    assert errors["any", Int4Copy] < errors["any", Int8Copy] < 0.02
+    assert [len(Int4Copy(weight)._planes) for weight in (quantised, torch.randn(40, 96))] == [1, 2]
+
+
 @pytest.mark.model
-def test_the_real_model_writes_nearly_what_its_own_weights_write(smollm2: LoadedModel) -> None:
+@pytest.mark.parametrize(("decode", "most"), [(Decode.INT8, 0.01), (Decode.INT4, 0.002)])
+def test_the_real_model_writes_nearly_what_its_own_weights_write(
+    smollm2: LoadedModel, decode: Decode, most: float
+) -> None:
     """Teacher-forced over 12 tokens of its own: KL below the limits that realigned KV is held to."""
-    quick, own = load(ModelSpec(decode=Decode.INT8)), smollm2
+    quick, own = load(ModelSpec(decode=decode)), smollm2
     text = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
     prompt = tuple(own.tokenizer.encode(text, add_special_tokens=False))
     runners = [runner_of(own), runner_of(quick)]
@@ -215,11 +238,11 @@ def test_the_real_model_writes_nearly_what_its_own_weights_write(smollm2: Loaded
     for position in range(len(prompt), len(prompt) + 12):
         token = int(logits[0].argmax())
         logits = [runner.decode([c], [token], [position])[0] for runner, c in zip(runners, caches, strict=True)]
-        dense, int8 = (one.double().log_softmax(dim=-1) for one in logits)
-        kls.append(float((dense.exp() * (dense - int8)).sum()))
-        same.append(int(dense.argmax()) == int(int8.argmax()))
+        dense, copied = (one.double().log_softmax(dim=-1) for one in logits)
+        kls.append(float((dense.exp() * (dense - copied)).sum()))
+        same.append(int(dense.argmax()) == int(copied.argmax()))
 
-    assert 0 < sum(kls) / len(kls) < 0.01
+    assert 0 < sum(kls) / len(kls) < most
     assert sum(same) >= 0.75 * len(same)
 
 

@@ -38,20 +38,23 @@ class Decode(Choice):
     once: the same numbers and as many bytes again, faster. ``auto`` packs float32 weights of up to 1 GiB where that is
     faster, as measured when the model is loaded; ``same`` keeps no copies.
 
-    ``int8`` reads int8 copies while at most four sequences decode, ``bfloat16`` reads copies in half the bytes at any
-    number: less memory is read, and messages are approximate. Prompts are prefilled with the model's own weights.
+    The others read less memory, and messages are approximate. ``int4`` has four bits a weight in groups of 32 where
+    that keeps them (models quantised to four bits, such as the embedded one) and eight where not, while at most eight
+    sequences decode; ``int8`` one scale an output, while at most four do; ``bfloat16`` half the bytes, for any number.
+    Prompts are prefilled with the model's own weights.
     """
 
     AUTO = "auto"
     SAME = "same"
     PACKED = "packed"
     INT8 = "int8"
+    INT4 = "int4"
     BFLOAT16 = "bfloat16"
 
     @property
     def approximates(self) -> bool:
         """Whether messages are approximate."""
-        return self in (Decode.INT8, Decode.BFLOAT16)
+        return self in (Decode.INT8, Decode.INT4, Decode.BFLOAT16)
 
 
 class Memory(Choice):

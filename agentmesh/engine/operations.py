@@ -24,7 +24,8 @@ from agentmesh.config.base import Choice
 PREFIX = "agentmesh: "
 FORWARD = f"{PREFIX}forward"
 PRODUCTS = frozenset(
-    {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv1d", "_grouped_mm", "_weight_int8pack_mm"}
+    {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv1d", "_grouped_mm"}
+    | {"_mkl_linear", "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"}
 )
 ATTENTION = "scaled_dot_product_attention"
 CALLS, ROUNDS = 200, 5

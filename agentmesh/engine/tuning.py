@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from agentmesh.config.mesh import Decode
-from agentmesh.engine.copies import COPIES, FULL_ROWS
+from agentmesh.engine.copies import COPIES, FULL_ROWS, GROUP
 from agentmesh.engine.products import Product, Tuning, Way, gains
 from agentmesh.errors import UnsupportedModelError
 
@@ -32,7 +32,8 @@ def check_copies(model: Any, name: str, decode: Decode) -> None:
 
     Raises:
         UnsupportedModelError: copies are asked for, and the model is on another device, has these numbers already or
-            no float32 ones to pack, or has no linear layers; or torch was built without MKL.
+            no float32 ones to pack, or has no linear layers or such that do not divide into groups; or torch was built
+            without MKL.
     """
     if decode not in COPIES:
         return
@@ -40,11 +41,17 @@ def check_copies(model: Any, name: str, decode: Decode) -> None:
         raise UnsupportedModelError(
             f"`decode: {decode}` is for models on the CPU, {name} is on {model.device}; leave `decode` out there"
         )
-    dtypes = {layer.weight.dtype for layer in model.modules() if type(layer) is nn.Linear}
-    if not dtypes:
+    weights = [layer.weight for layer in model.modules() if type(layer) is nn.Linear]
+    dtypes = {weight.dtype for weight in weights}
+    if not weights:
         raise UnsupportedModelError(f"{name} has no linear layers that `decode: {decode}` could copy; leave it out")
     if decode is Decode.BFLOAT16 and torch.bfloat16 in dtypes:
         raise UnsupportedModelError(f"{name} is loaded in bfloat16, `decode: bfloat16` copies nothing; leave it out")
+    uneven = sorted({weight.shape[1] for weight in weights if weight.shape[1] % GROUP})
+    if decode is Decode.INT4 and uneven:
+        raise UnsupportedModelError(
+            f"`decode: int4` takes weights in groups of {GROUP}, {name} has rows of {uneven[0]}; use `int8` there"
+        )
     if decode is Decode.PACKED and dtypes != {torch.float32}:
         raise UnsupportedModelError(f"`decode: packed` packs float32 weights, {name} has others; leave it out")
     if decode is Decode.PACKED and not _has_mkl():

@@ -14,6 +14,7 @@ from agentmesh import Mesh, agent
 from agentmesh.agents.base import Turn
 from agentmesh.communicator.learner import Learner, LinkState
 from agentmesh.communicator.measures import Costs
+from agentmesh.communicator.picks import Picker
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.presets import CommunicatorSpec, Recompute
 from agentmesh.engine.composition import Parts
@@ -379,7 +380,7 @@ def test_what_a_look_has_placed_is_not_made_again(monkeypatch: pytest.MonkeyPatc
     for again in (False, True):
         with monkeypatch.context() as patch:
             if again:
-                patch.setattr(Slots, "_pick", lambda self, *given, pick=Slots._pick: pick(self, *given) and None)
+                patch.setattr(Picker, "pick", lambda self, *given, pick=Picker.pick: pick(self, *given) and None)
             patch.setattr(Arena, "place", counted)
             with mesh(choice, agents=2) as one:
                 answers.append(one.run(question="a long question about piers and boats and the sea " * 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import torch
 from typing_extensions import Self
 
 from agentmesh.communicator.base import Plan
@@ -168,12 +169,14 @@ class Keeper:
         self._kept.next_prompt()
         return self._kept.recall(self.segments, tokens, tenant, ("",))
 
-    def keep_passage(self, content: Content, begin: int, arena: Arena, tenant: str) -> bool:
+    def keep_passage(
+        self, content: Content, begin: int, arena: Arena, weights: torch.Tensor | None, tenant: str
+    ) -> bool:
         """Keep a passage whose KV stands at row ``begin`` of an arena, behind a neutral header; False without room."""
         tokens = content.tokens or ()
         rows = Rows(0, arena.read_free(begin, begin + len(tokens), self.rope))
         span = Span(self.segments.key(tokens, tenant), content.origin, 0, len(tokens))
-        reading = Reading("", "", tokens, (span,), (rows,), bytes(len(tokens)), tenant)
+        reading = Reading("", "", tokens, (span,), (rows,), bytes(len(tokens)), tenant, weights)
         if self._kept is not None and self._kept.wants(reading):
             self._kept.keep_reading(reading)
         return self.segments.add(reading, {}) is not None

@@ -206,6 +206,8 @@ class Persistence:
             "keys": rows.kv.keys,
             "values": rows.kv.values,
         }
+        if not reading.reader:
+            tensors["weights"] = torch.zeros(0) if reading.weights is None else reading.weights
         parts = [self._content_key(name, tokens) for name in names for tokens in contents]
         keys = tuple(dict.fromkeys([whole, *parts]))
         self._write(
@@ -279,7 +281,7 @@ class Persistence:
         return KV(found[0].to(shape.device), found[1].to(shape.device), frame)
 
     def _reading(self, record: Record, segments: SegmentStore) -> Reading | None:
-        """A record as a reading of nobody's run; ``None`` where it is not one of exact KV."""
+        """A record as a reading of nobody's run; ``None`` where it is not one of exact KV, or lacks weights."""
         tokens, depths, about = _ints(record, "tokens"), _ints(record, "depths"), record.about
         try:
             start, reader = int(about["start"]), str(about["reader"])
@@ -293,7 +295,13 @@ class Persistence:
         kv = self._kv(record, Frame.FREE, len(tokens) - start)
         if not spans or not ordered or kv is None or any(depths) or len(depths) != len(tokens):
             return None
-        return Reading("", reader, tokens, spans, (Rows(start, kv),), bytes(len(tokens)), record.tenant)
+        rows, weights = (Rows(start, kv),), record.tensors.get("weights")
+        if reader:
+            return Reading("", reader, tokens, spans, rows, bytes(len(tokens)), record.tenant)
+        if weights is None or len(weights) not in (0, len(tokens)):
+            return None
+        known = weights if len(weights) else None
+        return Reading("", "", tokens, spans, rows, bytes(len(tokens)), record.tenant, known)
 
     def _holds(self, reading: Reading, tokens: Sequence[int], whose: str, record: Record) -> bool:
         """Whether a reading is what its key promised."""

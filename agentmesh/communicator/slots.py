@@ -20,9 +20,7 @@ from agentmesh.communicator.blocks import (
     Poor,
     apart,
     compose,
-    compose_whole,
     head,
-    paint_best,
     without_base,
 )
 from agentmesh.communicator.keeper import Keeper, KeptPlan
@@ -30,9 +28,10 @@ from agentmesh.communicator.labels import Labels
 from agentmesh.communicator.learner import Learner, Verdict, shares
 from agentmesh.communicator.measures import Costs, divergence, draw
 from agentmesh.communicator.persistence import Persistence
-from agentmesh.config.presets import CommunicatorSpec, Picking, PresetSpec
-from agentmesh.engine.composition import Composition, Parts, Placement
-from agentmesh.engine.scout import Look, Scout
+from agentmesh.communicator.picks import Picker
+from agentmesh.config.presets import CommunicatorSpec, PresetSpec
+from agentmesh.engine.composition import Composition, Parts
+from agentmesh.engine.scout import Scout
 from agentmesh.engine.spans import Part
 from agentmesh.events import Reason
 from agentmesh.kv.arena import Arena
@@ -87,6 +86,7 @@ class Slots(Preset):
         self._scout = scout
         self._spans = scout.runner.spans
         self._brush = Brush(choice, line_breaks)
+        self._picker = Picker(choice.recompute, scout)
         assert scout.runner.rope is not None, "slots are shared in models with a known rotation"
         self.keeper = Keeper(spec, fingerprint, scout.runner.rope)
         self.budget = self.keeper.budget
@@ -124,7 +124,7 @@ class Slots(Preset):
             labels = Labels(prompt, found.missing, at)
             self._brush.paint(labels, decisions, poor)
         with self._spans.part(Part.MATCH), parts.timed("match"):
-            ready = self._pick(labels, lead, decisions)
+            ready = self._picker.pick(labels, lead, decisions)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             labels.check(strict=self._spec.strict)
             composition = replace(compose(labels, lead, decisions), ready=ready)
@@ -178,8 +178,8 @@ class Slots(Preset):
                 kept += 1
             else:
                 ingesting = self._spans.part(Part.INGEST, whole=True)
-                with ingesting, self._scout.dense((*header, *tokens)) as (_, arena):
-                    kept += self.keeper.keep_passage(content, len(header), arena, tenant)
+                with ingesting, self._scout.passage(header, tokens) as (weights, arena):
+                    kept += self.keeper.keep_passage(content, len(header), arena, weights, tenant)
         return kept
 
     def observe_only(self, *, on: bool) -> None:
@@ -228,8 +228,7 @@ class Slots(Preset):
             return Verdict(None, Reason.TOO_SHORT)
         if match.relation is Relation.HISTORY:
             return Verdict(self._still)
-        ratio, by = self._look(match.relation)
-        if ratio and not self._scout.can(by):
+        if not self._picker.can(match):
             return Verdict(None, Reason.MODEL_UNSUPPORTED)
         verdict = self.learner.verdict(prompt.reader, match)
         if verdict.reason is None and not pays:
@@ -243,35 +242,6 @@ class Slots(Preset):
             begin = match.start + head(self._choice.recompute, match)
             for found in copies(self.keeper.segments, prompt, match, begin, self._spec.max_depth):
                 yield Decision(found, Verdict(self._still) if decision.placed else decision.verdict)
-
-    def _pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Arena | None:
-        """Let a look at the cache pick tokens of placed blocks to be computed; the arena that it looked at."""
-        ready = None
-        looks: dict[tuple[float, Picking], list[int]] = {}
-        for number, decision in enumerate(decisions):
-            if decision.placed and shares(decision.match.relation):
-                looks.setdefault(self._look(decision.match.relation), []).append(number)
-        for (ratio, by), numbers in looks.items():
-            if ratio:
-                look = self._scores(labels, lead, decisions, by)
-                ready = look.arena if ready is None else ready
-                paint_best(labels, numbers, ratio, look.scores)
-        return ready
-
-    def _look(self, relation: Relation) -> tuple[float, Picking]:
-        """Which share of a block is picked to be computed, and how."""
-        recompute = self._choice.recompute
-        if relation is Relation.CORPUS and recompute.documents:
-            return recompute.documents, Picking.ATTENTION
-        return recompute.ratio, recompute.by
-
-    def _scores(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision], by: Picking) -> Look:
-        """What a look says of every position; an attention is watched over whole blocks, their heads included."""
-        if by is Picking.DEVIATION:
-            return self._scout.deviation(compose(labels, lead, decisions))
-        last = max(low for low, _, label in labels.runs() if label.match >= 0)
-        asking = [p for low, high, label in labels.runs(last) for p in range(low, high) if label.match < 0]
-        return self._scout.attention(compose_whole(labels, lead, decisions), asking)
 
     def _plan(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, final
 
 import torch
 from torch.nn import functional
@@ -15,12 +15,29 @@ from agentmesh.engine.batch import BatchCache
 NAME = "agentmesh_sdpa"
 QUERIES_AT_ONCE = 128
 
+NEAR = 8
+"""Tokens behind a token whose attention does not count as that of later text: most of it is grammar."""
 
+
+class Watch(Protocol):
+    """Sees the attention of every layer of one forward; passed to a model as the option ``agentmesh_watch``."""
+
+    def see(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """Add one layer's attention; shapes as in ``attention``."""
+
+
+@final
 class AttentionWatch:
     """Sums what one forward's queries take from each position, over layers and heads: attention times its value's norm.
 
-    A position that is attended to but whose value is small, as the first ones are, adds little. Passed to a model as
-    the option ``agentmesh_watch``.
+    A position that is attended to but whose value is small, as the first ones are, adds little.
 
     Args:
         skip: how many of the first queries do not count.
@@ -38,17 +55,62 @@ class AttentionWatch:
         mask: torch.Tensor | None,
         scale: float | None,
     ) -> None:
-        """Add one layer's attention; shapes as in ``attention``."""
-        query = query[:, :, self._skip :]
-        batch, heads, asking, dims = query.shape
-        scale = dims**-0.5 if scale is None else scale
-        rows = (query.float() * scale).reshape(batch, key.shape[1], -1, dims)  # no key is repeated
-        scores = (rows @ key.float().mT).view(batch, heads, asking, -1)
+        """As in ``Watch``."""
+        scores = _scores(query[:, :, self._skip :], key, scale)
         if mask is not None:
             scores += mask[:, :, self._skip :].float()
-        paid = scores.softmax(dim=-1).view(batch, key.shape[1], -1, scores.shape[-1]).sum(dim=2)
-        taken = (paid * value.float().norm(dim=-1)).sum(dim=(0, 1))
+        taken = _taken(scores.softmax(dim=-1), value)
         self.total = taken if not len(self.total) else self.total + taken
+
+
+@final
+class TextWatch:
+    """Sums what later tokens of a text take from each of its tokens, in one forward over a header and the text.
+
+    As with ``AttentionWatch``, attention times the value's norm, over layers and heads; what the next ``NEAR`` tokens
+    take does not count.
+
+    Args:
+        header: tokens ahead of the text.
+        tokens: of the text.
+    """
+
+    def __init__(self, header: int, tokens: int) -> None:
+        self.total = torch.zeros(tokens)
+        self._header = header
+
+    def see(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,  # noqa: ARG002  # a whole prompt is causal
+        scale: float | None,
+    ) -> None:
+        """As in ``Watch``."""
+        begin, end = self._header, query.shape[2]
+        position = torch.arange(end, device=query.device)
+        for low in range(begin + NEAR + 1, end, QUERIES_AT_ONCE):
+            high = min(low + QUERIES_AT_ONCE, end)
+            behind = position[low:high, None] - position[:high]
+            scores = _scores(query[:, :, low:high], key[:, :, :high], scale)
+            paid = scores.masked_fill_(behind < 0, -torch.inf).softmax(dim=-1).masked_fill_(behind <= NEAR, 0.0)
+            self.total[: high - begin] += _taken(paid, value[:, :, :high])[begin:].to(self.total)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Scores ``[B, Hq, T, T']`` in float32; no key is repeated."""
+    batch, heads, asking, dims = query.shape
+    scale = dims**-0.5 if scale is None else scale
+    rows = (query.float() * scale).reshape(batch, key.shape[1], -1, dims)
+    return (rows @ key.float().mT).view(batch, heads, asking, -1)
+
+
+def _taken(paid: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention ``[B, Hq, T, T']`` times the norm of what is attended to, summed to ``[T']``."""
+    grouped = paid.view(paid.shape[0], value.shape[1], -1, paid.shape[-1]).sum(dim=2)
+    taken: torch.Tensor = (grouped * value.float().norm(dim=-1)).sum(dim=(0, 1))
+    return taken
 
 
 def use_grouped_heads(model: Any) -> None:
@@ -85,7 +147,7 @@ def attention(
     if batch is not None:
         assert attention_mask is not None, "a batch says how far its layers see"
         return batch.attend(query, attention_mask.shape[3], options.get("scaling")), None
-    watch = options.pop("agentmesh_watch", None)
+    watch: Watch | None = options.pop("agentmesh_watch", None)
     if watch is not None:
         watch.see(query, key, value, attention_mask, options.get("scaling"))
     on_cpu = query.device.type == "cpu"

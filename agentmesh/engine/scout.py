@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from agentmesh.config.presets import Picking
-from agentmesh.engine.attention import AttentionWatch, is_grouped
+from agentmesh.engine.attention import AttentionWatch, TextWatch, is_grouped
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
@@ -65,6 +65,24 @@ class Scout:
             yield self.runner.prefill(cache, Composition(tuple(tokens))), cache.arena
         finally:
             self.runner.close(cache)
+
+    @contextmanager
+    def passage(self, header: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[torch.Tensor | None, Arena]]:
+        """A dense prefill of a passage behind a header.
+
+        Yields:
+            What later text of the passage takes from each of its tokens, fp32 ``[T]`` (``None`` where the model's
+            attention cannot be watched), and the arena that was filled, as long as it is open.
+        """
+        runner, watch = self.runner, TextWatch(len(header), len(tokens)) if self.can(Picking.ATTENTION) else None
+        whole = (*header, *tokens)
+        cache = runner.open(len(whole))
+        try:
+            options = {} if watch is None else {"agentmesh_watch": watch}
+            runner.run(cache, whole, range(len(whole)), keep=1, **options)
+            yield None if watch is None else watch.total, cache.arena
+        finally:
+            runner.close(cache)
 
     @torch.inference_mode()
     def deviation(self, composition: Composition) -> Look:

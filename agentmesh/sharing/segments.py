@@ -18,6 +18,8 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from agentmesh.kv.values import KV, join
 from agentmesh.sharing.budget import Budget, Worth
 
@@ -60,6 +62,7 @@ class Reading:
         rows: position-free KV of parts of it, ascending.
         depths: one for each token.
         tenant: for whom it was read; nobody else is given it.
+        weights: of a passage, what its later text takes from each token, fp32 ``[T]``; ``None`` where nobody knows.
     """
 
     run: str
@@ -69,11 +72,12 @@ class Reading:
     rows: tuple[Rows, ...]
     depths: bytes
     tenant: str = ""
+    weights: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its KV."""
-        return sum(rows.kv.nbytes for rows in self.rows)
+        """Bytes of its KV, and of its weights."""
+        return sum(rows.kv.nbytes for rows in self.rows) + (0 if self.weights is None else self.weights.nbytes)
 
     def reach(self, start: int) -> int:
         """The token up to which there is KV without a gap from ``start`` on."""

@@ -66,8 +66,8 @@ class Norm:
 class Stream:
     """The rows ``[B, N]`` that layers add to, with the divisors of their norms close at hand.
 
-    torch has no fused norm on a CPU and makes one of nine operations. In float32 it is three here: each row has one more
-    number, whose square is ``N`` times epsilon, so the length of the whole is all that its norm divides by.
+    torch has no fused norm on a CPU and makes one of nine operations. In float32 it is three here: each row has one
+    more number, whose square is ``N`` times epsilon, so the length of the whole is all that its norm divides by.
 
     Args:
         rows: ``[B, N]``.

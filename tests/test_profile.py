@@ -26,7 +26,7 @@ from agentmesh.engine.operations import FORWARD, PREFIX, PRODUCTS, Work, sort
 from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.profile import Profiles, figures
 from agentmesh.engine.sampling import Sampling
-from agentmesh.engine.spans import Limits, Part, Recorded
+from agentmesh.engine.spans import ENOUGH, Forwards, Limits, Part, Recorded, Spans
 from agentmesh.kv.arena import Arena
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
@@ -242,9 +242,48 @@ def test_operations_are_sorted_by_where_they_run() -> None:
     assert micro == {Work.PRODUCTS: 100, Work.ATTENTION: 20, Work.OTHER: 30, Work.CACHE: 50, Work.OUTSIDE: 5}
     assert "addmm" not in {operation.name for operation in look.operations}
 
-    free = sort(events, 1000e-6, noting=2e-6)
-    assert round(free.took * 1e6) == 1000 - 6 * 2
-    assert round(free.seconds[Work.PRODUCTS] * 1e6) == 98
+    assert look.noted == 6
+    assert {work: count for work, count in look.inside.items() if count} == {Work.PRODUCTS: 1, Work.CACHE: 1}
+
+
+def test_products_over_packed_weights_are_products() -> None:
+    events = [
+        event(f"{PREFIX}model", 100, 50, "user_annotation"),
+        event("mkl::_mkl_linear", 110, 10),
+        event("aten::_weight_int4pack_mm_for_cpu", 130, 10),
+    ]
+
+    assert round(sort(events, 200e-6).seconds[Work.PRODUCTS] * 1e6) == 20
+
+
+def test_what_noting_costs_is_taken_off_again_and_nothing_gets_negative() -> None:
+    seen = Forwards(looked_s=1.0, noted=100)
+    seen.seconds |= {Work.PRODUCTS: 0.6, Work.CACHE: 0.01}
+    seen.inside |= {Work.PRODUCTS: 20, Work.CACHE: 10}
+
+    shares = seen.shares(0.002)
+
+    assert shares[Work.PRODUCTS] == pytest.approx((0.6 - 0.04) / (1.0 - 0.2))
+    assert shares[Work.CACHE] == 0
+    assert sum(seen.shares(0.005).values()) == pytest.approx(1), "never more work than time"
+    assert not Forwards().shares(0.0)
+
+
+def test_what_noting_costs_is_told_by_steps_that_were_looked_at_and_those_before_them() -> None:
+    device, spans = torch.device("cpu"), Spans()
+    rows = torch.zeros(8, 64)
+    spans.begin(device, 1.0, Limits(first=0, every=2))
+    for _ in range(4 * ENOUGH):
+        with spans.forward(Part.DECODE, 8), spans.part(Part.DECODE):
+            for _ in range(50):
+                rows.mul_(1.0)
+
+    seen = spans.end()
+
+    assert seen.forwards[Part.DECODE].looks >= ENOUGH
+    assert 0 <= seen.noting < 1e-3
+    spans.begin(device, 1.0, Limits(first=0, every=2))
+    assert spans.end().noting == 1.0, "no step tells"
 
 
 def test_on_a_device_work_counts_where_the_device_does_it() -> None:

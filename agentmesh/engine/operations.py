@@ -67,16 +67,20 @@ class Span:
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of one forward.
+    """What was seen of one forward; the noting of its operations takes time that is still in here.
 
     Args:
-        took: seconds that it took, until the device was done with it, without noting.
+        took: seconds that it took, until the device was done with it.
         seconds: of each kind of work.
+        noted: operations in all.
+        inside: operations that were noted while others ran, by the kind of work that they are part of.
         operations: those that no other one called, and the marked stretches, since the forward's begin.
     """
 
     took: float
     seconds: Mapping[Work, float]
+    noted: int
+    inside: Mapping[Work, int]
     operations: tuple[Span, ...]
 
 
@@ -86,12 +90,10 @@ class Watch:
 
     Args:
         device: of the model.
-        noting: seconds that noting one operation takes, see ``cost_of_noting``; they are taken off again.
     """
 
-    def __init__(self, device: torch.device, noting: float) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._noting = noting
         self._profiler = _profiler(device)
         self._open = ExitStack()
 
@@ -110,11 +112,14 @@ class Watch:
             path = Path(folder) / "forward.json"
             self._profiler.export_chrome_trace(str(path))
             events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        return sort(events, took, self._noting, cuda=self._cuda)
+        return sort(events, took, cuda=self._cuda)
 
 
 def cost_of_noting(device: torch.device) -> float:
-    """Seconds that noting one operation takes, measured on a tiny product. Also makes the profiler ready for use."""
+    """Seconds that noting one operation takes, measured on a tiny product in a loop; among others it takes longer.
+
+    Also makes the profiler ready for use.
+    """
     rows, weights = torch.zeros(1, 8), torch.zeros(8, 8)
 
     def seconds() -> float:
@@ -142,24 +147,23 @@ def marked(mark: Mark) -> record_function:
     return record_function(PREFIX + mark.value)
 
 
-def sort(events: Iterable[Mapping[str, Any]], took: float, noting: float = 0.0, *, cuda: bool = False) -> Look:
+def sort(events: Iterable[Mapping[str, Any]], took: float, *, cuda: bool = False) -> Look:
     """Sort the events of a torch trace of one forward by what they were for.
 
     Args:
         events: complete events (``ph`` is ``X``) with ``name``, ``cat``, ``ts`` and ``dur`` in microseconds; others are
             left out.
         took: seconds that the forward took.
-        noting: seconds that noting one operation took; not counted.
         cuda: whether work counts where the device does it.
     """
     whole = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: (float(e["ts"]), -float(e["dur"])))
     begin = next((float(event["ts"]) for event in whole if event["name"] == FORWARD), 0.0)
-    sorter = _Sorter(begin, noting, cuda=cuda)
+    sorter = _Sorter(begin, cuda=cuda)
     for event in whole:
         sorter.take(event)
     for event in whole:
         sorter.take_device(event)
-    return Look(took - noting * sorter.noted, sorter.seconds, tuple(sorter.operations))
+    return Look(took, sorter.seconds, sorter.noted, sorter.inside, tuple(sorter.operations))
 
 
 @dataclass
@@ -167,10 +171,10 @@ class _Sorter:
     """Walks events in the order they began, with what is open around each: a marked stretch, or counted work."""
 
     begin: float
-    noting: float
     cuda: bool
     noted: int = 0
     seconds: dict[Work, float] = field(default_factory=lambda: dict.fromkeys(Work, 0.0))
+    inside: dict[Work, int] = field(default_factory=lambda: dict.fromkeys(Work, 0))
     operations: list[Span] = field(default_factory=list)
     around: list[tuple[float, Mark | Work | None]] = field(default_factory=list)
     launched: dict[int, Work] = field(default_factory=dict)
@@ -184,11 +188,11 @@ class _Sorter:
         if kind == "user_annotation":
             self._open(event, self._stretch(event, inside), event["name"].removeprefix(PREFIX))
         elif kind == "cpu_op":
-            name = event["name"].removeprefix("aten::")
+            name = event["name"].rpartition("::")[2]
             work = _work(inside, name)
             self.noted += 1
             if isinstance(inside, Work):
-                self._count(work, -self.noting)
+                self.inside[work] += not self.cuda
             else:
                 self._count(work, float(event["dur"]) * 1e-6)
                 self._open(event, work, name)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, final
 
 from agentmesh.engine.loop import Engine
-from agentmesh.engine.operations import OWN, Span, Work
+from agentmesh.engine.operations import OWN, Span
 from agentmesh.engine.spans import Forwards, Part, Recorded, Taken
 from agentmesh.results import Looked, PartTime, Profile
 
@@ -92,10 +92,8 @@ def _rows(seen: Recorded, part: Part) -> list[PartTime]:
 
 def _kinds(seen: Recorded, part: Part) -> dict[str, float]:
     """Seconds in each kind of work of all forwards of a part, as in those that were looked at; empty where none was."""
-    forwards, seconds = seen.forwards[part], _taken(seen, part).seconds
-    if not forwards.looked_s:
-        return {}
-    return {work.value: seconds * forwards.seconds[work] / forwards.looked_s for work in Work}
+    seconds = _taken(seen, part).seconds
+    return {work.value: seconds * share for work, share in seen.forwards[part].shares(seen.noting).items()}
 
 
 def _outside(seen: Recorded) -> float | None:

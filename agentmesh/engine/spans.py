@@ -6,6 +6,7 @@ own: what runs in parts inside it counts there. Of everything that could grow wi
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,6 +42,9 @@ class Part(Choice):
     PROFILE = "profiling"
     IDLE = "idle"
 
+
+ENOUGH = 5
+"""Steps from which what noting costs is told by those that were looked at and those just before them."""
 
 FORWARDS = (Part.PREFILL, Part.DECODE)
 """Parts that are forwards of the model, some of which are looked at."""
@@ -83,8 +87,12 @@ class Forwards:
         count: how many there were.
         rows: tokens (prefills) or sequences (decoding steps) in them.
         looks: how many were looked at.
-        looked_s: seconds that these took.
+        looked_s: seconds that these took, noting their operations included.
         seconds: of that, in each kind of work.
+        noted: operations that were noted.
+        inside: of these, while others ran, by kind of work.
+        before: rows and seconds of the last one that was not looked at.
+        dearer: by how many seconds an operation that was noted took longer than in the same forward just before.
         operations: kept for the trace.
     """
 
@@ -93,15 +101,29 @@ class Forwards:
     looks: int = 0
     looked_s: float = 0.0
     seconds: dict[Work, float] = field(default_factory=lambda: dict.fromkeys(Work, 0.0))
+    noted: int = 0
+    inside: dict[Work, int] = field(default_factory=lambda: dict.fromkeys(Work, 0))
+    before: tuple[int, float] = (0, 0.0)
+    dearer: list[float] = field(default_factory=list)
     operations: list[Span] = field(default_factory=list)
+
+    def shares(self, noting: float) -> dict[Work, float]:
+        """The share of each kind of work in the time of forwards, if noting an operation takes so many seconds."""
+        seconds = {work: max(self.seconds[work] - noting * self.inside[work], 0.0) for work in Work}
+        whole = max(self.looked_s - noting * self.noted, sum(seconds.values()))
+        return {work: one / whole for work, one in seconds.items()} if whole else {}
 
 
 @dataclass
 class Recorded:
-    """What a profile has seen; the parts' seconds and ``idle`` add up to ``wall_s``."""
+    """What a profile has seen; the parts' seconds and ``idle`` add up to ``wall_s``.
+
+    ``noting``: seconds that noting one operation of a forward took.
+    """
 
     limits: Limits
     begun: float
+    noting: float = 0.0
     wall_s: float = 0.0
     waited_s: float = 0.0
     waited: int = 0
@@ -119,8 +141,14 @@ class Spans:
         self._log: _Log | None = None
 
     def begin(self, device: torch.device, noting: float, limits: Limits) -> None:
-        """Begin a profile of a model on ``device``; one that is on is dropped. ``noting`` as in ``Watch``."""
-        self._log = _Log(device, noting, Recorded(limits, time.perf_counter()))
+        """Begin a profile of a model on ``device``; one that is on is dropped.
+
+        Args:
+            device: of the model.
+            noting: seconds that noting one operation takes, as long as nothing better is known (``cost_of_noting``).
+            limits: how much is looked at and kept.
+        """
+        self._log = _Log(device, Recorded(limits, time.perf_counter(), noting))
 
     def end(self) -> Recorded:
         """What was seen since ``begin``; nothing is noted any more."""
@@ -152,7 +180,6 @@ class _Log:
     """A profile that is on: what was seen, and the parts that are open."""
 
     device: torch.device
-    noting: float
     seen: Recorded
     inner: list[float] = field(default_factory=list)
     whole: bool = False
@@ -161,6 +188,9 @@ class _Log:
     def close(self) -> Recorded:
         """Everything that was seen; what no part explains is idle."""
         seen = self.seen
+        dearer = seen.forwards[Part.DECODE].dearer
+        if len(dearer) >= ENOUGH:
+            seen.noting = max(statistics.median(dearer), 0.0)
         seen.wall_s = time.perf_counter() - seen.begun
         seen.parts[Part.IDLE] = Taken(seen.wall_s - sum(taken.seconds for taken in seen.parts.values()))
         return seen
@@ -197,10 +227,12 @@ class _Log:
         forwards.count += 1
         forwards.rows += rows
         if not self._wanted(part, forwards):
+            begun = time.perf_counter()
             yield
+            forwards.before = rows, time.perf_counter() - begun
             return
         with self.part(Part.PROFILE, whole=False):
-            watch = Watch(self.device, self.noting)
+            watch = Watch(self.device)
             watch.begin()
         self.looking, begun = True, time.perf_counter()
         try:
@@ -210,7 +242,7 @@ class _Log:
             took, self.looking = time.perf_counter() - begun, False
             with self.part(Part.PROFILE, whole=False):
                 watch.end()
-                self._add(forwards, watch.look(took), begun - self.seen.begun)
+                self._add(forwards, watch.look(took), begun - self.seen.begun, rows)
 
     def _wanted(self, part: Part, forwards: Forwards) -> bool:
         limits = self.seen.limits
@@ -219,11 +251,15 @@ class _Log:
         late = forwards.count - limits.first
         return forwards.looks < limits.steps and (late <= 0 or late % limits.every == 0)
 
-    def _add(self, forwards: Forwards, look: Look, begun: float) -> None:
+    def _add(self, forwards: Forwards, look: Look, begun: float, rows: int) -> None:
         forwards.looks += 1
         forwards.looked_s += look.took
-        for work, seconds in look.seconds.items():
-            forwards.seconds[work] += seconds
+        forwards.noted += look.noted
+        for work in Work:
+            forwards.seconds[work] += look.seconds[work]
+            forwards.inside[work] += look.inside[work]
+        if forwards.before[0] == rows and look.noted:
+            forwards.dearer.append((look.took - forwards.before[1]) / look.noted)
         for one in look.operations:
             self._keep(forwards.operations, replace(one, begin=begun + one.begin), self.seen.limits.operations)
 

@@ -2,7 +2,7 @@
 
 A step of a small model is some two thousand operations, most of them so small that calling them is what they cost. Here
 are the same sums in half of the calls: queries, keys and values come from one product and turn together, a gated
-MLP begins with one product, and norms are one call. Prefills run the model's own code.
+MLP begins with one product, and a norm takes three operations. Prefills run the model's own code.
 
 Layers are read off the model's modules, by the names that most families give them (RMS norms, attention with grouped
 heads and rotary embeddings, a gated MLP). Nothing is assumed of what the modules compute: whether a step is used is

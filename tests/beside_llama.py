@@ -1,7 +1,7 @@
 """The same mesh over llama.cpp: questions a minute of one of the fastest engines for one sequence, beside our own.
 
     pip install llama-cpp-python                # builds from source; the project itself does not need it
-    python tests/llama_cpp.py math-fully-connected --data questions.jsonl --warmup 8 --limit 48
+    python tests/beside_llama.py math-fully-connected --data questions.jsonl --warmup 8 --limit 48
 
 llama.cpp answers the mesh's calls greedily and one after the other, from the quantised file that the embedded model is
 made from, and reuses the longest prefix that a prompt shares with the one before it. Then this project's engine answers

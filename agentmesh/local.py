@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -60,6 +61,7 @@ class LocalBackend:
         self._spec = communicator
         self._preset = communicator.preset
         self._kept: Persistence | None = None
+        self._begun: dict[str, float] = {}
 
     @classmethod
     def open(
@@ -159,6 +161,10 @@ class LocalBackend:
             audit=source.audit,
         )
 
+    def since(self, run: str) -> float | None:
+        """When a run that goes on began, by ``time.perf_counter``."""
+        return self._begun.get(run)
+
     def observe_only(self, *, on: bool) -> None:
         """While on, every call is computed and observed; see ``Preset.observe_only``."""
         self.communicator.observe_only(on=on)
@@ -236,11 +242,18 @@ class LocalBackend:
 
     async def begin(self, reader: Reader) -> None:
         """Fix what a run sees of what was learned."""
+        self._begun[reader.run] = time.perf_counter()
         await self.engine.do(lambda: self.communicator.begin(reader))
 
     async def release(self, run: str) -> None:
         """Free what was kept for a run, and commit what it taught."""
-        await self.engine.do(lambda: self.communicator.release(run))
+        self._begun.pop(run, None)
+
+        def free() -> None:
+            self.communicator.release(run)
+            self.engine.wake()
+
+        await self.engine.do(free)
 
     def keep_in(self, folder: Path, store: StoreSpec, consumers: Mapping[str, str], *, reads: bool) -> None:
         """Keep KV and what links learn in a folder, and use what is there; a model without arenas has nothing to keep.
@@ -300,6 +313,7 @@ class _Planned:
         self._preset = backend.communicator
         self._prompt = prompt
         self._plan: Plan | None = None
+        self.since = backend.since(prompt.reader.run)
         self.audit: Audit | None = None
 
     @property
@@ -309,8 +323,15 @@ class _Planned:
         return self._plan
 
     def room(self, need: int, *, alone: bool) -> bool:
-        """Make room in the budget; what running agents wait for is given up only where nothing else is live."""
-        return self._preset.budget.room(need, Worth.AWAITED if alone else Worth.LATER)
+        """Make room in the budget; what running agents wait for is given up only where nothing else is live.
+
+        What will be kept of the prompt for later visits counts, too: else it would push out what others wait for.
+        """
+        if alone:
+            return self._preset.budget.room(need, Worth.AWAITED)
+        runner = self._backend.engine.support.runner
+        a_token = runner.shape.bytes_per_token if isinstance(runner, ArenaRunner) else 0
+        return self._preset.budget.room(need + a_token * self._preset.keeps(self._prompt), Worth.LATER)
 
     def compose(self) -> tuple[Composition, Parts]:
         """Plan the prompt now."""

@@ -26,6 +26,8 @@ QUESTION = "A box holds 6 eggs. How many eggs are in 5 boxes? Explain step by st
 class Whole:
     """A source that computes its whole prompt."""
 
+    since: float | None = None
+
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tuple(tokens)
         self.seen: list[int] = []
@@ -302,6 +304,26 @@ def test_requests_wait_for_memory_in_the_order_of_their_arrival(tiny_engine: Eng
     assert [number for number in order if number != 4] == [0, 1, 2, 3, 5, 6]
     assert not live
     assert not tiny_engine._waiting  # nobody was forgotten
+
+
+def test_where_memory_is_short_the_requests_of_earlier_runs_go_first(tiny_engine: Engine) -> None:
+    live: list[Rationed] = []
+    sources = [Rationed([5, 6, 7 + number], live, most=1) for number in range(4)]
+    sources[2].since, sources[3].since = 2.0, 1.0  # runs that began long before these requests
+    order: list[int] = []
+
+    async def all_of_them() -> None:
+        sampling = Sampling(max_tokens=12)
+        await asyncio.gather(
+            *(
+                tiny_engine.generate(source, 3, sampling, lambda _r, n=number: order.append(n), lambda _t: None)
+                for number, source in enumerate(sources)
+            )
+        )
+
+    asyncio.run(all_of_them())
+
+    assert order == [0, 3, 2, 1]
 
 
 def test_a_request_that_can_never_fit_is_refused_with_its_size(tiny_engine: Engine) -> None:

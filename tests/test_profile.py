@@ -51,6 +51,8 @@ MESH = {
 class Whole:
     """A source that computes its whole prompt."""
 
+    since: float | None = None
+
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tuple(tokens)
 

@@ -344,6 +344,20 @@ def test_live_sequences_and_stores_share_one_budget(preset: str) -> None:
         one.run(question=question(0))
 
 
+def test_what_running_agents_wait_for_is_not_pushed_out_by_runs_that_begin() -> None:
+    with mesh({"preset": "epic", "budget": 1_800_000}, concurrency=12) as one:
+        backend = one.load()
+        results = asyncio.run(one.arun_all({"question": question(number)} for number in range(12)))
+
+        assert isinstance(backend, LocalBackend)
+        assert backend.peak_bytes <= 1_800_000
+        assert not backend._begun
+
+    pushed_out = [call for result in results for call in result.calls if Reason.EVICTED in reasons(call)]
+    assert len(pushed_out) <= 3, "one that is alone may evict everything; without the order it is two thirds of 24"
+    assert sum(bool(call.placed_realigned) for result in results for call in result.calls) >= 21
+
+
 def test_a_corpus_that_was_ingested_is_shared_by_its_first_reader(tmp_path: Path) -> None:
     lines = [json.dumps({"title": f"Pier {n}", "text": f"Pier {n} holds boats. " * 6}) for n in range(4)]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))

@@ -80,6 +80,10 @@ class Preset(ABC):
             logits: ``[V]``, of the first token.
         """
 
+    def keeps(self, prompt: Prompt) -> int:  # noqa: ARG002  # most presets keep nothing for a run
+        """Tokens of a prompt whose KV is kept until its run has read them, at most."""
+        return 0
+
     def closed(self, plan: Plan) -> None:  # noqa: B027  # most presets hold nothing for a call
         """Let go of what the call held; it may have been cancelled at any point."""
 

@@ -104,6 +104,13 @@ class Keeper:
             self._keep_exact(prompt, plan, arena)
             self._keep_reading(prompt, plan, arena)
 
+    @staticmethod
+    def awaited_tokens(prompt: Prompt) -> int:
+        """Tokens of a prompt that a reading of it would hold, without its message."""
+        reader, contents = prompt.reader, [segment.content for segment in prompt.segments]
+        read = any(content is not None and content.origin in reader.awaited for content in contents)
+        return len(prompt.tokens) if reader.run and (read or prompt.continues) else 0
+
     def _keep_reading(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
         reader = prompt.reader
         wanted = {**dict.fromkeys(reader.held, LAST), **reader.awaited}

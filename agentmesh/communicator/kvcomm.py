@@ -214,6 +214,10 @@ class KVComm(Preset):
                     self.pools.ledger.note(reader.run, self._name(prompt, slot.match), slot.weighing.used)
         return None
 
+    def keeps(self, prompt: Prompt) -> int:
+        """As in ``Preset``."""
+        return self.keeper.awaited_tokens(prompt)
+
     def closed(self, plan: Plan) -> None:
         """Unpin what the call read and wrote."""
         assert isinstance(plan, AnchoredPlan), "a preset gets its own plans back"

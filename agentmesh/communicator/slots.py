@@ -155,6 +155,10 @@ class Slots(Preset):
         with self._spans.part(Part.AUDIT, whole=True):
             return self._audit(prompt, plan, logits)
 
+    def keeps(self, prompt: Prompt) -> int:
+        """As in ``Preset``."""
+        return self.keeper.awaited_tokens(prompt)
+
     def closed(self, plan: Plan) -> None:
         """Unpin what the call read and wrote, give the arena of its look back."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"

@@ -55,8 +55,8 @@ class Recompute(Frozen):
     at most a share ``most_breaks`` of it, whose offsets are the largest and the least predictable (docs/method.md); and
     ``ratio`` of the others, picked ``by`` a look at the cache. Of passages that are known from the corpus alone it is
     ``documents_first`` tokens, and a share ``documents`` that their own later text and the prompt's words make most of
-    (``communicator.picks``). ``fixed`` says whether fixed text between blocks is computed; only the ``anchors`` realigner
-    can place it.
+    (``communicator.picks``). ``fixed`` says whether fixed text between blocks is computed; only the ``anchors``
+    realigner can place it.
     """
 
     first: Annotated[Integer, Field(ge=0)] = 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
@@ -104,7 +103,7 @@ class Engine:
         self._batch = batch
         self._live: list[Sequence] = []
         self._held: list[Cache] = []
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []
         self._stepping = False
         self._closing = False
         self.spent = Spent()
@@ -250,11 +249,11 @@ class Engine:
         """
         runner, alone = self.support.runner, not self._held
         need = runner.need(request.capacity)
-        first = not self._waiting or self._waiting[0] is request
+        first = all(request.rank <= other.rank for other in self._waiting)
         if first and request.source.room(need, alone=alone):
-            if self._waiting:
-                self._waiting.popleft()
-                self._wake()
+            if request in self._waiting:
+                self._waiting.remove(request)
+            self.wake()
             return True
         if first and alone:
             raise RequestTooLongError(
@@ -266,10 +265,10 @@ class Engine:
             self._waiting.append(request)
         return False
 
-    def _wake(self) -> None:
-        """Let the request that waits longest try again."""
+    def wake(self) -> None:
+        """Let the request that comes first try again; on the engine's thread, when memory may be free."""
         if self._waiting:
-            self._waiting[0].wake()
+            min(self._waiting, key=lambda request: request.rank).wake()
 
     def _start(self, request: Request) -> tuple[float, float] | None:
         """Plan, prefill, pick the first token: when the request began, and when the token was out; or wait.
@@ -361,7 +360,7 @@ class Engine:
             if request.cache is not None:
                 self._held = [cache for cache in self._held if cache is not request.cache]
                 self.support.runner.close(request.cache)
-            self._wake()
+            self.wake()
 
     def _finish(self, source: Source, sequence: Sequence) -> float:
         """Let the source look at the whole sequence; the milliseconds that takes."""

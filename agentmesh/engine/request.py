@@ -21,6 +21,10 @@ from agentmesh.kv.arena import Arena
 class Source(Protocol):
     """Where one request's prompt comes from. All methods are called on the engine's thread, in this order."""
 
+    @property
+    def since(self) -> float | None:
+        """When the run that it belongs to began, by ``time.perf_counter``; ``None`` where it belongs to none."""
+
     def room(self, need: int, *, alone: bool) -> bool:
         """Make room for ``need`` bytes of KV beside what is live; False where that must wait, or can never be.
 
@@ -56,6 +60,12 @@ class Request:
     cache: Cache | None = None
     sequence: Sequence | None = None
     turn: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Where memory is short, runs that began earlier go first: what they hold is freed when they end."""
+        since = self.source.since
+        return self.arrived if since is None else since, self.arrived
 
     def wake(self) -> None:
         """Tell the event loop that it is this one's turn."""

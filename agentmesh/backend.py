@@ -51,6 +51,10 @@ class Completion:
 class Listener(Protocol):
     """Hears of a model call while it runs."""
 
+    @property
+    def streams(self) -> bool:
+        """Whether anybody wants the text as it comes; if nobody does, ``text`` need not be called."""
+
     def first(self, ttft_ms: float, rows: tuple[PlanRow, ...]) -> None:
         """The first token is out."""
 

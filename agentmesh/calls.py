@@ -25,6 +25,7 @@ class Caller:
         leads: how the mesh's prompts begin, to find what they have in common.
         output: the node whose last message is the answer.
         answer: what is asked of that message.
+        streams: whether anybody wants the text as it comes.
     """
 
     backend_of: Callable[[str], Backend]
@@ -34,6 +35,7 @@ class Caller:
     leads: Sequence[Sequence[int]] = ()
     output: str = ""
     answer: AnswerSpec | None = None
+    streams: bool = True
 
     async def __call__(
         self, turn: Turn, template: RoleTemplate, generate: GenerateSpec, history: list[Exchange] | None
@@ -44,7 +46,7 @@ class Caller:
         prompt, pieces = renderer.render(template, scope_of(turn), history, leads=self.leads)
         if self.answer is not None and (turn.node, turn.round) == (self.output, turn.rounds - 1):
             generate = self.answer.within(generate)
-        listener = _Listener(self.emit, turn)
+        listener = _Listener(self.emit, turn, streams=self.streams)
         seed = call_seed(self.seed, turn.node, turn.round, turn.attempt)
         label = said(ContentKind.MESSAGE, turn.node, turn.round)
         prompt = replace(prompt, reader=replace(turn.reader, writes=label, seed=seed))
@@ -75,7 +77,8 @@ def call_seed(run_seed: int, node: str, round_: int, attempt: int) -> int:
 class _Listener:
     """Turns what the backend reports of one call into events."""
 
-    def __init__(self, emit: Callable[[Event], None], turn: Turn) -> None:
+    def __init__(self, emit: Callable[[Event], None], turn: Turn, *, streams: bool) -> None:
+        self.streams = streams
         self._emit = emit
         self._turn = turn
 

@@ -143,7 +143,8 @@ class LocalBackend:
         def on_first(report: FirstTokenReport) -> None:
             listener.first(report.ttft_ms, source.decided.rows)
 
-        done = await self.engine.generate(source, len(prompt.tokens), sampling, on_first, listener.text)
+        on_text = listener.text if listener.streams else None
+        done = await self.engine.generate(source, len(prompt.tokens), sampling, on_first, on_text)
         plan = source.decided
         return Completion(
             done.tokens,

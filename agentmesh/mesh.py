@@ -258,7 +258,7 @@ class Mesh:
         finished = False
         try:
             await self._models.begin(asked.reader)
-            walk = self._walk(backend, stream, asked)
+            walk = self._walk(backend, stream, asked, streams=bool(sinks))
             messages = await walk.run()
             answer = self._answer(messages)
             wall = time.perf_counter() - begun
@@ -313,15 +313,17 @@ class Mesh:
             task.cancel()
             await asyncio.wait({task})
 
-    def _walk(self, backend: Backend, stream: EventStream, asked: _Asked) -> Walk:
+    def _walk(self, backend: Backend, stream: EventStream, asked: _Asked, *, streams: bool) -> Walk:
         inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in asked.inputs.items()}
         min_tokens, output = self.blueprint.communicator.min_tokens, self.blueprint.topology.output
         if self._leads is None:
             self._leads = self._find_leads(PromptRenderer(backend.tokenizer, min_tokens))
-        caller = Caller(self._models.of, min_tokens, stream.emit, asked.seed, self._leads, output, asked.answer)
+        caller = Caller(
+            self._models.of, min_tokens, stream.emit, asked.seed, self._leads, output, asked.answer, streams
+        )
         checks = None
         if asked.check:
-            checks = Checks(lambda hear: replace(caller, emit=hear), f"{stream.sample}\0{asked.seed}")
+            checks = Checks(lambda hear: replace(caller, emit=hear, streams=False), f"{stream.sample}\0{asked.seed}")
         return Walk(
             self.blueprint.topology,
             self._workers,

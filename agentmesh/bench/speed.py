@@ -70,6 +70,8 @@ class DecodeFigures(Frozen):
 class Silent:
     """A listener that does nothing."""
 
+    streams = False
+
     def first(self, ttft_ms: float, rows: tuple[PlanRow, ...]) -> None:
         """Ignore the first token."""
 

@@ -35,10 +35,16 @@ KEPT = 0.01
 
 
 class Copy(Protocol):
-    """A copy of one layer's weights ``[out, in]``, faster for at least ``least`` and at most ``most`` rows."""
+    """A copy of one layer's weights ``[out, in]``.
+
+    Attributes:
+        least, most: rows from which and up to which it is faster.
+        together: rows that it multiplies at once; it wants a multiple of them.
+    """
 
     least: ClassVar[int]
     most: ClassVar[float]
+    together: ClassVar[int]
 
     def __init__(self, weight: torch.Tensor) -> None: ...
 
@@ -52,17 +58,17 @@ class PackedCopy:
 
     least: ClassVar[int] = LEAST_PACKED
     most: ClassVar[float] = PACKED_ROWS
+    together: ClassVar[int] = PACKED_ROWS
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
         self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, PACKED_ROWS)  # noqa: SLF001  # no other name
+        self._product = torch.ops.mkl._mkl_linear.default  # noqa: SLF001  # as above
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """As in ``Copy``; what is filled up changes no other row."""
-        product: torch.Tensor = torch.ops.mkl._mkl_linear(  # noqa: SLF001  # as above
-            filled(rows, PACKED_ROWS), self._packed, self._weight, None, PACKED_ROWS
-        )
-        return product[: rows.shape[0]]
+        """As in ``Copy``; no row changes another."""
+        product: torch.Tensor = self._product(rows, self._packed, self._weight, None, PACKED_ROWS)
+        return product
 
 
 @final
@@ -71,6 +77,7 @@ class Int8Copy:
 
     least: ClassVar[int] = 1
     most: ClassVar[float] = INT8_ROWS
+    together: ClassVar[int] = 1
 
     def __init__(self, weight: torch.Tensor) -> None:
         weight = weight.float()
@@ -96,6 +103,7 @@ class Int4Copy:
 
     least: ClassVar[int] = 1
     most: ClassVar[float] = INT4_ROWS
+    together: ClassVar[int] = 1
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._outputs = weight.shape[0]
@@ -114,7 +122,7 @@ class Int4Copy:
         """As in ``Copy``."""
         halves = rows.to(torch.bfloat16)
         first, *others = [
-            torch.ops.aten._weight_int4pack_mm_for_cpu(halves, levels, GROUP, scales)  # noqa: SLF001  # no other name
+            torch._weight_int4pack_mm_for_cpu(halves, levels, GROUP, scales)  # noqa: SLF001  # it has no other name
             for levels, scales in self._planes
         ]
         whole: torch.Tensor = sum(others, first.float()) if others else first
@@ -127,6 +135,7 @@ class BFloat16Copy:
 
     least: ClassVar[int] = 1
     most: ClassVar[float] = math.inf
+    together: ClassVar[int] = 1
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight.to(torch.bfloat16)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, final
 
 import torch
@@ -24,6 +25,7 @@ from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.loading import LoadedModel, fetch, load
 from agentmesh.engine.operations import cost_of_noting
+from agentmesh.engine.outbox import Outbox
 from agentmesh.engine.probe import Support, probe
 from agentmesh.engine.request import Request, Source
 from agentmesh.engine.sampling import Sampler, Sampling
@@ -104,6 +106,7 @@ class Engine:
         self._live: list[Sequence] = []
         self._held: list[Cache] = []
         self._waiting: list[Request] = []
+        self._outbox = Outbox()
         self._stepping = False
         self._closing = False
         self.spent = Spent()
@@ -175,7 +178,7 @@ class Engine:
         prompt_tokens: int,
         sampling: Sampling,
         on_first: Callable[[FirstTokenReport], None],
-        on_text: Callable[[str], None],
+        on_text: Callable[[str], None] | None,
     ) -> Generation:
         """Prefill a prompt and decode until it stops. Cancelling frees the sequence at once.
 
@@ -186,7 +189,7 @@ class Engine:
             prompt_tokens: its length.
             sampling: how to decode.
             on_first: called when the first token is out.
-            on_text: called with every piece of text.
+            on_text: called with every piece of text; ``None`` where nobody wants them.
 
         Raises:
             RequestTooLongError: the prompt does not fit the model's context, or can never fit the budget.
@@ -197,10 +200,14 @@ class Engine:
         loop = asyncio.get_running_loop()
 
         def tell(piece: str | None) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            if piece is None or on_text is not None:
+                self._outbox.add(loop, partial(pieces.put_nowait, piece))
+
+        def wake(turn: asyncio.Event) -> None:
+            self._outbox.add(loop, turn.set)
 
         capacity = min(prompt_tokens + sampling.max_tokens, self.loaded.max_context)
-        request = Request(source, prompt_tokens, capacity, sampling, tell, loop.call_soon_threadsafe, arrived)
+        request = Request(source, prompt_tokens, capacity, sampling, tell, wake, arrived)
         try:
             while (started := await self._on_thread(lambda: self._start(request))) is None:
                 await request.turn.wait()
@@ -209,7 +216,7 @@ class Engine:
             sequence = request.begun
             report = FirstTokenReport(queue_ms=(begun - arrived) * 1e3, ttft_ms=(first - arrived) * 1e3)
             on_first(report)
-            while (piece := await pieces.get()) is not None:
+            while (piece := await pieces.get()) is not None and on_text is not None:
                 on_text(piece)
             await asyncio.wrap_future(sequence.done)
             learn_ms = await self._on_thread(lambda: self._finish(source, sequence))
@@ -320,7 +327,7 @@ class Engine:
         """The next token of every live sequence, as many at once as may be."""
         begun = time.perf_counter()
         self.spent.decoded += len(self._live)
-        with self.spans.part(Part.STEP):
+        with self.spans.part(Part.STEP), self._outbox.gathering():
             for low in range(0, len(self._live), self._batch):
                 self._next(self._live[low : low + self._batch])
             self._live = [sequence for sequence in self._live if not sequence.finish]

@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -29,6 +29,7 @@ PRODUCTS = frozenset(
 )
 ATTENTION = "scaled_dot_product_attention"
 CALLS, ROUNDS = 200, 5
+MARKED = frozenset({"user_annotation", "cpu_op"})
 LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})
 ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 
@@ -142,9 +143,10 @@ def _profiler(device: torch.device) -> profile:
     return profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])])
 
 
-def marked(mark: Mark) -> record_function:
-    """Marks a stretch of a forward that is being noted."""
-    return record_function(PREFIX + mark.value)
+def marked(mark: Mark) -> AbstractContextManager[object]:
+    """Marks a stretch of a forward that is being noted, for a ninth of what ``record_function`` costs."""
+    stretch: AbstractContextManager[object] = torch._C._profiler._RecordFunctionFast(PREFIX + mark.value)  # noqa: SLF001
+    return stretch
 
 
 def sort(events: Iterable[Mapping[str, Any]], took: float, *, cuda: bool = False) -> Look:
@@ -185,7 +187,7 @@ class _Sorter:
         while self.around and start >= self.around[-1][0]:
             self.around.pop()
         inside = self.around[-1][1] if self.around else None
-        if kind == "user_annotation":
+        if event["name"].startswith(PREFIX) and kind in MARKED:
             self._open(event, self._stretch(event, inside), event["name"].removeprefix(PREFIX))
         elif kind == "cpu_op":
             name = event["name"].rpartition("::")[2]

@@ -105,13 +105,27 @@ class Product:
         """The same product with a copy of its weights."""
         return Product(self.weight, self.bias, decode)
 
+    def full(self, rows: int, way: Way) -> int:
+        """So many rows, filled up where that is faster."""
+        if way is Way.COPY and self._copy is not None:
+            return rows + -rows % self._copy.together
+        return _full(rows) if way is not Way.OWN and self._few and rows <= SPLIT_ROWS else rows
+
     def multiply(self, rows: torch.Tensor, way: Way) -> torch.Tensor:
         """Rows ``[R, in]`` times the weights; ``[R, out]``."""
         count = rows.shape[0]
+        full = self.full(count, way)
+        product = self.multiply_full(filled(rows, full), way)
+        return product if full == count else product[:count]
+
+    def multiply_full(self, rows: torch.Tensor, way: Way) -> torch.Tensor:
+        """As ``multiply``, for so many rows as ``full`` says."""
         if way is Way.COPY and self._copy is not None:
-            product = self._copy.multiply(rows).to(rows.dtype)
-        elif way is not Way.OWN and self._few and count <= SPLIT_ROWS:
-            product = self._multiply_few(filled(rows, _full(count)))[:count]
+            product = self._copy.multiply(rows)
+            if product.dtype is not rows.dtype:
+                product = product.to(rows.dtype)
+        elif way is not Way.OWN and self._few and rows.shape[0] <= SPLIT_ROWS:
+            product = self._multiply_few(rows)
         else:
             return functional.linear(rows, self.weight, self.bias)
         return product if self.bias is None else product + self.bias

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,14 +47,17 @@ class Source(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """One call of ``Engine.generate``, which arrived at a second, and its cache and sequence once it has begun."""
+    """One call of ``Engine.generate``, which arrived at a second, and its cache and sequence once it has begun.
+
+    Its event loop hears of pieces of text, and at last of ``None``, through ``tell``, and of its turn through ``call``.
+    """
 
     source: Source
     tokens: int
     capacity: int
     sampling: Sampling
     tell: Callable[[str | None], None]
-    call_soon: Callable[[Callable[[], object]], object]
+    call: Callable[[asyncio.Event], None]
     arrived: float
     cache: Cache | None = None
     sequence: Sequence | None = None
@@ -69,8 +71,7 @@ class Request:
 
     def wake(self) -> None:
         """Tell the event loop that it is this one's turn."""
-        with suppress(RuntimeError):  # the loop is closed
-            self.call_soon(self.turn.set)
+        self.call(self.turn)
 
     @property
     def begun(self) -> Sequence:
@@ -80,5 +81,4 @@ class Request:
 
     def over(self, _done: Future[None]) -> None:
         """Tell that no text will come any more."""
-        with suppress(RuntimeError):  # the event loop that listened is closed
-            self.tell(None)
+        self.tell(None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 
 import torch
 from transformers.cache_utils import Cache
@@ -63,8 +62,7 @@ class Sequence:
         self.tokens.append(token)
         self.pieces.append(self._text.push(token))
         if self.pieces[-1]:
-            with suppress(RuntimeError):  # the event loop that listened is closed
-                self._tell(self.pieces[-1])
+            self._tell(self.pieces[-1])
         if self._completes_stop():
             self._end("stop")
         elif len(self.tokens) >= self.sampling.max_tokens:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 
 from agentmesh.engine.batch import NextRows
-from agentmesh.engine.copies import COPIES
+from agentmesh.engine.copies import COPIES, filled
 from agentmesh.engine.masks import UNLIMITED, windows_of
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.products import Product, Tuning
@@ -178,20 +178,21 @@ class Step:
         Returns:
             Logits ``[B, V]``.
         """
-        device, way = self.shape.device, self.tuning.way(len(tokens))
+        device, count, way = self.shape.device, len(tokens), self.tuning.way(len(tokens))
+        full = self.head.full(count, way)
         cached = NextRows(arenas, spans)
-        ids, index = (torch.tensor(one, device=device) for one in (tokens, positions))
+        ids, index = (torch.tensor([*one, *[0] * (full - count)], device=device) for one in (tokens, positions))
         with spans.mark(Mark.MODEL):
             rows = self.embed(ids)
             turn, stream = self._turn(rows, index), Stream(rows, self.last.epsilon)
             for number, layer in enumerate(self.layers):
-                heads = self._heads(layer, layer.mixed.multiply(stream.normed(layer.first), way), turn)
-                cached.write(number, heads[:, self.queries :].view(rows.shape[0], 2, self.shape.heads, 1, -1))
-                mixed = cached.attend(number, heads[:, : self.queries], layer.window, layer.scale)
-                stream.add(layer.out.multiply(mixed.flatten(1), way))
-                gate, entered = layer.gated.multiply(stream.normed(layer.second), way).chunk(2, dim=-1)
-                stream.add(layer.down.multiply(layer.activation(gate) * entered, way))
-            return self.head.multiply(stream.normed(self.last), way)
+                heads = self._heads(layer, layer.mixed.multiply_full(stream.normed(layer.first), way), turn)
+                cached.write(number, heads)
+                mixed = cached.attend(number, heads[:, : self.queries], layer.window, layer.scale).flatten(1)
+                stream.add(layer.out.multiply_full(filled(mixed, full), way))
+                gate, entered = layer.gated.multiply_full(stream.normed(layer.second), way).chunk(2, dim=-1)
+                stream.add(layer.down.multiply_full(layer.activation(gate) * entered, way))
+            return self.head.multiply_full(stream.normed(self.last), way)[:count]
 
     def _heads(self, layer: Layer, mixed: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Queries, keys and values ``[B, Hq + 2 H, D]``, normed and turned as the layer does."""
@@ -269,7 +270,7 @@ def _layer(module: Any, window: int | None) -> Layer:
         out=_joined(attention.o_proj),
         gated=_joined(mlp.gate_proj, mlp.up_proj),
         down=_joined(mlp.down_proj),
-        activation=mlp.act_fn,
+        activation=mlp.act_fn.forward,
         turns=bool(getattr(attention, "use_rope", True)),
         window=window or UNLIMITED,
         scale=attention.scaling,

@@ -57,6 +57,7 @@ class ScriptedCall:
     prompt: Prompt
     generate: GenerateSpec
     seed: int
+    streams: bool
 
     @property
     def text(self) -> str:
@@ -95,7 +96,7 @@ class ScriptedModel:
         """
         begun = time.perf_counter()
         number = len(self.calls)
-        self.calls.append(ScriptedCall(prompt, generate, seed))
+        self.calls.append(ScriptedCall(prompt, generate, seed, listener.streams))
         if callable(self._replies):
             reply: Reply = self._replies
         else:
@@ -110,7 +111,8 @@ class ScriptedModel:
         )
         ttft = (time.perf_counter() - begun) * 1e3
         listener.first(ttft, rows)
-        listener.text(text)
+        if listener.streams:
+            listener.text(text)
         tokens = tuple(self.tokenizer.encode(text, control=False))
         return Completion(tokens, text, "stop", 0.0, ttft, 0.0, rows, self.preset)
 

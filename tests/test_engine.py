@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from agentmesh.config.mesh import ModelSpec
+from agentmesh.engine import outbox
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
@@ -182,6 +183,34 @@ def test_sequences_decoded_side_by_side_equal_those_decoded_alone(tiny_engine: E
     alone = [generate(tiny_engine, prompt, Sampling(20))[0].tokens for prompt in prompts]
 
     assert [done.tokens for done in asyncio.run(together())] == alone
+
+
+def test_a_step_of_many_sequences_tells_an_event_loop_once(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    send = outbox._send
+
+    def noted(loop: asyncio.AbstractEventLoop, calls: list[outbox.Call]) -> None:
+        told.append(len(calls))
+        send(loop, calls)
+
+    monkeypatch.setattr(outbox, "_send", noted)
+    pieces: list[str] = []
+
+    async def together(on_text: Callable[[str], None] | None) -> list[Generation]:
+        prompts = [[number] * 30 for number in range(3, 9)]
+        work = [tiny_engine.generate(Whole(p), 30, Sampling(20), lambda _report: None, on_text) for p in prompts]
+        return await asyncio.gather(*work)
+
+    done = asyncio.run(together(pieces.append))
+
+    assert len(pieces) > 6 * 10
+    assert max(told) > 1
+    assert len(told) < len(pieces) / 2
+    told.clear()
+    assert [one.tokens for one in asyncio.run(together(None))] == [one.tokens for one in done]
+    assert sum(told) == len(done), "nobody wants pieces: only the ends are told"
 
 
 def test_tokens_of_a_batch_of_one_do_not_depend_on_neighbours_at_all() -> None:

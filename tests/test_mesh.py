@@ -53,6 +53,18 @@ def test_calls_add_up_and_usage_is_by_agent() -> None:
     assert result.usage_by_agent["agent.3"].output_tokens == 3
 
 
+def test_text_comes_piece_by_piece_only_where_somebody_takes_events() -> None:
+    heard, unheard = ScriptedModel(["one", "two", "three"]), ScriptedModel(["one", "two", "three"])
+    events: list[Event] = []
+
+    for model, sinks in ((heard, [events.append]), (unheard, [])):
+        Mesh(agents={"agent": READ}, topology="chain", model=model).run(question="What?", sinks=sinks)
+
+    assert {call.streams for call in heard.calls} == {True}
+    assert types(events).count("model.token") == 3
+    assert {call.streams for call in unheard.calls} == {False}
+
+
 def test_every_model_call_says_when_its_prompt_is_there() -> None:
     events: list[Event] = []
     result = chain(["one", "two", "three"]).run(question="What?", sinks=[events.append])

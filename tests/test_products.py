@@ -102,6 +102,8 @@ def test_a_packed_copy_multiplies_like_the_weights_whatever_rows_are_beside(rows
 
     torch.testing.assert_close(found, torch.nn.functional.linear(given[:rows], weight, product.bias))
     assert torch.equal(found, product.multiply(given, Way.COPY)[:rows])
+    assert product.full(rows, Way.COPY) == PACKED_ROWS
+    assert torch.equal(product.multiply_full(given, Way.COPY)[:rows], found)
 
 
 def test_copies_are_used_where_they_are_faster() -> None:

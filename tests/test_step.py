@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -36,12 +37,12 @@ def runners(model: Any, step: Step | None) -> tuple[ArenaRunner, ArenaRunner]:
     return found[0], found[1]
 
 
-def decode(runner: ArenaRunner) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def decode(runner: ArenaRunner, lengths: Sequence[int] = LENGTHS) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits of one step, and all KV afterwards."""
-    caches = [runner.open(length + 1) for length in LENGTHS]
-    for cache, length in zip(caches, LENGTHS, strict=True):
+    caches = [runner.open(length + 1) for length in lengths]
+    for cache, length in zip(caches, lengths, strict=True):
         runner.prefill(cache, Composition(TOKENS[:length]))
-    logits = runner.decode(caches, [TOKENS[length] for length in LENGTHS], LENGTHS)
+    logits = runner.decode(caches, [TOKENS[length] for length in lengths], lengths)
     return logits, [cache.arena.both[:, :, :, : cache.arena.length] for cache in caches]
 
 
@@ -58,6 +59,23 @@ def test_logits_and_kv_are_the_models_own(name: str, dtype: torch.dtype) -> None
     logits, kv = decode(short)
     own_logits, own_kv = decode(own)
 
+    tolerance = {"atol": 1e-4, "rtol": 1e-3} if dtype is torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
+    torch.testing.assert_close(logits, own_logits, **tolerance)
+    for mine, theirs in zip(kv, own_kv, strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequences_beside_spare_rows_are_computed_as_alone(dtype: torch.dtype) -> None:
+    """Products fill nine to fifteen rows up; no sequence has a spare row's KV, and none is missing."""
+    model = tiny.zoo()["qwen2"][0].to(dtype)
+    runner, own = runners(model, recognise(model))
+    lengths = (3, 8, 30, 89, 5, 6, 7, 40, 41, 42, 43)
+
+    logits, kv = decode(runner, lengths)
+    own_logits, own_kv = decode(own, lengths)
+
+    assert logits.shape[0] == len(lengths)
     tolerance = {"atol": 1e-4, "rtol": 1e-3} if dtype is torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
     torch.testing.assert_close(logits, own_logits, **tolerance)
     for mine, theirs in zip(kv, own_kv, strict=True):

@@ -22,7 +22,7 @@ class Outbox:
         self._gathered: dict[asyncio.AbstractEventLoop, list[Call]] | None = None
 
     def add(self, loop: asyncio.AbstractEventLoop, call: Call) -> None:
-        """Ask a loop to make a call: now, or with the others if they are being gathered. A closed loop hears nothing."""
+        """Ask a loop for a call: now, or with the others if they are being gathered; a closed loop hears nothing."""
         if self._gathered is None:
             _send(loop, [call])
         else:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 
 from agentmesh.engine.batch import NextRows
-from agentmesh.engine.copies import COPIES, filled
+from agentmesh.engine.copies import COPIES
 from agentmesh.engine.masks import UNLIMITED, windows_of
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.products import Product, Tuning
@@ -189,7 +189,7 @@ class Step:
                 heads = self._heads(layer, layer.mixed.multiply_full(stream.normed(layer.first), way), turn)
                 cached.write(number, heads)
                 mixed = cached.attend(number, heads[:, : self.queries], layer.window, layer.scale).flatten(1)
-                stream.add(layer.out.multiply_full(filled(mixed, full), way))
+                stream.add(layer.out.multiply_full(mixed, way))
                 gate, entered = layer.gated.multiply_full(stream.normed(layer.second), way).chunk(2, dim=-1)
                 stream.add(layer.down.multiply_full(layer.activation(gate) * entered, way))
             return self.head.multiply_full(stream.normed(self.last), way)[:count]

@@ -211,7 +211,7 @@ class Slots(Preset):
     def _give_back(self, plan: SlotPlan) -> None:
         """Let the arena of a call's look be used again."""
         while plan.looked:
-            self._scout.runner.spare.give(plan.looked.pop())
+            self._scout.runner.pool.give(plan.looked.pop())
 
     def _decide(self, prompt: Prompt, matches: Sequence[Match]) -> tuple[Decision, ...]:
         """Gate every match; where one has to be observed first, none is placed."""

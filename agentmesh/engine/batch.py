@@ -1,7 +1,7 @@
 """Many arenas at once: the next token of every sequence in one pass over the weights.
 
 Sequences keep their own arenas and lengths. The model's matrix products see all of them at once; each attends over
-its own arena, so nothing is padded and no mask is made. ``BatchCache`` is what transformers' own code takes for this.
+its own arena, alone or with neighbours. ``BatchCache`` is what transformers' own code takes for this.
 """
 
 from __future__ import annotations
@@ -9,21 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, final
 
-import numpy as np
 import torch
-from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from agentmesh.engine.group import grouped
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.spans import Spans
 from agentmesh.kv.arena import Arena
-
-Views = list[tuple[torch.Tensor, ...]]
-"""Views of several arenas and all layers."""
-
-Bits = np.ndarray[Any, np.dtype[Any]]
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of as many bytes as a number has: numpy knows no bfloat16."""
+from agentmesh.kv.slab import bits_of
 
 
 @final
@@ -34,50 +27,49 @@ class NextRows:
     numpy writes the rows, in little more than half of torch's time.
 
     Args:
-        arenas: one a sequence, each aimed at the row of its next token.
+        arenas: one a sequence, each aimed at the row of its next token; see ``side_by_side``.
         spans: notes where the time goes.
     """
 
     def __init__(self, arenas: Sequence[Arena], spans: Spans) -> None:
         self.arenas = arenas
         self._spans = spans
+        self._groups = list(grouped(arenas))
+        self._counts = [len(group.arenas) for group in self._groups]
+        self._windows: set[int] = set()
         new = [arena.both[:, :, :, arena.length - 1] for arena in arenas]
-        self._on_cpu = new[0].device.type == "cpu"
-        self._new: list[Bits] = [_bits(row) for row in new] if self._on_cpu else []
-        self._on_device: Views = [] if self._on_cpu else list(zip(*(row.unbind(1) for row in new), strict=True))
-        self._seen: dict[int, Views] = {}
+        on_cpu = arenas[0].shape.device.type == "cpu"
+        self._on_cpu = [bits_of(rows) for rows in new] if on_cpu else []
+        self._on_device = [] if on_cpu else list(zip(*(rows.unbind(1) for rows in new), strict=True))
 
     def write(self, layer: int, heads: torch.Tensor) -> None:
         """Write one row to each arena: the last ``2 H`` of ``heads [≥ B, …, D]``, its keys and values."""
         with self._spans.mark(Mark.CACHE):
             pairs = 2, self.arenas[0].shape.heads, heads.shape[-1]
-            if not self._on_cpu:
+            if self._on_device:
                 rows = heads[: len(self.arenas), -2 * pairs[1] :].reshape(-1, *pairs)
                 torch._foreach_copy_(self._on_device[layer], rows.unbind(0))
                 return
-            bits = _bits(heads)[:, -2 * pairs[1] :].reshape(-1, *pairs)
-            for new, row in zip(self._new, bits, strict=False):
+            bits = bits_of(heads)[:, -2 * pairs[1] :].reshape(-1, *pairs)
+            for new, row in zip(self._on_cpu, bits, strict=False):
                 new[:, layer] = row
 
     def attend(self, layer: int, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
         """Attention of ``query [≥ B, Hq, D]``, each row over its own last ``window`` keys; ``[≥ B, H, Hq / H, D]``.
 
         Query heads of one kv head are the rows of one product, so keys are read once and never repeated. Spare rows
-        attend to nothing and get zeros.
+        attend to nothing and come back as they are.
         """
-        if window not in self._seen:
+        if window not in self._windows:
+            self._windows.add(window)
             with self._spans.mark(Mark.CACHE):
-                self._seen[window] = [_views(arena, window) for arena in self.arenas]
-        shape = self.arenas[0].shape
+                for group in self._groups:
+                    group.see(window)
         with self._spans.mark(Mark.ATTENTION):
-            grouped = query.view(query.shape[0], 1, shape.heads, -1, query.shape[-1]).unbind(0)
-            mixed = [
-                functional.scaled_dot_product_attention(one, seen[layer], seen[shape.layers + layer], scale=scale)
-                for one, seen in zip(grouped, self._seen[window], strict=False)
-            ]
-            if len(grouped) > len(mixed):
-                mixed.append(query.new_zeros((len(grouped) - len(mixed), *mixed[0].shape[1:])))
-            return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+            heads = query.view(query.shape[0], self.arenas[0].shape.heads, -1, query.shape[-1])
+            *given, spare = heads.split_with_sizes([*self._counts, len(heads) - len(self.arenas)])
+            mixed = [group.attend(layer, one, window, scale) for group, one in zip(self._groups, given, strict=True)]
+            return mixed[0] if len(mixed) == 1 and not len(spare) else torch.cat((*mixed, spare))
 
 
 class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -137,14 +129,3 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
     def attend(self, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
         """Attention of ``query [B, Hq, 1, D]``, each row over its own last ``window`` keys; ``[B, 1, Hq, D]``."""
         return self._rows.attend(self._layer, query.squeeze(2), window, scale).flatten(1, 2)[:, None]
-
-
-def _bits(rows: torch.Tensor) -> Bits:
-    """Numbers on the CPU as numpy sees their bits; the same memory."""
-    return rows.view(BITS[rows.dtype.itemsize]).numpy()
-
-
-def _views(arena: Arena, last: int) -> tuple[torch.Tensor, ...]:
-    """Keys of all layers ``[1, H, …, D]`` of an arena's last visible tokens, and then all values."""
-    rows = slice(max(0, arena.length - last), arena.length)
-    return arena.both[:, :, :, rows].flatten(0, 1).unsqueeze(1).unbind(0)

@@ -17,12 +17,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from agentmesh.engine.batch import BatchCache
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
+from agentmesh.engine.group import side_by_side
 from agentmesh.engine.masks import MaskPlan, Masks
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.products import Switch
 from agentmesh.engine.spans import Part, Spans
 from agentmesh.engine.step import Step
-from agentmesh.kv.arena import Arena, ArenaPool, KVShape
+from agentmesh.kv.arena import KVShape
+from agentmesh.kv.pool import ArenaPool
 from agentmesh.kv.rope import Rope
 
 PLACED_AT_ONCE = 8 * 2**20
@@ -41,7 +43,7 @@ class ArenaRunner:
         batches: whether several sequences can decode in one forward.
         switch: how the model's linear layers multiply few rows, where that can be chosen.
         step: decodes in fewer operations than the model's own code, where there is one.
-        spare: arenas that were given back.
+        pool: where arenas come from.
         spans: notes where the time goes, while a profile is on.
     """
 
@@ -52,20 +54,24 @@ class ArenaRunner:
     batches: bool = False
     switch: Switch | None = None
     step: Step | None = None
-    spare: ArenaPool = field(default_factory=ArenaPool)
+    pool: ArenaPool = field(default_factory=ArenaPool)
     spans: Spans = field(default_factory=Spans)
 
     def open(self, capacity: int) -> ArenaCache:
         """An arena for one sequence of up to ``capacity`` tokens: one that was given back, or a fresh one."""
-        return ArenaCache(self.spare.take(capacity) or Arena(self.shape, capacity), self.spans)
+        return ArenaCache(self.pool.open(self.shape, capacity), self.spans)
 
     def need(self, capacity: int) -> int:
         """Bytes that ``open`` would allocate: none where an arena that was given back fits."""
-        return 0 if self.spare.fitting(capacity) else capacity * self.shape.bytes_per_token
+        return self.pool.need(self.shape, capacity)
+
+    def side_by_side(self, caches: Sequence[ArenaCache]) -> list[int]:
+        """The order in which ``decode`` is fastest: indices of ``caches``."""
+        return side_by_side([cache.arena for cache in caches])
 
     def close(self, cache: ArenaCache) -> None:
         """Give an arena back; nobody may hold a view of it any more."""
-        self.spare.give(cache.arena)
+        self.pool.give(cache.arena)
 
     @torch.inference_mode()
     def forward(self, cache: ArenaCache, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -108,6 +114,8 @@ class ArenaRunner:
     @torch.inference_mode()
     def decode(self, caches: Sequence[ArenaCache], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Compute one more token of each sequence, at its next position, in one pass over the weights if possible.
+
+        In the order of ``side_by_side`` they attend together where that is faster.
 
         Returns:
             Logits ``[B, V]``.
@@ -180,11 +188,11 @@ class ArenaRunner:
 class PlainRunner:
     """A model whose KV cannot be sliced: every prompt is one forward over transformers' own cache.
 
-    ``spare`` stays empty: nothing that transformers makes is used again.
+    ``pool`` stays empty: nothing that transformers makes is used again.
     """
 
     model: Any
-    spare: ArenaPool = field(default_factory=ArenaPool)
+    pool: ArenaPool = field(default_factory=ArenaPool)
     spans: Spans = field(default_factory=Spans)
 
     def open(self, _capacity: int) -> Cache:
@@ -194,6 +202,10 @@ class PlainRunner:
     def need(self, _capacity: int) -> int:
         """What transformers' cache takes is not known ahead and not counted."""
         return 0
+
+    def side_by_side(self, caches: Sequence[Cache]) -> list[int]:
+        """Any order is as good as another."""
+        return list(range(len(caches)))
 
     def close(self, cache: Cache) -> None:
         """Nothing is reused."""

@@ -230,11 +230,11 @@ class Engine:
     def live_bytes(self) -> int:
         """Bytes of KV of all sequences that are not closed yet, and of arenas that wait to be used again."""
         held = sum(arena.nbytes for cache in self._held if (arena := _arena(cache)) is not None)
-        return held + self.support.runner.spare.nbytes
+        return held + self.support.runner.pool.nbytes
 
     def drop_spare(self) -> int:
         """Free the arenas that wait to be used again; their bytes."""
-        return self.support.runner.spare.clear()
+        return self.support.runner.pool.clear()
 
     async def do(self, work: Callable[[], Result]) -> Result:
         """Run something on the engine's thread, between its forwards; it runs even if nobody waits for it any more."""
@@ -328,6 +328,8 @@ class Engine:
         begun = time.perf_counter()
         self.spent.decoded += len(self._live)
         with self.spans.part(Part.STEP), self._outbox.gathering():
+            order = self.support.runner.side_by_side([sequence.cache for sequence in self._live])
+            self._live = [self._live[index] for index in order]
             for low in range(0, len(self._live), self._batch):
                 self._next(self._live[low : low + self._batch])
             self._live = [sequence for sequence in self._live if not sequence.finish]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from agentmesh.kv.rope import Rope
+from agentmesh.kv.slab import Slot
 from agentmesh.kv.values import ALL, KV, Frame
 
 Rows = slice | torch.Tensor
@@ -31,27 +32,37 @@ class KVShape:
         """Bytes of keys and values of one token in all layers."""
         return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize
 
+    def size(self, tokens: int) -> tuple[int, ...]:
+        """``[2, L, H, T, D]`` of so many tokens."""
+        return 2, self.layers, self.heads, tokens, self.head_dim
+
 
 class Arena:
     """Keys and values ``[L, H, capacity, D]`` of one sequence, views of ``both [2, L, H, capacity, D]``.
 
     ``length`` tokens are visible to attention. Rows are aimed first (``aim``), then written layer by layer while the
     model runs (``write_layer``), or all at once from a store (``place``).
+
+    Args:
+        shape: of one token's KV.
+        capacity: tokens.
+        slot: its place in a slab, of at least so many tokens; without one it has memory of its own.
     """
 
-    def __init__(self, shape: KVShape, capacity: int) -> None:
-        size = (2, shape.layers, shape.heads, capacity, shape.head_dim)
+    def __init__(self, shape: KVShape, capacity: int, slot: Slot | None = None) -> None:
         self.shape = shape
         self.capacity = capacity
-        self.both = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self.slot = slot
+        own = torch.empty(shape.size(capacity), dtype=shape.dtype, device=shape.device) if slot is None else slot.memory
+        self.both = own[:, :, :, :capacity]
         self.keys, self.values = self.both.unbind(0)
         self.length = 0
         self._rows: Rows = slice(0, 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.both.nbytes
+        """Bytes that it may take up."""
+        return self.capacity * self.shape.bytes_per_token
 
     def aim(self, rows: Rows, length: int) -> None:
         """Say where the next forward's rows go and how many tokens it attends over.
@@ -111,45 +122,3 @@ class Arena:
         view = self.read(start, stop)
         positions = torch.arange(start, stop, device=self.keys.device)
         return KV(rope.unrotate(view.keys, positions), view.values.clone(), Frame.FREE)
-
-
-class ArenaPool:
-    """Arenas that wait to be used again: fresh memory costs as much time as filling it does.
-
-    Args:
-        limit: how many are kept.
-    """
-
-    def __init__(self, limit: int = 2) -> None:
-        self._limit = limit
-        self._free: list[Arena] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arenas that wait."""
-        return sum(arena.nbytes for arena in self._free)
-
-    def clear(self) -> int:
-        """Free all that wait; their bytes."""
-        freed, self._free = self.nbytes, []
-        return freed
-
-    def fitting(self, capacity: int) -> list[Arena]:
-        """Arenas of at least ``capacity`` tokens and at most twice as many."""
-        return [arena for arena in self._free if capacity <= arena.capacity <= 2 * capacity]
-
-    def take(self, capacity: int) -> Arena | None:
-        """An empty arena that fits, or ``None``."""
-        fitting = self.fitting(capacity)
-        if not fitting:
-            return None
-        found = min(fitting, key=lambda arena: arena.capacity)
-        self._free.remove(found)
-        found.aim(slice(0, 0), 0)
-        return found
-
-    def give(self, arena: Arena) -> None:
-        """Keep an arena, instead of the smallest one where there are too many."""
-        self._free.append(arena)
-        if len(self._free) > self._limit:
-            self._free.remove(min(self._free, key=lambda one: one.capacity))

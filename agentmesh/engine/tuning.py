@@ -47,8 +47,7 @@ def check_copies(model: Any, name: str, decode: Decode) -> None:
         raise UnsupportedModelError(f"{name} has no linear layers that `decode: {decode}` could copy; leave it out")
     if decode is Decode.BFLOAT16 and torch.bfloat16 in dtypes:
         raise UnsupportedModelError(f"{name} is loaded in bfloat16, `decode: bfloat16` copies nothing; leave it out")
-    uneven = sorted({weight.shape[1] for weight in weights if weight.shape[1] % GROUP})
-    if decode is Decode.INT4 and uneven:
+    if decode is Decode.INT4 and (uneven := sorted({w.shape[1] for w in weights if w.shape[1] % GROUP})):
         raise UnsupportedModelError(
             f"`decode: int4` takes weights in groups of {GROUP}, {name} has rows of {uneven[0]}; use `int8` there"
         )

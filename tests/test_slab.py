@@ -167,23 +167,37 @@ def test_sequences_attend_together_as_they_would_alone(
     query = torch.randn(len(here) + spare, QUERIES, SHAPE.head_dim, generator=torch.Generator().manual_seed(2))
 
     for order in (list(range(len(here))), side_by_side(here)):
-        rows = NextRows([here[index] for index in order], Spans())
+        step = NextRows([here[index] for index in order], Spans(), spare)
+        assert len(set(step.rows)) == len(here)
         for layer in range(SHAPE.layers):
-            mixed = rows.attend(layer, query, window, None)
+            mixed = step.attend(layer, query, window, None)
             assert mixed.shape[0] == len(query)
-            for at, index in enumerate(order):
-                torch.testing.assert_close(mixed[at], alone(here[index], layer, query[at], window))
+            assert torch.isfinite(mixed).all()
+            for row, index in zip(step.rows, order, strict=True):
+                torch.testing.assert_close(mixed[row], alone(here[index], layer, query[row], window))
 
 
 def test_sequences_of_like_length_attend_together_and_a_much_longer_one_alone() -> None:
     pool = ArenaPool()
     arenas = filled(pool, [10, 11, 12, 40, 9])
 
-    assert [len(group.arenas) for group in grouped(arenas)] == [3, 1, 1]
-    assert [len(group.arenas) for group in grouped(arenas[:3])] == [3]
-    assert [len(group.arenas) for group in grouped(arenas[2::-1])] == [1, 1, 1], "in another order than their slots"
-    assert [len(group.arenas) for group in grouped([Arena(SHAPE, 40), *arenas[:2]])] == [1, 2]
+    assert [len(group.places) for group in grouped(arenas)] == [3, 1, 1]
+    assert [len(group.places) for group in grouped(arenas[:3])] == [3]
+    assert [len(group.places) for group in grouped(arenas[2::-1])] == [1, 1, 1], "in another order than their slots"
+    assert [len(group.places) for group in grouped([arenas[0], Arena(SHAPE, 40, None), arenas[1]])] == [1, 1, 1]
     assert side_by_side([arenas[2], arenas[0], arenas[1]]) == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("spare", "rows", "of_the_step"), [(0, [0, 1, 2, 3], 4), (1, [0, 1, 3, 4], 5), (3, [0, 1, 3, 4], 7)]
+)
+def test_spare_rows_stand_where_a_sequence_is_missing(spare: int, rows: list[int], of_the_step: int) -> None:
+    arenas = filled(ArenaPool(), [10, 11, 9, 10, 12])
+    step = NextRows([arenas[index] for index in (0, 1, 3, 4)], Spans(), spare)
+
+    assert step.rows == rows
+    query = torch.randn(of_the_step, QUERIES, SHAPE.head_dim)
+    assert step.attend(0, query, 100, None).shape[0] == of_the_step
 
 
 def test_rows_are_written_to_each_arena_and_nowhere_else() -> None:
@@ -192,7 +206,7 @@ def test_rows_are_written_to_each_arena_and_nowhere_else() -> None:
     before = [arena.both.clone() for arena in arenas]
     heads = torch.randn(5, QUERIES + 2 * SHAPE.heads, SHAPE.head_dim)
 
-    NextRows(arenas, Spans()).write(1, heads)
+    NextRows(arenas, Spans(), 2).write(1, heads)
 
     for arena, old, row in zip(arenas, before, heads, strict=False):
         new = row[QUERIES:].view(2, SHAPE.heads, SHAPE.head_dim)

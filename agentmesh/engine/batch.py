@@ -29,36 +29,43 @@ class NextRows:
     Args:
         arenas: one a sequence, each aimed at the row of its next token; see ``side_by_side``.
         spans: notes where the time goes.
+        spare: how many rows the step has beyond theirs.
+
+    Attributes:
+        rows: the row of each arena in the step; the others are spare.
     """
 
-    def __init__(self, arenas: Sequence[Arena], spans: Spans) -> None:
-        self.arenas = arenas
+    def __init__(self, arenas: Sequence[Arena], spans: Spans, spare: int = 0) -> None:
+        self._shape = arenas[0].shape
         self._spans = spans
-        self._groups = list(grouped(arenas))
-        self._counts = [len(group.arenas) for group in self._groups]
+        self._groups = grouped(arenas, spare)
+        counts = [group.rows for group in self._groups]
+        begins = [sum(counts[:index]) for index in range(len(counts))]
+        self.rows = [begin + at for begin, group in zip(begins, self._groups, strict=True) for at in group.places]
+        self._counts = [*counts, len(arenas) + spare - sum(counts)]
         self._windows: set[int] = set()
         new = [arena.both[:, :, :, arena.length - 1] for arena in arenas]
-        on_cpu = arenas[0].shape.device.type == "cpu"
+        on_cpu = self._shape.device.type == "cpu"
         self._on_cpu = [bits_of(rows) for rows in new] if on_cpu else []
         self._on_device = [] if on_cpu else list(zip(*(rows.unbind(1) for rows in new), strict=True))
 
     def write(self, layer: int, heads: torch.Tensor) -> None:
-        """Write one row to each arena: the last ``2 H`` of ``heads [≥ B, …, D]``, its keys and values."""
+        """Write one row to each arena: the last ``2 H`` of ``heads [R, …, D]``, its keys and values."""
         with self._spans.mark(Mark.CACHE):
-            pairs = 2, self.arenas[0].shape.heads, heads.shape[-1]
+            pairs = 2, self._shape.heads, heads.shape[-1]
             if self._on_device:
-                rows = heads[: len(self.arenas), -2 * pairs[1] :].reshape(-1, *pairs)
+                rows = heads[: len(self.rows), -2 * pairs[1] :].reshape(-1, *pairs)
                 torch._foreach_copy_(self._on_device[layer], rows.unbind(0))
                 return
             bits = bits_of(heads)[:, -2 * pairs[1] :].reshape(-1, *pairs)
-            for new, row in zip(self._on_cpu, bits, strict=False):
-                new[:, layer] = row
+            for new, row in zip(self._on_cpu, self.rows, strict=True):
+                new[:, layer] = bits[row]
 
     def attend(self, layer: int, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
-        """Attention of ``query [≥ B, Hq, D]``, each row over its own last ``window`` keys; ``[≥ B, H, Hq / H, D]``.
+        """Attention of ``query [R, Hq, D]``, each row over its own last ``window`` keys; ``[R, H, Hq / H, D]``.
 
-        Query heads of one kv head are the rows of one product, so keys are read once and never repeated. Spare rows
-        attend to nothing and come back as they are.
+        Query heads of one kv head are the rows of one product, so keys are read once and never repeated. What comes
+        for spare rows means nothing.
         """
         if window not in self._windows:
             self._windows.add(window)
@@ -66,10 +73,12 @@ class NextRows:
                 for group in self._groups:
                     group.see(window)
         with self._spans.mark(Mark.ATTENTION):
-            heads = query.view(query.shape[0], self.arenas[0].shape.heads, -1, query.shape[-1])
-            *given, spare = heads.split_with_sizes([*self._counts, len(heads) - len(self.arenas)])
+            heads = query.view(query.shape[0], self._shape.heads, -1, query.shape[-1])
+            if len(self._groups) == 1 and not self._counts[-1]:
+                return self._groups[0].attend(layer, heads, window, scale)
+            *given, spare = heads.split_with_sizes(self._counts)
             mixed = [group.attend(layer, one, window, scale) for group, one in zip(self._groups, given, strict=True)]
-            return mixed[0] if len(mixed) == 1 and not len(spare) else torch.cat((*mixed, spare))
+            return torch.cat((*mixed, spare))
 
 
 class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed

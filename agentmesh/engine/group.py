@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -29,25 +29,33 @@ class Seen:
 class Group:
     """One arena, or some of one slab, and what a decoding step attends over in them.
 
-    Slots between them that are free, or whose sequences are not in the step, compute in vain.
+    Slots between them that are free, or whose sequences are not in the step, compute in vain: with spare rows of the
+    step where there are enough, else with copies of others' rows.
 
     Args:
         arenas: each aimed at the row of its next token, in the order of their slots.
+        spare: how many rows the step has beyond those of its sequences.
+
+    Attributes:
+        places: the row of each arena in the group.
+        rows: how many rows of the step are the group's.
     """
 
-    def __init__(self, arenas: Sequence[Arena]) -> None:
-        self.arenas = arenas
-        self._lengths = [arena.length for arena in arenas]
-        self._places = _places(arenas)
-        span, slot = self._places[-1] + 1, arenas[0].slot
-        if slot is None:
-            self._memory = arenas[0].both[None]
-        else:
+    def __init__(self, arenas: Sequence[Arena], spare: int) -> None:
+        numbers, slot = _numbers(arenas), arenas[0].slot
+        places = [number - numbers[0] for number in numbers]
+        span = places[-1] + 1
+        self._memory = arenas[0].both[None]
+        if slot is not None:
             self._memory = slot.slab.memory[slot.number : slot.number + span]
+        self._lengths = [arena.length for arena in arenas]
+        self._slots = places
         self._spread: tuple[torch.Tensor, torch.Tensor] | None = None
-        if span > len(arenas):
-            sources = [max(index for index, place in enumerate(self._places) if place <= at) for at in range(span)]
-            self._spread = torch.tensor(sources), torch.tensor(self._places)
+        self.places, self.rows = places, span
+        if span - len(arenas) > spare:
+            sources = [max(index for index, place in enumerate(places) if place <= at) for at in range(span)]
+            self._spread = torch.tensor(sources), torch.tensor(places)
+            self.places, self.rows = list(range(len(arenas))), len(arenas)
         self._seen: dict[int, Seen] = {}
 
     def see(self, window: int) -> None:
@@ -55,7 +63,7 @@ class Group:
         self._seen[window] = self._cut(window)
 
     def attend(self, layer: int, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
-        """Attention of ``query [B, H, Hq / H, D]``, in the same shape."""
+        """Attention of the group's rows ``query [R, H, Hq / H, D]``, in the same shape."""
         seen = self._seen[window]
         keys, values = seen.keys[layer], seen.values[layer]
         if self._spread is None:
@@ -69,10 +77,10 @@ class Group:
         low, high = min(begins), max(self._lengths)
         visible = self._memory[:, :, :, :, low:high]
         keys, values = visible[:, 0].unbind(1), visible[:, 1].unbind(1)
-        if len(self.arenas) == 1 or (self._spread is None and len(set(self._lengths)) == 1):
+        if len(self._memory) == len(self._lengths) and len(set(self._lengths)) == 1:
             return Seen(keys, values, None)
-        bounds = torch.tensor([(0, 1)]).repeat(len(self._memory), 1)  # a slot of nobody sees one token, for no result
-        bounds[self._places] = torch.tensor(list(zip(begins, self._lengths, strict=True)))
+        bounds = torch.tensor([(low, low + 1)]).repeat(len(self._memory), 1)  # what is in vain sees any one token
+        bounds[self._slots] = torch.tensor(list(zip(begins, self._lengths, strict=True)))
         positions = torch.arange(low, high)
         hidden = (positions < bounds[:, :1]) | (positions >= bounds[:, 1:])
         mask = torch.zeros(hidden.shape, dtype=self._memory.dtype).masked_fill_(hidden, -torch.inf)
@@ -93,27 +101,38 @@ def side_by_side(arenas: Sequence[Arena]) -> list[int]:
     return sorted(range(len(arenas)), key=place)
 
 
-def grouped(arenas: Sequence[Arena]) -> Iterator[Group]:
-    """Groups of arenas that follow each other, as their slots do (``side_by_side``), each as large as pays."""
-    group: list[Arena] = []
-    for arena in arenas:
-        if group and not _pays([*group, arena]):
-            yield Group(group)
-            group = []
-        group.append(arena)
-    yield Group(group)
+def grouped(arenas: Sequence[Arena], spare: int = 0) -> list[Group]:
+    """Groups of arenas that follow each other, as their slots do (``side_by_side``), each as large as pays.
+
+    Args:
+        arenas: of one step.
+        spare: how many rows the step has beyond theirs.
+    """
+    groups: list[Group] = []
+    begin, longest, whole = 0, 0, 0
+    for end, arena in enumerate(arenas):
+        longest, whole = max(longest, arena.length), whole + arena.length
+        pays = end == begin or (
+            _follows(arenas[end - 1], arena) and _span(arenas[begin], arena) * longest <= WASTE * whole
+        )
+        if not pays:
+            groups.append(Group(arenas[begin:end], spare))
+            spare -= groups[-1].rows - (end - begin)
+            begin, longest, whole = end, arena.length, arena.length
+    return [*groups, Group(arenas[begin:], spare)]
 
 
-def _pays(arenas: Sequence[Arena]) -> bool:
-    """Whether arenas are of one slab, and attend together without too much padding."""
-    slabs = [None if arena.slot is None else arena.slot.slab for arena in arenas]
-    if any(slab is None or slab is not slabs[0] for slab in slabs):
-        return False
-    lengths, places = [arena.length for arena in arenas], _places(arenas)
-    return places == sorted(places) and (places[-1] + 1) * max(lengths) <= WASTE * sum(lengths)
+def _follows(one: Arena, other: Arena) -> bool:
+    """Whether an arena lies behind another one in the same slab."""
+    first, second = one.slot, other.slot
+    return first is not None and second is not None and first.slab is second.slab and first.number < second.number
 
 
-def _places(arenas: Sequence[Arena]) -> list[int]:
-    """How many slots after the first one each arena lies."""
-    numbers = [0 if arena.slot is None else arena.slot.number for arena in arenas]
-    return [number - numbers[0] for number in numbers]
+def _span(first: Arena, last: Arena) -> int:
+    """How many slots there are from one arena to another one of its slab."""
+    low, high = _numbers((first, last))
+    return high - low + 1
+
+
+def _numbers(arenas: Sequence[Arena]) -> list[int]:
+    return [0 if arena.slot is None else arena.slot.number for arena in arenas]

@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 
 from agentmesh.engine.batch import NextRows
-from agentmesh.engine.copies import COPIES
+from agentmesh.engine.copies import COPIES, filled
 from agentmesh.engine.masks import UNLIMITED, windows_of
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.products import Product, Tuning
@@ -180,8 +180,8 @@ class Step:
         """
         device, count, way = self.shape.device, len(tokens), self.tuning.way(len(tokens))
         full = self.head.full(count, way)
-        cached = NextRows(arenas, spans)
-        ids, index = (torch.tensor([*one, *[0] * (full - count)], device=device) for one in (tokens, positions))
+        cached = NextRows(arenas, spans, full - count)
+        ids, index = (_spread(one, cached.rows, full).to(device) for one in (tokens, positions))
         with spans.mark(Mark.MODEL):
             rows = self.embed(ids)
             turn, stream = self._turn(rows, index), Stream(rows, self.last.epsilon)
@@ -192,7 +192,10 @@ class Step:
                 stream.add(layer.out.multiply_full(mixed, way))
                 gate, entered = layer.gated.multiply_full(stream.normed(layer.second), way).chunk(2, dim=-1)
                 stream.add(layer.down.multiply_full(layer.activation(gate) * entered, way))
-            return self.head.multiply_full(stream.normed(self.last), way)[:count]
+            last = stream.normed(self.last)
+            if full > count:
+                last = filled(last[cached.rows], full)
+            return self.head.multiply_full(last, way)[:count]
 
     def _heads(self, layer: Layer, mixed: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Queries, keys and values ``[B, Hq + 2 H, D]``, normed and turned as the layer does."""
@@ -215,6 +218,14 @@ class Step:
             torch.cat((cosines[:, None].expand(turning), still), dim=1),
             torch.cat((sines[:, None].expand(turning), torch.zeros_like(still)), dim=1),
         )
+
+
+def _spread(numbers: Sequence[int], rows: Sequence[int], count: int) -> torch.Tensor:
+    """One number for each of ``count`` rows, zeros for spare ones."""
+    spread = [0] * count
+    for row, number in zip(rows, numbers, strict=True):
+        spread[row] = number
+    return torch.tensor(spread)
 
 
 def recognise(model: Any) -> Step | None:

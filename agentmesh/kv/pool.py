@@ -16,7 +16,7 @@ SLAB_BYTES = 2**29
 SMALLEST = 512
 """Tokens of the smallest slots; the next ones have twice as many."""
 
-SPARE, SPARE_BYTES = 2, 2**28
+SPARE, SPARE_BYTES = 2, 2**26
 """How many arenas that were given back are kept whatever their size, and up to how many bytes more of them are."""
 
 

@@ -57,22 +57,24 @@ def alone(arena: Arena, layer: int, query: torch.Tensor, window: int) -> torch.T
 
 def test_neighbours_are_taken_first_and_a_slot_that_is_emptied_is_zero_again() -> None:
     slab = Slab((1024, 4), torch.float32, 3)
-    first, second, third = (slab.take() for _ in range(3))
-    assert first is not None
-    assert second is not None
-    assert third is not None
+    slots = [slab.take() for _ in range(3)]
     assert slab.take() is None
-    for slot in (first, second, third):
-        slot.memory.fill_(slot.number + 1)
+    for number, slot in enumerate(slots):
+        assert slot is not None
+        assert slot.number == number
+        slot.memory.fill_(number + 1)
+    view = slots[1].memory[5:]  # type: ignore[union-attr]  # asserted above
+    del slot, slots[1]
+    assert slab.take() is None, "somebody holds a view"
+    assert float(view.mean()) == 2
 
-    second.empty()
+    del view
 
     assert float(slab.memory[1].abs().max()) == 0
     assert {float(slab.memory[place].mean()) for place in (0, 2)} == {1, 3}
     again = slab.take()
     assert again is not None
     assert again.number == 1
-    assert not slab.unused
 
 
 def test_what_was_written_to_a_slot_is_given_back_to_the_system() -> None:
@@ -85,7 +87,7 @@ def test_what_was_written_to_a_slot_is_given_back_to_the_system() -> None:
     slot.memory.fill_(1.0)
     assert resident() - before > 2**25
 
-    slot.empty()
+    del slot
 
     assert resident() - before < 2**23
 
@@ -175,6 +177,14 @@ def test_sequences_attend_together_as_they_would_alone(
             assert torch.isfinite(mixed).all()
             for row, index in zip(step.rows, order, strict=True):
                 torch.testing.assert_close(mixed[row], alone(here[index], layer, query[row], window))
+
+
+def test_an_arena_that_nobody_gives_back_frees_its_slot_when_it_is_gone() -> None:
+    pool = ArenaPool()
+    kept = pool.open(SHAPE, 50)
+    for _ in range(3 * pools.SLOTS):
+        assert slots_of([pool.open(SHAPE, 50)]) == [1]
+    assert slots_of([kept]) == [0]
 
 
 def test_sequences_of_like_length_attend_together_and_a_much_longer_one_alone() -> None:

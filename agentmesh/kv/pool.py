@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import final
+from weakref import WeakSet
 
 from agentmesh.kv.arena import Arena, KVShape
 from agentmesh.kv.slab import Slab, Slot
@@ -29,7 +30,7 @@ class ArenaPool:
 
     def __init__(self) -> None:
         self._spare: list[Arena] = []
-        self._slabs: dict[int, list[Slab]] = {}
+        self._slabs: dict[int, WeakSet[Slab]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -38,9 +39,7 @@ class ArenaPool:
 
     def clear(self) -> int:
         """Free all that wait; their bytes."""
-        freed = self.nbytes
-        while self._spare:
-            self._drop(self._spare[-1])
+        freed, self._spare = self.nbytes, []
         return freed
 
     def need(self, shape: KVShape, capacity: int) -> int:
@@ -61,7 +60,7 @@ class ArenaPool:
         """Keep an arena, instead of the smallest ones where there are too many; nobody may hold a view of it."""
         self._spare.append(arena)
         while len(self._spare) > SPARE and self.nbytes > SPARE_BYTES:
-            self._drop(min(self._spare, key=lambda one: one.capacity))
+            self._spare.remove(min(self._spare, key=lambda one: one.capacity))
 
     def _fitting(self, capacity: int) -> list[Arena]:
         """Arenas of at least ``capacity`` tokens and at most twice as many."""
@@ -74,17 +73,10 @@ class ArenaPool:
         size = shape.size(most)
         if count < 2 or not Slab.fits(size, shape.dtype, shape.device):
             return None
-        slabs = self._slabs.setdefault(most, [])
+        slabs = self._slabs.setdefault(most, WeakSet())
         found = next((slot for slab in slabs if (slot := slab.take()) is not None), None)
         if found is None:
-            slabs.append(Slab(size, shape.dtype, count))
-            found = slabs[-1].take()
+            slab = Slab(size, shape.dtype, count)
+            slabs.add(slab)
+            found = slab.take()
         return found
-
-    def _drop(self, arena: Arena) -> None:
-        """Forget an arena that waits, and slabs that nobody uses any more."""
-        self._spare.remove(arena)
-        if arena.slot is not None:
-            arena.slot.empty()
-        for slabs in self._slabs.values():
-            slabs[:] = [slab for slab in slabs if not slab.unused]

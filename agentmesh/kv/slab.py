@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import weakref
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -23,19 +24,11 @@ def bits_of(numbers: torch.Tensor) -> Bits:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """The place of one tensor in a slab."""
+    """The place of one tensor in a slab: taken as long as anybody holds the tensor or a view of it."""
 
     slab: Slab
     number: int
-
-    @property
-    def memory(self) -> torch.Tensor:
-        """The tensor."""
-        return self.slab.memory[self.number]
-
-    def empty(self) -> None:
-        """Give the place back, and what it takes up; nobody may hold a view of it."""
-        self.slab.empty(self.number)
+    memory: torch.Tensor
 
 
 @final
@@ -43,7 +36,7 @@ class Slab:
     """Slots for tensors on the CPU, ``memory [S, …]``.
 
     It takes up only what was written to: the system gives a page of zeros when one is first touched, and gets the pages
-    of a slot back when that is emptied. So what nobody has written is zero, or was written before.
+    of a slot back when the last view of its tensor is gone. So what nobody has written is zero, or was written before.
 
     Args:
         size: of one tensor; ``fits`` says whether slabs can be made of such.
@@ -55,6 +48,7 @@ class Slab:
         self._slot_bytes = math.prod(size) * dtype.itemsize
         self._map = mmap.mmap(-1, slots * self._slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.memory = torch.frombuffer(self._map, dtype=dtype).view(slots, *size)
+        self._bits = bits_of(self.memory)
         self._free = set(range(slots))
 
     @staticmethod
@@ -63,20 +57,19 @@ class Slab:
         whole = math.prod(size) * dtype.itemsize % mmap.PAGESIZE == 0
         return device.type == "cpu" and whole and hasattr(mmap, "MADV_DONTNEED") and hasattr(mmap, "MAP_ANONYMOUS")
 
-    @property
-    def unused(self) -> bool:
-        """Whether no slot is taken."""
-        return len(self._free) == len(self.memory)
-
     def take(self) -> Slot | None:
         """The first free slot, if there is one: so those that are taken lie close together."""
         if not self._free:
             return None
         number = min(self._free)
         self._free.remove(number)
-        return Slot(self, number)
+        bits = self._bits[number]  # torch keeps this array as long as any view of the tensor below
+        gone = weakref.finalize(bits, _empty, self._map, self._free, number, self._slot_bytes)
+        gone.atexit = False
+        return Slot(self, number, torch.from_numpy(bits).view(self.memory.dtype))
 
-    def empty(self, number: int) -> None:
-        """Free a slot, and what it takes up."""
-        self._free.add(number)
-        self._map.madvise(mmap.MADV_DONTNEED, number * self._slot_bytes, self._slot_bytes)
+
+def _empty(whole: mmap.mmap, free: set[int], number: int, slot_bytes: int) -> None:
+    """Free a slot, and what it takes up."""
+    whole.madvise(mmap.MADV_DONTNEED, number * slot_bytes, slot_bytes)
+    free.add(number)

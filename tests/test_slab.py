@@ -23,6 +23,7 @@ from agentmesh.kv.slab import Slab
 
 SHAPE = KVShape(3, 2, 16, torch.float32, torch.device("cpu"))
 QUERIES = 6
+GROUPED = SHAPE.heads, QUERIES // SHAPE.heads, SHAPE.head_dim
 CAPACITY = 40
 
 
@@ -46,13 +47,13 @@ def filled(pool: ArenaPool, lengths: Sequence[int], seed: int = 0) -> list[Arena
 
 
 def alone(arena: Arena, layer: int, query: torch.Tensor, window: int) -> torch.Tensor:
-    """Attention of one sequence's ``query [Hq, D]``; ``[H, Hq / H, D]``."""
+    """Attention of one sequence's ``query [H, Hq / H, D]``, in the same shape."""
     rows = slice(max(0, arena.length - window), arena.length)
     keys, values = (
         one[layer, :, rows].repeat_interleave(QUERIES // SHAPE.heads, 0) for one in (arena.keys, arena.values)
     )
-    mixed = functional.scaled_dot_product_attention(query[:, None], keys, values)
-    return mixed[:, 0].view(SHAPE.heads, -1, SHAPE.head_dim)
+    mixed = functional.scaled_dot_product_attention(query.flatten(0, 1)[:, None], keys, values)
+    return mixed[:, 0].view(*GROUPED)
 
 
 def test_neighbours_are_taken_first_and_a_slot_that_is_emptied_is_zero_again() -> None:
@@ -166,7 +167,7 @@ def test_sequences_attend_together_as_they_would_alone(
     arenas = filled(pool, lengths)
     here = [arena for index, arena in enumerate(arenas) if index not in gone] or arenas
     shuffle.shuffle(here)  # type: ignore[attr-defined]  # hypothesis' Random
-    query = torch.randn(len(here) + spare, QUERIES, SHAPE.head_dim, generator=torch.Generator().manual_seed(2))
+    query = torch.randn(len(here) + spare, *GROUPED, generator=torch.Generator().manual_seed(2))
 
     for order in (list(range(len(here))), side_by_side(here)):
         step = NextRows([here[index] for index in order], Spans(), spare)
@@ -206,8 +207,8 @@ def test_spare_rows_stand_where_a_sequence_is_missing(spare: int, rows: list[int
     step = NextRows([arenas[index] for index in (0, 1, 3, 4)], Spans(), spare)
 
     assert step.rows == rows
-    query = torch.randn(of_the_step, QUERIES, SHAPE.head_dim)
-    assert step.attend(0, query, 100, None).shape[0] == of_the_step
+    query = torch.randn(of_the_step, *GROUPED)
+    assert step.attend(0, query, 100, None).shape == query.shape
 
 
 def test_rows_are_written_to_each_arena_and_nowhere_else() -> None:

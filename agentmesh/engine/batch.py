@@ -16,7 +16,7 @@ from agentmesh.engine.group import grouped
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.spans import Spans
 from agentmesh.kv.arena import Arena
-from agentmesh.kv.slab import bits_of
+from agentmesh.kv.slab import Bits, bits_of
 
 
 @final
@@ -44,10 +44,13 @@ class NextRows:
         self.rows = [begin + at for begin, group in zip(begins, self._groups, strict=True) for at in group.places]
         self._counts = [*counts, len(arenas) + spare - sum(counts)]
         self._windows: set[int] = set()
-        new = [arena.both[:, :, :, arena.length - 1] for arena in arenas]
-        on_cpu = self._shape.device.type == "cpu"
-        self._on_cpu = [bits_of(rows) for rows in new] if on_cpu else []
-        self._on_device = [] if on_cpu else list(zip(*(rows.unbind(1) for rows in new), strict=True))
+        self._on_cpu: list[Bits] = []
+        self._on_device: list[tuple[torch.Tensor, ...]] = []
+        if self._shape.device.type == "cpu":
+            self._on_cpu = [arena.bits[:, :, :, arena.length - 1] for arena in arenas]
+        else:
+            new = (arena.both[:, :, :, arena.length - 1].unbind(1) for arena in arenas)
+            self._on_device = list(zip(*new, strict=True))
 
     def write(self, layer: int, heads: torch.Tensor) -> None:
         """Write one row to each arena: the last ``2 H`` of ``heads [R, …, D]``, its keys and values."""
@@ -62,7 +65,7 @@ class NextRows:
                 new[:, layer] = bits[row]
 
     def attend(self, layer: int, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
-        """Attention of ``query [R, Hq, D]``, each row over its own last ``window`` keys; ``[R, H, Hq / H, D]``.
+        """Attention of ``query [R, H, Hq / H, D]``, each row over its own last ``window`` keys; the same shape.
 
         Query heads of one kv head are the rows of one product, so keys are read once and never repeated. What comes
         for spare rows means nothing.
@@ -73,10 +76,9 @@ class NextRows:
                 for group in self._groups:
                     group.see(window)
         with self._spans.mark(Mark.ATTENTION):
-            heads = query.view(query.shape[0], self._shape.heads, -1, query.shape[-1])
             if len(self._groups) == 1 and not self._counts[-1]:
-                return self._groups[0].attend(layer, heads, window, scale)
-            *given, spare = heads.split_with_sizes(self._counts)
+                return self._groups[0].attend(layer, query, window, scale)
+            *given, spare = query.split_with_sizes(self._counts)
             mixed = [group.attend(layer, one, window, scale) for group, one in zip(self._groups, given, strict=True)]
             return torch.cat((*mixed, spare))
 
@@ -126,9 +128,10 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
     def __init__(self, arenas: Sequence[Arena], spans: Spans) -> None:
         self.arenas = arenas
         self.longest = max(arena.length for arena in arenas)
+        self._shape = arenas[0].shape
         self._rows = NextRows(arenas, spans)
         self._layer = 0
-        super().__init__(layers=[BatchLayer(self, layer) for layer in range(arenas[0].shape.layers)])
+        super().__init__(layers=[BatchLayer(self, layer) for layer in range(self._shape.layers)])
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the rows ``[B, H, 1, D]`` of the layer that runs now."""
@@ -137,4 +140,5 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
     def attend(self, query: torch.Tensor, window: int, scale: float | None) -> torch.Tensor:
         """Attention of ``query [B, Hq, 1, D]``, each row over its own last ``window`` keys; ``[B, 1, Hq, D]``."""
-        return self._rows.attend(self._layer, query.squeeze(2), window, scale).flatten(1, 2)[:, None]
+        heads = query.view(len(query), self._shape.heads, -1, query.shape[-1])
+        return self._rows.attend(self._layer, heads, window, scale).flatten(1, 2)[:, None]

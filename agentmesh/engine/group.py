@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -79,12 +80,12 @@ class Group:
         keys, values = visible[:, 0].unbind(1), visible[:, 1].unbind(1)
         if len(self._memory) == len(self._lengths) and len(set(self._lengths)) == 1:
             return Seen(keys, values, None)
-        bounds = torch.tensor([(low, low + 1)]).repeat(len(self._memory), 1)  # what is in vain sees any one token
-        bounds[self._slots] = torch.tensor(list(zip(begins, self._lengths, strict=True)))
-        positions = torch.arange(low, high)
-        hidden = (positions < bounds[:, :1]) | (positions >= bounds[:, 1:])
-        mask = torch.zeros(hidden.shape, dtype=self._memory.dtype).masked_fill_(hidden, -torch.inf)
-        return Seen(keys, values, mask[:, None, None])
+        mask = np.full((len(self._memory), 1, 1, high - low), -np.inf, dtype=np.float32)
+        mask[:, :, :, 0] = 0  # what is computed in vain sees any one token
+        for slot, begin, end in zip(self._slots, begins, self._lengths, strict=True):
+            mask[slot, :, :, : begin - low] = -np.inf
+            mask[slot, :, :, begin - low : end - low] = 0
+        return Seen(keys, values, torch.from_numpy(mask).to(self._memory.dtype))
 
 
 def side_by_side(arenas: Sequence[Arena]) -> list[int]:

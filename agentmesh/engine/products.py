@@ -99,6 +99,7 @@ class Product:
         self.pieces = _pieces(weight)
         self._copy = COPIES[decode](weight) if decode in COPIES else None
         self._cut = weight.view(self.pieces, -1, weight.shape[1]).mT if self.pieces > 1 else None
+        self._cut_bias = None if bias is None else bias.view(self.pieces, 1, -1)
         self._few = gains(weight)
 
     def copying(self, decode: Decode) -> Product:
@@ -115,27 +116,34 @@ class Product:
         """Rows ``[R, in]`` times the weights; ``[R, out]``."""
         count = rows.shape[0]
         full = self.full(count, way)
-        product = self.multiply_full(filled(rows, full), way)
+        product = joined(self.multiply_full(filled(rows, full), way))
         return product if full == count else product[:count]
 
     def multiply_full(self, rows: torch.Tensor, way: Way) -> torch.Tensor:
-        """As ``multiply``, for so many rows as ``full`` says."""
+        """As ``multiply``, for so many rows as ``full`` says; ``[R, out]``, or ``[P, R, out / P]`` in pieces."""
         if way is Way.COPY and self._copy is not None:
             product = self._copy.multiply(rows)
             if product.dtype is not rows.dtype:
                 product = product.to(rows.dtype)
-        elif way is not Way.OWN and self._few and rows.shape[0] <= SPLIT_ROWS:
-            product = self._multiply_few(rows)
+        elif way is not Way.OWN and self._few and self._cut is not None and rows.shape[0] <= SPLIT_ROWS:
+            product = torch.bmm(rows.expand(self.pieces, -1, -1), self._cut)
+            return product if self._cut_bias is None else product + self._cut_bias
         else:
             return functional.linear(rows, self.weight, self.bias)
         return product if self.bias is None else product + self.bias
 
-    def _multiply_few(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows times the weights, in as many pieces as there are."""
-        if self._cut is None:
-            return functional.linear(rows, self.weight)
-        pieces = torch.bmm(rows[None].expand(self.pieces, -1, -1), self._cut)
-        return pieces.transpose(0, 1).reshape(rows.shape[0], -1)
+
+def joined(product: torch.Tensor) -> torch.Tensor:
+    """A product ``[R, out]`` that may lie in pieces ``[P, R, out / P]``, in one."""
+    return product if product.dim() == 2 else product.transpose(0, 1).reshape(product.shape[1], -1)
+
+
+def halved(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of a product's outputs, in pieces if it is in an even number of them."""
+    if product.dim() == 3 and len(product) % 2:
+        product = joined(product)
+    first, second = product.chunk(2, dim=1 if product.dim() == 2 else 0)
+    return first, second
 
 
 @final

@@ -26,7 +26,7 @@ from agentmesh.engine.batch import NextRows
 from agentmesh.engine.copies import COPIES, filled
 from agentmesh.engine.masks import UNLIMITED, windows_of
 from agentmesh.engine.operations import Mark
-from agentmesh.engine.products import Product, Tuning
+from agentmesh.engine.products import Product, Tuning, halved, joined
 from agentmesh.engine.spans import Spans
 from agentmesh.kv.arena import Arena, KVShape
 
@@ -78,10 +78,16 @@ class Stream:
         size = rows.shape[1]
         self._whole = functional.pad(rows, (0, 1), value=math.sqrt(size * epsilon))
         self._rows = self._whole[:, :size]
+        self._cut: dict[int, torch.Tensor] = {}
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Add rows ``[B, N]``."""
-        self._rows.add_(rows)
+    def add(self, product: torch.Tensor) -> None:
+        """Add a product ``[B, N]``, in pieces or not."""
+        if product.dim() == 2:
+            self._rows.add_(product)
+            return
+        if len(product) not in self._cut:
+            self._cut[len(product)] = self._rows.view(len(self._rows), len(product), -1).transpose(0, 1)
+        self._cut[len(product)].add_(product)
 
     def normed(self, norm: Norm) -> torch.Tensor:
         """The rows behind a norm, ``[B, N]``."""
@@ -186,16 +192,17 @@ class Step:
             rows = self.embed(ids)
             turn, stream = self._turn(rows, index), Stream(rows, self.last.epsilon)
             for number, layer in enumerate(self.layers):
-                heads = self._heads(layer, layer.mixed.multiply_full(stream.normed(layer.first), way), turn)
+                mixed = joined(layer.mixed.multiply_full(stream.normed(layer.first), way))
+                heads = self._heads(layer, mixed, turn)
                 cached.write(number, heads)
-                mixed = cached.attend(number, heads[:, : self.queries], layer.window, layer.scale).flatten(1)
-                stream.add(layer.out.multiply_full(mixed, way))
-                gate, entered = layer.gated.multiply_full(stream.normed(layer.second), way).chunk(2, dim=-1)
-                stream.add(layer.down.multiply_full(layer.activation(gate) * entered, way))
+                seen = cached.attend(number, self._queries(heads), layer.window, layer.scale)
+                stream.add(layer.out.multiply_full(seen.reshape(full, -1), way))
+                gate, entered = halved(layer.gated.multiply_full(stream.normed(layer.second), way))
+                stream.add(layer.down.multiply_full(joined(layer.activation(gate) * entered), way))
             last = stream.normed(self.last)
             if full > count:
                 last = filled(last[cached.rows], full)
-            return self.head.multiply_full(last, way)[:count]
+            return joined(self.head.multiply_full(last, way))[:count]
 
     def _heads(self, layer: Layer, mixed: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Queries, keys and values ``[B, Hq + 2 H, D]``, normed and turned as the layer does."""
@@ -206,6 +213,12 @@ class Step:
             return heads
         cosines, sines = turn
         return torch.addcmul(heads * cosines, heads.roll(self.shape.head_dim // 2, -1), sines)
+
+    def _queries(self, heads: torch.Tensor) -> torch.Tensor:
+        """Queries ``[B, H, Hq / H, D]`` of all heads ``[B, Hq + 2 H, D]``, in one call: a slice and a view are two."""
+        group, dims = self.queries // self.shape.heads, self.shape.head_dim
+        size = len(heads), self.shape.heads, group, dims
+        return heads.as_strided(size, (heads.stride(0), group * dims, dims, 1))
 
     def _turn(self, rows: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines ``[B, Hq + 2 H, D]`` that turn queries and keys and leave values as they are."""

@@ -7,11 +7,12 @@ prefill until it is released; nobody else writes to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from agentmesh.kv.rope import Rope
-from agentmesh.kv.slab import Slot
+from agentmesh.kv.slab import Bits, Slot, bits_of
 from agentmesh.kv.values import ALL, KV, Frame
 
 Rows = slice | torch.Tensor
@@ -58,6 +59,11 @@ class Arena:
         self.keys, self.values = self.both.unbind(0)
         self.length = 0
         self._rows: Rows = slice(0, 0)
+
+    @cached_property
+    def bits(self) -> Bits:
+        """``both`` as numpy sees it, on a CPU."""
+        return bits_of(self.both)
 
     @property
     def nbytes(self) -> int:

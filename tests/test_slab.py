@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from agentmesh.engine.batch import NextRows
 from agentmesh.engine.group import grouped, side_by_side
 from agentmesh.engine.spans import Spans
 from agentmesh.kv import pool as pools
+from agentmesh.kv import slab as slabs
 from agentmesh.kv.arena import Arena, KVShape
 from agentmesh.kv.pool import ArenaPool
 from agentmesh.kv.slab import Slab
@@ -91,6 +93,30 @@ def test_what_was_written_to_a_slot_is_given_back_to_the_system() -> None:
     del slot
 
     assert resident() - before < 2**23
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives pages ahead")
+def test_memory_for_rows_is_there_before_they_are_written() -> None:
+    size = (64, 2**18)  # 64 MiB
+    slot = Slab(size, torch.float32, 2).take()
+    assert slot is not None
+    before = resident()
+
+    slot.claim(run=2**20, part=slice(2**19 + 5, 2**20))
+
+    assert 2**24 < resident() - before < 2**26, "half of it"
+    assert float(slot.memory.abs().max()) == 0
+
+
+def test_a_system_that_gives_no_pages_ahead_gives_them_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "POPULATE", 9999)
+    slot = Slab((64, 2**10), torch.float32, 2).take()
+    assert slot is not None
+
+    slot.claim(run=2**12, part=slice(0, 2**12))
+    slot.claim(run=2**12, part=slice(0, 2**12))
+
+    assert float(slot.memory.fill_(2).mean()) == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -49,7 +49,7 @@ class Copy(Protocol):
     def __init__(self, weight: torch.Tensor) -> None: ...
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows ``[R, in]`` times the copy, ``[R, out]``, in the copy's own number format."""
+        """Rows ``[R, in]`` times the copy, ``[R, out]``, in the number format of the rows."""
 
 
 @final
@@ -90,7 +90,7 @@ class Int8Copy:
         product: torch.Tensor = torch._weight_int8pack_mm(  # noqa: SLF001  # it has no other name
             rows.to(torch.bfloat16), self._weight, self._scales
         )
-        return product
+        return product.to(rows.dtype)
 
 
 @final
@@ -126,7 +126,7 @@ class Int4Copy:
             for levels, scales in self._planes
         ]
         whole: torch.Tensor = sum(others, first.float()) if others else first
-        return whole[:, : self._outputs]
+        return whole[:, : self._outputs].to(rows.dtype)
 
 
 @final
@@ -142,7 +142,7 @@ class BFloat16Copy:
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """As in ``Copy``."""
-        return functional.linear(rows.to(torch.bfloat16), self._weight)
+        return functional.linear(rows.to(torch.bfloat16), self._weight).to(rows.dtype)
 
 
 COPIES: dict[Decode, type[Copy]] = {

@@ -70,6 +70,13 @@ class Arena:
         """Bytes that it may take up."""
         return self.capacity * self.shape.bytes_per_token
 
+    def claim(self, rows: slice) -> None:
+        """Have memory for rows, as far as there are so many, before they are written one after the other."""
+        stop = min(rows.stop, self.capacity)
+        if self.slot is not None and rows.start < stop:
+            row = self.shape.head_dim * self.shape.dtype.itemsize
+            self.slot.claim(self.slot.memory.shape[3] * row, slice(rows.start * row, stop * row))
+
     def aim(self, rows: Rows, length: int) -> None:
         """Say where the next forward's rows go and how many tokens it attends over.
 

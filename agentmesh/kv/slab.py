@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 import weakref
 from dataclasses import dataclass
 from typing import Any, final
@@ -12,6 +13,9 @@ import numpy as np
 import torch
 
 Bits = np.ndarray[Any, np.dtype[Any]]
+
+POPULATE = 23
+"""Linux' ``MADV_POPULATE_WRITE`` (since 5.14), for which Python has no name."""
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of as many bytes as a number has: numpy knows no bfloat16."""
@@ -29,6 +33,10 @@ class Slot:
     slab: Slab
     number: int
     memory: torch.Tensor
+
+    def claim(self, run: int, part: slice) -> None:
+        """Get the pages of some bytes of each ``run`` now: together they take half of the time."""
+        self.slab.claim(self.number, run, part)
 
 
 @final
@@ -50,6 +58,7 @@ class Slab:
         self.memory = torch.frombuffer(self._map, dtype=dtype).view(slots, *size)
         self._bits = bits_of(self.memory)
         self._free = set(range(slots))
+        self._claims = sys.platform == "linux"
 
     @staticmethod
     def fits(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
@@ -67,6 +76,17 @@ class Slab:
         gone = weakref.finalize(bits, _empty, self._map, self._free, number, self._slot_bytes)
         gone.atexit = False
         return Slot(self, number, torch.from_numpy(bits).view(self.memory.dtype))
+
+    def claim(self, number: int, run: int, part: slice) -> None:
+        """See ``Slot.claim``; where the system cannot, pages come as they are touched."""
+        if not self._claims or run % mmap.PAGESIZE:
+            return
+        begin, low = number * self._slot_bytes, part.start - part.start % mmap.PAGESIZE
+        try:
+            for offset in range(begin, begin + self._slot_bytes, run):
+                self._map.madvise(POPULATE, offset + low, part.stop - low)
+        except OSError:
+            self._claims = False
 
 
 def _empty(whole: mmap.mmap, free: set[int], number: int, slot_bytes: int) -> None:

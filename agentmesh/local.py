@@ -22,6 +22,7 @@ from agentmesh.communicator.saved import save
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec, StoreSpec
+from agentmesh.engine.admission import Admission
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
@@ -56,7 +57,7 @@ class LocalBackend:
     def __init__(self, engine: Engine, communicator: CommunicatorSpec) -> None:
         self.engine = engine
         self.communicator: Preset = make(communicator, engine.support, engine.loaded)
-        self.communicator.budget.join(_LiveKV(engine))
+        self.communicator.budget.join(_LiveKV(engine.admission))
         self.peak_bytes = 0
         self._spec = communicator
         self._preset = communicator.preset
@@ -252,7 +253,7 @@ class LocalBackend:
 
         def free() -> None:
             self.communicator.release(run)
-            self.engine.wake()
+            self.engine.admission.wake()
 
         await self.engine.do(free)
 
@@ -294,16 +295,16 @@ class LocalBackend:
 class _LiveKV:
     """Live sequences as a store of the budget: they are never evicted, arenas that wait to be used again are."""
 
-    engine: Engine
+    admission: Admission
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arenas."""
-        return self.engine.live_bytes
+        return self.admission.live_bytes
 
     def evict(self, wanted: int, worth: Worth) -> int:  # noqa: ARG002  # all that wait, or none
         """Free the arenas that wait; see ``budget.Store``."""
-        return self.engine.drop_spare() if worth is Worth.IDLE else 0
+        return self.admission.drop_spare() if worth is Worth.IDLE else 0
 
 
 class _Planned:

@@ -232,7 +232,7 @@ async def leg(mesh: Mesh, work: Iterator[Job], alone: Mapping[Job, tuple[str, ..
             await one(mesh, next(work), alone, tally)
 
     def look() -> None:
-        tally.live = max(tally.live, backend.engine.live_bytes)
+        tally.live = max(tally.live, backend.engine.admission.live_bytes)
         tally.stored = max(tally.stored, backend.communicator.nbytes)
         budget = backend.communicator.budget
         tally.over = max(tally.over, budget.used - budget.limit)
@@ -242,7 +242,7 @@ async def leg(mesh: Mesh, work: Iterator[Job], alone: Mapping[Job, tuple[str, ..
             await backend.engine.do(look)
             await asyncio.sleep(0.05)
 
-    await backend.engine.do(backend.engine.drop_spare)  # another mesh's, whose budget may be larger
+    await backend.engine.do(backend.engine.admission.drop_spare)  # another mesh's, whose budget may be larger
     watching = asyncio.ensure_future(watch())
     workers = [asyncio.ensure_future(worker()) for _ in range(plan.concurrency)]
     try:
@@ -267,8 +267,8 @@ def rest(mesh: Mesh) -> None:
     engine, preset = backend.engine, backend.communicator
     left: dict[str, Any] = {
         "live sequences": engine._live,
-        "arenas in use": engine._held,
-        "waiting requests": engine._waiting,
+        "arenas in use": engine.admission.held,
+        "waiting requests": engine.admission.waiting,
         "turns": mesh._turns._ends,
     }
     if isinstance(preset, Slots | KVComm):

@@ -332,7 +332,7 @@ def test_requests_wait_for_memory_in_the_order_of_their_arrival(tiny_engine: Eng
     assert max(source.peak for source in sources) == 2
     assert [number for number in order if number != 4] == [0, 1, 2, 3, 5, 6]
     assert not live
-    assert not tiny_engine._waiting  # nobody was forgotten
+    assert not tiny_engine.admission.waiting  # nobody was forgotten
 
 
 def test_where_memory_is_short_the_requests_of_earlier_runs_go_first(tiny_engine: Engine) -> None:

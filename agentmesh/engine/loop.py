@@ -21,7 +21,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.engine.cache import ArenaCache
+from agentmesh.engine.admission import Admission, arena_of
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.loading import LoadedModel, fetch, load
 from agentmesh.engine.operations import cost_of_noting
@@ -34,7 +34,6 @@ from agentmesh.engine.spans import Limits, Part, Recorded, Spans
 from agentmesh.engine.thread import ModelThread
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import RequestTooLongError
-from agentmesh.kv.arena import Arena
 
 Result = TypeVar("Result")
 
@@ -92,6 +91,9 @@ class Engine:
         batch: how many sequences may decode in one forward. The size of a batch decides the order of a matrix
             product's sums, so only with 1 a sequence's tokens do not depend on its neighbours in the last bit.
         thread: the one that loaded the model; see ``Engine.open``.
+
+    Attributes:
+        admission: who may begin, and what is live.
     """
 
     def __init__(
@@ -104,8 +106,7 @@ class Engine:
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=loaded.model.device)
         self._batch = batch
         self._live: list[Sequence] = []
-        self._held: list[Cache] = []
-        self._waiting: list[Request] = []
+        self.admission = Admission(support.runner)
         self._outbox = Outbox()
         self._stepping = False
         self._closing = False
@@ -226,16 +227,6 @@ class Engine:
         decode_ms = (sequence.ended - first) * 1e3
         return Generation(tokens, text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms, learn_ms)
 
-    @property
-    def live_bytes(self) -> int:
-        """Bytes of KV of all sequences that are not closed yet, and of arenas that wait to be used again."""
-        held = sum(arena.nbytes for cache in self._held if (arena := _arena(cache)) is not None)
-        return held + self.support.runner.pool.nbytes
-
-    def drop_spare(self) -> int:
-        """Free the arenas that wait to be used again; their bytes."""
-        return self.support.runner.pool.clear()
-
     async def do(self, work: Callable[[], Result]) -> Result:
         """Run something on the engine's thread, between its forwards; it runs even if nobody waits for it any more."""
 
@@ -248,35 +239,6 @@ class Engine:
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.thread.executor, work)
 
-    def _admit(self, request: Request) -> bool:
-        """Whether a request may begin now, or has to wait for its turn.
-
-        Raises:
-            RequestTooLongError: it would not fit even if it were alone.
-        """
-        runner, alone = self.support.runner, not self._held
-        need = runner.need(request.capacity)
-        first = all(request.rank <= other.rank for other in self._waiting)
-        if first and request.source.room(need, alone=alone):
-            if request in self._waiting:
-                self._waiting.remove(request)
-            self.wake()
-            return True
-        if first and alone:
-            raise RequestTooLongError(
-                f"the prompt and its message may take {request.capacity:,} tokens, {need / 2**20:.1f} MiB of KV, which "
-                "is more than the budget holds at all. Raise communicator.budget, or shorten the prompt or "
-                "generate.max_tokens"
-            )
-        if request not in self._waiting:
-            self._waiting.append(request)
-        return False
-
-    def wake(self) -> None:
-        """Let the request that comes first try again; on the engine's thread, when memory may be free."""
-        if self._waiting:
-            min(self._waiting, key=lambda request: request.rank).wake()
-
     def _start(self, request: Request) -> tuple[float, float] | None:
         """Plan, prefill, pick the first token: when the request began, and when the token was out; or wait.
 
@@ -284,14 +246,14 @@ class Engine:
         one prefill of it, not for its message.
         """
         with self.spans.part(Part.ADMIT):
-            if not self._admit(request):
+            if not self.admission.admit(request):
                 return None
             begun = time.perf_counter()
             self.spans.waited(begun - request.arrived)
             cache = self._prefill(request)
             first = time.perf_counter()
             self.spent.prefill_s += first - begun
-            arena = _arena(cache)
+            arena = arena_of(cache)
             if arena is not None:
                 with self.spans.part(Part.KEEP):
                     request.source.prefilled(arena)
@@ -303,12 +265,10 @@ class Engine:
 
     def _prefill(self, request: Request) -> Cache:
         """Fill a cache with a request's prompt, and begin its sequence with the first token."""
-        runner, sampling = self.support.runner, request.sampling
-        cache = request.cache = runner.open(request.capacity)  # now: a look at the cache could take what was admitted
-        self._held.append(cache)
+        sampling, cache = request.sampling, self.admission.open(request)
         with self.spans.part(Part.PLAN):
             composition, parts = request.source.compose()
-        logits = runner.prefill(cache, composition, parts)
+        logits = self.support.runner.prefill(cache, composition, parts)
         with self.spans.part(Part.FIRST):
             sampler, text = Sampler(sampling, self._suppressed), self.tokenizer.stream()
             sequence = Sequence(cache, request.tokens, logits, sampler, text, sampling, request.tell)
@@ -364,17 +324,12 @@ class Engine:
         with self.spans.part(Part.KEEP):
             request.source.closed()
             self._live = [sequence for sequence in self._live if sequence is not request.sequence]
-            if request in self._waiting:
-                self._waiting.remove(request)
-            if request.cache is not None:
-                self._held = [cache for cache in self._held if cache is not request.cache]
-                self.support.runner.close(request.cache)
-            self.wake()
+            self.admission.close(request)
 
     def _finish(self, source: Source, sequence: Sequence) -> float:
         """Let the source look at the whole sequence; the milliseconds that takes."""
         begun = time.perf_counter()
-        arena = _arena(sequence.cache)
+        arena = arena_of(sequence.cache)
         if arena is not None:
             with self.spans.part(Part.KEEP):
                 source.finished(arena, tuple(sequence.tokens), sequence.first_logits)
@@ -387,7 +342,3 @@ def _loaded(model: ModelSpec, progress: Progress | None) -> tuple[LoadedModel, S
     """A model, and what it supports."""
     loaded = load(model, progress)
     return loaded, probe(loaded.model, loaded.step)
-
-
-def _arena(cache: Cache) -> Arena | None:
-    return cache.arena if isinstance(cache, ArenaCache) else None

@@ -43,8 +43,8 @@ class Slot:
 class Slab:
     """Slots for tensors on the CPU, ``memory [S, …]``.
 
-    It takes up only what was written to or claimed: the system gives a page of zeros when one is first touched, and gets
-    the pages of a slot back when the last view of its tensor is gone. So what nobody has written is zero.
+    It takes up only what was written to or claimed: the system gives a page of zeros when one is first touched, and
+    gets the pages of a slot back when the last view of its tensor is gone. So what nobody has written is zero.
 
     Args:
         size: of one tensor; ``fits`` says whether slabs can be made of such.

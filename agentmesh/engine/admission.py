@@ -1,0 +1,89 @@
+"""Who may begin: requests in the order of their runs, as long as memory lasts for their caches."""
+
+from __future__ import annotations
+
+from typing import final
+
+from transformers.cache_utils import Cache
+
+from agentmesh.engine.cache import ArenaCache
+from agentmesh.engine.forward import Runner
+from agentmesh.engine.request import Request
+from agentmesh.errors import RequestTooLongError
+from agentmesh.kv.arena import Arena
+
+
+@final
+class Admission:
+    """The caches of requests that have begun, and the requests that wait for memory. Used on the engine's thread.
+
+    Args:
+        runner: opens caches.
+
+    Attributes:
+        held: caches of requests that have begun and are not over.
+        waiting: requests that have not begun.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.held: list[Cache] = []
+        self.waiting: list[Request] = []
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of KV of all requests that are not over yet, and of arenas that wait to be used again."""
+        held = sum(arena.nbytes for cache in self.held if (arena := arena_of(cache)) is not None)
+        return held + self._runner.pool.nbytes
+
+    def drop_spare(self) -> int:
+        """Free the arenas that wait to be used again; their bytes."""
+        return self._runner.pool.clear()
+
+    def admit(self, request: Request) -> bool:
+        """Whether a request may begin now, or has to wait for its turn.
+
+        Raises:
+            RequestTooLongError: it would not fit even if it were alone.
+        """
+        need, alone = self._runner.need(request.capacity), not self.held
+        first = all(request.rank <= other.rank for other in self.waiting)
+        if first and request.source.room(need, alone=alone):
+            if request in self.waiting:
+                self.waiting.remove(request)
+            self.wake()
+            return True
+        if first and alone:
+            raise RequestTooLongError(
+                f"the prompt and its message may take {request.capacity:,} tokens, {need / 2**20:.1f} MiB of KV, which "
+                "is more than the budget holds at all. Raise communicator.budget, or shorten the prompt or "
+                "generate.max_tokens"
+            )
+        if request not in self.waiting:
+            self.waiting.append(request)
+        return False
+
+    def open(self, request: Request) -> Cache:
+        """The cache of a request that was admitted; at once, since a look at the store could take its room."""
+        cache = request.cache = self._runner.open(request.capacity)
+        self.held.append(cache)
+        return cache
+
+    def close(self, request: Request) -> None:
+        """Give up a request's cache or its place among those that wait, and let the next one try."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request.cache is not None:
+            self.held = [cache for cache in self.held if cache is not request.cache]
+            self._runner.close(request.cache)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the request that comes first try again, when memory may be free."""
+        if self.waiting:
+            min(self.waiting, key=lambda request: request.rank).wake()
+
+
+def arena_of(cache: Cache) -> Arena | None:
+    """The arena behind a cache; ``None`` where it is transformers' own."""
+    return cache.arena if isinstance(cache, ArenaCache) else None

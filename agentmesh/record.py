@@ -30,9 +30,18 @@ from agentmesh.events import CallRecord, Event, RunCancelled, RunFailed, RunFini
 from agentmesh.results import RunResult
 
 PACKAGES = ("agentmesh-kv", "torch", "transformers", "tokenizers", "networkx", "pydantic")
-DETERMINISM = (
-    "Greedy decoding of one mesh gives the same tokens on the same machine and versions. Another thread count, "
-    "processor, dtype or version may round differently and change tokens; sampling also depends on the seed."
+ELSEWHERE = (
+    " Another thread count, processor, dtype or version may round differently and change tokens; sampling also depends "
+    "on the seed."
+)
+DETERMINISTIC = (
+    "The same seed, inputs and order of runs give the same tokens on the same machine and versions, whatever runs "
+    f"beside them.{ELSEWHERE}"
+)
+MAY_DIFFER = (
+    "The same run may give other tokens again: sequences that decode beside it decide how sums are rounded, other runs "
+    "what has been learned and is still kept when it begins, and measured time what is shared (cost_gate). "
+    f"--deterministic (run.deterministic: true) rules these out.{ELSEWHERE}"
 )
 
 
@@ -45,13 +54,16 @@ class Recorder:
         name: the mesh's name.
         mesh_yaml: the resolved mesh.
         facts: seeds and the model's description, for the manifest.
+        deterministic: whether it says that the same run gives the same tokens again, or what may differ.
 
     Raises:
         RecordError: the folder cannot be written.
     """
 
-    def __init__(self, root: Path, name: str, mesh_yaml: str, facts: dict[str, Any]) -> None:
-        self.path = new_folder(root, name or "mesh", mesh_yaml, facts)
+    def __init__(
+        self, root: Path, name: str, mesh_yaml: str, facts: dict[str, Any], *, deterministic: bool = False
+    ) -> None:
+        self.path = new_folder(root, name or "mesh", mesh_yaml, facts, deterministic=deterministic)
         with disk(self.path):
             self._events = (self.path / "events.jsonl").open("a", encoding="utf-8")
 
@@ -103,7 +115,7 @@ class Recorder:
             self._events.close()
 
 
-def new_folder(root: Path, name: str, mesh_yaml: str, facts: dict[str, Any]) -> Path:
+def new_folder(root: Path, name: str, mesh_yaml: str, facts: dict[str, Any], *, deterministic: bool) -> Path:
     """A record's new folder, with its manifest and the mesh.
 
     Raises:
@@ -112,7 +124,13 @@ def new_folder(root: Path, name: str, mesh_yaml: str, facts: dict[str, Any]) -> 
     now = datetime.now(timezone.utc)
     digest = _digest(f"{now.isoformat()}{os.getpid()}{mesh_yaml}")[:8]
     path = root / f"{now:%Y%m%dT%H%M%S}-{name}-{digest}"
-    manifest = {"created": now.isoformat(), **facts, **environment(), "mesh_sha256": _digest(mesh_yaml)}
+    manifest = {
+        "created": now.isoformat(),
+        **facts,
+        **environment(),
+        "determinism": DETERMINISTIC if deterministic else MAY_DIFFER,
+        "mesh_sha256": _digest(mesh_yaml),
+    }
     with disk(path):
         path.mkdir(parents=True)
         write_whole(path / "mesh.yaml", mesh_yaml)
@@ -128,7 +146,6 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "argv": sys.argv[1:],
         "git": _git(),
-        "determinism": DETERMINISM,
     }
 
 

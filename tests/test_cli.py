@@ -255,6 +255,19 @@ def test_runs_are_listed_and_shown(mesh: Path, tmp_path: Path, capsys: pytest.Ca
     assert len(shown["manifest"]["model"]["fingerprint"]) == 64
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_manifest_says_whether_the_same_run_may_give_other_tokens(mesh: Path, tmp_path: Path, exact: bool) -> None:
+    folder = tmp_path / "records"
+    asked = ["run", str(mesh), "-i", "question=x", "--display", "plain", "--runs-dir", str(folder)]
+
+    assert invoke([*asked, *(["--deterministic"] if exact else [])]) == 0
+
+    (record,) = folder.iterdir()
+    said = json.loads((record / "manifest.json").read_text())["determinism"]
+    assert said.startswith("The same seed, inputs and order" if exact else "The same run may give other tokens")
+    assert ("deterministic: true" in (record / "mesh.yaml").read_text()) is exact
+
+
 def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["doctor", "--model", "random:tiny-smollm3", "--format", "json"]) == 0
 

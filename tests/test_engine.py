@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.engine import outbox
+from agentmesh.engine import loop, outbox
+from agentmesh.engine.admission import AHEAD
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
@@ -268,6 +272,10 @@ async def quiet(engine: Engine, prompt: list[int], sampling: Sampling) -> Genera
     return await engine.generate(Whole(prompt), len(prompt), sampling, lambda _report: None, lambda _piece: None)
 
 
+async def quiet_source(engine: Engine, source: Whole) -> Generation:
+    return await engine.generate(source, len(source.tokens), Sampling(2), lambda _report: None, lambda _piece: None)
+
+
 class Rationed(Whole):
     """A source that may begin only while fewer than so many are live."""
 
@@ -290,6 +298,96 @@ class Rationed(Whole):
     def closed(self) -> None:
         if self in self.live:
             self.live.remove(self)
+
+
+def test_what_a_request_held_is_free_when_it_is_over_whether_or_not_anybody_looks_for_garbage(
+    tiny_engine: Engine,
+) -> None:
+    held: list[weakref.ref[Arena]] = []
+
+    class Noting(Whole):
+        def prefilled(self, arena: Arena) -> None:
+            held.append(weakref.ref(arena))
+
+    async def one() -> None:
+        await tiny_engine.generate(Noting([5] * 9), 9, Sampling(6), lambda _report: None, lambda _piece: None)
+        await tiny_engine.do(tiny_engine.admission.drop_spare)
+
+    gc.disable()
+    try:
+        asyncio.run(one())
+        assert [arena() for arena in held] == [None]
+    finally:
+        gc.enable()
+
+
+def test_live_sequences_get_their_turn_between_prompts(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts of 60 tokens are beyond 100, so the third one waits for a step."""
+    monkeypatch.setattr(loop, "TURN_TOKENS", 100)
+    steps: list[int] = []
+
+    class Noting(Whole):
+        def compose(self) -> tuple[Composition, Parts]:
+            steps.append(tiny_engine.spent.decoded)
+            return super().compose()
+
+    async def beside_a_live_one() -> None:
+        begun = asyncio.Event()
+        live = asyncio.ensure_future(
+            tiny_engine.generate(Whole([5] * 50), 50, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)
+        )
+        await begun.wait()
+        sources = [Noting([7 + number] * 60) for number in range(8)]
+        arriving = [
+            asyncio.ensure_future(tiny_engine.generate(s, 60, Sampling(1), lambda _report: None, lambda _piece: None))
+            for s in sources
+        ]
+        await asyncio.gather(*arriving)
+        live.cancel()
+        await asyncio.wait({live})
+
+    asyncio.run(beside_a_live_one())
+
+    assert len(steps) == 8
+    assert max(Counter(steps).values()) == 2
+
+
+@pytest.mark.parametrize("how", ["cancelled", "timed out"])
+def test_who_has_given_up_is_let_go_before_the_next_prompt_begins(tiny_engine: Engine, how: str) -> None:
+    seen: list[tuple[list[int], int]] = []
+    gone = Whole([5] * 50)
+
+    class Noting(Whole):
+        def compose(self) -> tuple[Composition, Parts]:
+            seen.append((list(gone.seen), len(tiny_engine.admission.held)))
+            return super().compose()
+
+    async def one_after_another() -> None:
+        begun, busy = asyncio.Event(), threading.Event()
+        asked = tiny_engine.generate(gone, 50, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)
+        live = asyncio.ensure_future(asyncio.wait_for(asked, 0.3 if how == "timed out" else 60))
+        await begun.wait()
+        blocked = asyncio.ensure_future(tiny_engine.do(lambda: busy.wait(20)))
+        following = asyncio.ensure_future(quiet_source(tiny_engine, Noting([7] * 9)))
+        await asyncio.sleep(0.05)
+        if how == "cancelled":
+            live.cancel()
+        await asyncio.wait({live})
+        busy.set()
+        await asyncio.gather(blocked, following)
+
+    asyncio.run(one_after_another())
+
+    assert seen == [([50, -1], 1)], "closed, and only the next one's cache is in use"
+
+
+def test_memory_for_a_message_is_claimed_with_its_cache(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed: list[slice] = []
+    monkeypatch.setattr(Arena, "claim", lambda _arena, rows: claimed.append(rows))
+
+    generate(tiny_engine, [5] * 9, Sampling(2))
+
+    assert claimed == [slice(9, 9 + AHEAD)]
 
 
 def test_what_must_be_done_on_the_thread_is_done_even_if_nobody_waits_any_more(tiny_engine: Engine) -> None:
@@ -365,13 +463,11 @@ def test_a_request_that_can_never_fit_is_refused_with_its_size(tiny_engine: Engi
 
 
 def test_a_model_is_loaded_on_the_thread_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from agentmesh.engine import loop
-
     threads = []
 
-    def noting(model: ModelSpec, progress: Progress | None) -> LoadedModel:
+    def noting(model: ModelSpec, progress: Progress | None, *, trials: bool) -> LoadedModel:
         threads.append(threading.current_thread().name)
-        return load(model, progress)
+        return load(model, progress, trials=trials)
 
     monkeypatch.setattr(loop, "load", noting)
     with Engine.open(ModelSpec(name="random:tiny-llama")) as engine:

@@ -135,6 +135,18 @@ def test_single_rows_are_cut_where_that_is_faster_and_more_rows_always() -> None
     assert Tuning().way(1) is Way.SPLIT
 
 
+def test_without_trials_nothing_depends_on_a_moments_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_trial: object) -> bool:
+        raise AssertionError("no trial was asked for")
+
+    monkeypatch.setattr(tuning, "_faster", never)
+
+    for asked, used in ((Decode.AUTO, Decode.SAME), (Decode.INT8, Decode.INT8)):
+        loaded = load(ModelSpec(name="random:tiny-llama", decode=asked), trials=False)
+        assert loaded.step is not None
+        assert loaded.step.tuning == Tuning(used)
+
+
 def test_a_trial_takes_the_faster_way_by_a_clear_margin() -> None:
     small, large = (Product(torch.randn(size, 256), None) for size in (64, 8192))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import sys
 import weakref
 from collections.abc import Sequence
@@ -95,7 +96,15 @@ def test_what_was_written_to_a_slot_is_given_back_to_the_system() -> None:
     assert resident() - before < 2**23
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives pages ahead")
+def gives_pages_ahead() -> bool:
+    try:
+        mmap.mmap(-1, mmap.PAGESIZE).madvise(slabs.POPULATE)
+    except OSError:
+        return False
+    return sys.platform == "linux"
+
+
+@pytest.mark.skipif(not gives_pages_ahead(), reason="this system gives no pages ahead: Linux does from 5.14 on")
 def test_memory_for_rows_is_there_before_they_are_written() -> None:
     size = (64, 2**18)  # 64 MiB
     slot = Slab(size, torch.float32, 2).take()
@@ -106,6 +115,29 @@ def test_memory_for_rows_is_there_before_they_are_written() -> None:
 
     assert 2**24 < resident() - before < 2**26, "half of it"
     assert float(slot.memory.abs().max()) == 0
+
+
+def test_an_arena_claims_rows_of_its_own_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed: list[tuple[int, int, slice]] = []
+    monkeypatch.setattr(Slab, "claim", lambda _slab, number, run, part: claimed.append((number, run, part)))
+    first, second = (ArenaPool().open(SHAPE, capacity) for capacity in (CAPACITY, CAPACITY))
+    row = SHAPE.head_dim * 4
+
+    first.claim(slice(30, 158))
+    second.claim(slice(CAPACITY, 158))
+    Arena(SHAPE, CAPACITY).claim(slice(0, 5))
+
+    assert claimed == [(0, pools.SMALLEST * row, slice(30 * row, CAPACITY * row))]
+
+
+def test_where_no_slab_can_be_mapped_an_arena_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_size: object) -> Slab:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pools, "Slab", refused)
+    monkeypatch.setattr(refused, "fits", Slab.fits, raising=False)
+
+    assert ArenaPool().open(SHAPE, CAPACITY).slot is None
 
 
 def test_a_system_that_gives_no_pages_ahead_gives_them_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:

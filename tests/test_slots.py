@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from agentmesh import Mesh, agent
 from agentmesh.agents.base import Turn
+from agentmesh.backend import Completion
+from agentmesh.communicator.kvcomm import KVComm, NewAnchor, Slot
 from agentmesh.communicator.learner import Learner, LinkState
 from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.picks import Picker
 from agentmesh.communicator.slots import Slots
-from agentmesh.config.presets import CommunicatorSpec, Recompute
+from agentmesh.config.presets import PRESETS, CommunicatorSpec, Recompute, choices
 from agentmesh.engine.composition import Parts
 from agentmesh.errors import NodeError
 from agentmesh.events import CallRecord, Event, ModelFinished, Reason, Treatment
@@ -24,6 +27,7 @@ from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KV
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import ContentKind, Reader
+from agentmesh.prompt.segments import Prompt
 from agentmesh.results import RunResult
 from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.matching import Match, Relation
@@ -104,6 +108,53 @@ def test_while_it_observes_linear_runs_on_the_tokens_of_dense() -> None:
     for result in found.values():
         assert [m.text for m in result.messages] == [m.text for m in found["dense"].messages]
         assert [c.prompt_tokens for c in result.calls] == [c.prompt_tokens for c in found["dense"].calls]
+
+
+def test_every_preset_runs_on_the_same_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is placed differs: as long as the answers so far are the same, so are the prompts, to the last id."""
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    compose, running = LocalBackend.complete, ""
+
+    async def noting(self: LocalBackend, prompt: Prompt, *others: Any) -> Completion:
+        seen.setdefault(running, []).append(prompt.tokens)
+        return await compose(self, prompt, *others)
+
+    monkeypatch.setattr(LocalBackend, "complete", noting)
+    for preset in PRESETS:
+        running = preset
+        with mesh(preset) as one:
+            one.run(question=question(1))
+
+    assert set(seen) == set(PRESETS)
+    assert {len(prompts) for prompts in seen.values()} == {3}
+    for prompts in seen.values():
+        assert prompts[:2] == seen["dense"][:2]
+
+
+def test_an_anchors_offset_belongs_to_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two agents have read a question when the third one does; whichever reading it takes, its anchor has that one."""
+    made: list[tuple[KV, KV]] = []
+    new = KVComm._new
+
+    def noting(self: KVComm, prompt: Prompt, slot: Slot, arena: Arena) -> NewAnchor:
+        found = new(self, prompt, slot, arena)
+        made.append((found.anchor.base.fetch(), slot.base))
+        return found
+
+    monkeypatch.setattr(KVComm, "_new", noting)
+    with mesh("kvcomm") as one:
+        ask(one, range(2))
+
+    assert len(made) > 4
+    for base, slot in made:
+        assert torch.equal(base.values, slot.values)
+        assert torch.equal(base.keys, slot.keys)
+
+
+@pytest.mark.parametrize("changes", [{"recompute": Recompute(first=16)}, {"repeats": True}, {"blocks": True}])
+def test_what_kvcomm_would_not_heed_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="`realigner: anchors`"):
+        choices(CommunicatorSpec(preset="kvcomm", **changes))
 
 
 def test_a_finished_run_leaves_no_segments_and_the_budget_holds() -> None:

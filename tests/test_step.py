@@ -82,6 +82,24 @@ def test_sequences_beside_spare_rows_are_computed_as_alone(dtype: torch.dtype) -
         torch.testing.assert_close(mine, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("lengths", [(30,), (3, 30, 8)])
+def test_products_in_any_number_of_pieces_are_put_together_rightly(threads: int, lengths: tuple[int, ...]) -> None:
+    """Pieces of a gated product are its halves where there is an even number of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = tiny.zoo()["qwen2"][0]
+        runner, own = runners(model, recognise(model))
+        (logits, kv), (own_logits, own_kv) = decode(runner, lengths), decode(own, lengths)
+    finally:
+        torch.set_num_threads(before)
+
+    torch.testing.assert_close(logits, own_logits, atol=1e-4, rtol=1e-3)
+    for mine, theirs in zip(kv, own_kv, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+
+
 def test_joining_weights_changes_nothing_of_what_the_model_computes_and_takes_no_memory() -> None:
     untouched, model = (tiny.zoo()["qwen2"][0] for _ in range(2))
     ids = torch.tensor([TOKENS])

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agentmesh.cli.options import (
     DEFAULT_RUNS,
     Config,
+    Deterministic,
     ExecutorOption,
     Format,
     FormatOption,
@@ -58,6 +59,7 @@ def evaluate(
             "with --no-judge-check."
         ),
     ] = True,
+    deterministic: Deterministic = False,
     executor: ExecutorOption = Where.LOCAL,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of the model for --executor ray.")] = 1,
     resume: Annotated[str | None, typer.Option(help="Go on with an evaluation that was cut off.")] = None,
@@ -74,6 +76,7 @@ def evaluate(
     from agentmesh.evaluate.subjects import Request  # noqa: PLC0415
 
     overrides = [*(set or ()), *([f"run.concurrency={concurrency}"] if concurrency else ())]
+    overrides += ["run.deterministic=true"] if deterministic else []
     request = Request(
         mesh=config,
         task=task,

@@ -39,6 +39,14 @@ StoreOption = Annotated[
     Path | None,
     typer.Option("--store", envvar="AGENTMESH_STORE", help="Folder that keeps KV and what was learned beyond a run."),
 ]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Same seed, inputs and order of runs, same tokens, whatever runs beside them: sequences decode one by one "
+        "(slower where many run at once), and measured time decides nothing.",
+    ),
+]
 ExecutorOption = Annotated[Where, typer.Option(help="Where runs happen: in this process, or on replicas under Ray.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all run records.")]
 DEFAULT_RUNS = Path("runs")

@@ -20,6 +20,7 @@ from agentmesh.blueprint import Blueprint, draft
 from agentmesh.cli.options import (
     DEFAULT_RUNS,
     Config,
+    Deterministic,
     ExecutorOption,
     Format,
     FormatOption,
@@ -61,6 +62,7 @@ def run(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail instead of computing what an earlier agent has read or written.")
     ] = False,
+    deterministic: Deterministic = False,
     store: StoreOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of this run, instead of the file's.")] = None,
     display: Annotated[Display, typer.Option(help="How to show the run while it goes on.")] = Display.AUTO,
@@ -78,6 +80,7 @@ def run(
     """
     overrides = [*(set or ()), *([f"communicator.preset={preset}"] if preset else ())]
     overrides += ["communicator.strict=true"] if strict else []
+    overrides += ["run.deterministic=true"] if deterministic else []
     overrides += [f"communicator.store={json.dumps(str(store.absolute()))}"] if store else []
     errors = Console(stderr=True)
     given = read_inputs(input or ())
@@ -85,7 +88,7 @@ def run(
     profiles = new_profiles() if profile else None
     blueprint = draft(loaded)
     blueprint.all_inputs(given)
-    recording = partial(_recording, loaded, blueprint.name, runs_dir, display, errors)
+    recording = partial(_recording, loaded, blueprint, runs_dir, display, errors)
     job = Job(given, blueprint.run.seed if seed is None else seed)
     told = None
     if executor is Where.RAY:
@@ -147,7 +150,7 @@ async def _on_a_replica(blueprint: Blueprint, job: Job, recording: Recording) ->
 @contextmanager
 def _recording(
     loaded: LoadedMesh,
-    name: str,
+    blueprint: Blueprint,
     runs_dir: Path,
     display: Display,
     errors: Console,
@@ -155,7 +158,9 @@ def _recording(
     model: Mapping[str, str],
 ) -> Iterator[tuple[Recorder, Sequence[Sink]]]:
     """A run's record, and what takes its events: the record, and the display."""
-    recorder = Recorder(runs_dir, name, dump(loaded.spec), {"seed": job.seed, "model": dict(model)})
+    facts = {"seed": job.seed, "model": dict(model)}
+    exact = blueprint.run.deterministic
+    recorder = Recorder(runs_dir, blueprint.name, dump(loaded.spec), facts, deterministic=exact)
     try:
         with showing(display, errors) as sinks:
             yield recorder, (recorder.write, *sinks)

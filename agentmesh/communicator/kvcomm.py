@@ -10,6 +10,8 @@ Deviations, each in its favour or needed to be correct:
 - Bases are free (METHOD 3): the first reader's KV of a question, the sender's decode KV of a message. The reference
   pays a prefill of its own for each question; here the first reader is dense.
 - The base of fixed text is its KV in the consumer's first prompt, instead of a prefill with literal markers.
+- The fixed text behind a slot takes offsets of the last tokens of longer anchors, which lie next to it; slots take the
+  first ones. Nothing is audited, and no slot is too short: the criterion alone decides.
 - Weights for slots are by token and for fixed text by channel, as the reference code has them; the gate's weights come
   from the values of all layers, as there.
 - A consumer has a pool of its own for each slot (anchors share base KV), so an anchor without this consumer's offset
@@ -144,7 +146,7 @@ class KVComm(Preset):
         self.budget = self.keeper.budget
         self.pools = Pools(spec.anchors, self.budget)
         self._matcher = Matcher(self.keeper.segments, blocks=False, max_depth=DEEPEST)
-        self._bases: dict[str, dict[tuple[int, ...], KV]] = {}
+        self._bases: dict[str, dict[tuple[int, tuple[int, ...]], KV]] = {}
         self._observing = False
         self._frozen = False
 
@@ -256,7 +258,7 @@ class KVComm(Preset):
         content = prompt.segments[match.first].content
         assert content is not None, "a match begins at a slot"
         behind = prompt.segments[match.first + 1].tokens if match.first + 1 < len(prompt.segments) else ()
-        return f"{prompt.reader.tenant} {prompt.reader.consumer} {content.origin} {hash(behind)}"
+        return f"{prompt.reader.tenant} {prompt.reader.consumer} {content.origin} {','.join(map(str, behind))}"
 
     def _weighed(self, prompt: Prompt, match: Match, pools: Mapping[str, AnchorPool]) -> Slot:
         pool = pools.get(self._name(prompt, match), AnchorPool())
@@ -315,7 +317,7 @@ class KVComm(Preset):
         match, rope = slot.match, self.keeper.rope
         truth = arena.read_free(match.start, match.stop, rope)
         bases = self._bases.setdefault(prompt.reader.run, {})
-        base = bases.setdefault(prompt.tokens[match.start : match.stop], slot.base.owned())
+        base = bases.setdefault((match.number, prompt.tokens[match.start : match.stop]), slot.base.owned())
         behind, fixed, first = match.first + 1, None, slot.pool.fixed
         if behind < len(prompt.segments) and prompt.segments[behind].content is None:
             start = prompt.starts[behind]

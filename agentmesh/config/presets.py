@@ -193,6 +193,11 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
     anchors = found.realigner is RealignerKind.ANCHORS
     if anchors and found.blocks:
         raise ValueError("`realigner: anchors` keeps offsets of single segments; expected `blocks: false`")
+    if anchors and (found.repeats or found.recompute != Recompute(fixed=False)):
+        raise ValueError(
+            "`realigner: anchors` computes a call whole or nothing of its slots and fixed text; expected "
+            "`repeats: false` and no other `recompute` than {fixed: false}"
+        )
     if not anchors and not found.recompute.fixed:
         raise ValueError(f"`fixed: false` places fixed text, which `realigner: {found.realigner}` cannot; use anchors")
     return found

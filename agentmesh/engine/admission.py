@@ -12,6 +12,9 @@ from agentmesh.engine.request import Request
 from agentmesh.errors import RequestTooLongError
 from agentmesh.kv.arena import Arena
 
+AHEAD = 128
+"""Tokens behind a prompt for which memory is claimed when its cache is opened. Most messages are no longer."""
+
 
 @final
 class Admission:
@@ -59,27 +62,38 @@ class Admission:
                 "is more than the budget holds at all. Raise communicator.budget, or shorten the prompt or "
                 "generate.max_tokens"
             )
+        self.postpone(request)
+        return False
+
+    def postpone(self, request: Request) -> None:
+        """Let a request wait until ``wake``."""
         if request not in self.waiting:
             self.waiting.append(request)
-        return False
 
     def open(self, request: Request) -> Cache:
         """The cache of a request that was admitted; at once, since a look at the store could take its room."""
         cache = request.cache = self._runner.open(request.capacity)
         self.held.append(cache)
+        arena = arena_of(cache)
+        if arena is not None:
+            arena.claim(slice(request.tokens, request.tokens + AHEAD))
         return cache
 
     def close(self, request: Request) -> None:
-        """Give up a request's cache or its place among those that wait, and let the next one try."""
+        """Give up a request's cache or its place among those that wait, and let the next one try.
+
+        It holds nothing any more: what still knows of it, such as callbacks, keeps no memory.
+        """
         if request in self.waiting:
             self.waiting.remove(request)
         if request.cache is not None:
             self.held = [cache for cache in self.held if cache is not request.cache]
             self._runner.close(request.cache)
+        request.cache = request.sequence = None
         self.wake()
 
     def wake(self) -> None:
-        """Let the request that comes first try again, when memory may be free."""
+        """Let the request that comes first try again, when memory may be free or it was postponed."""
         if self.waiting:
             min(self.waiting, key=lambda request: request.rank).wake()
 

@@ -6,6 +6,7 @@ its own arena, alone or with neighbours. ``BatchCache`` is what transformers' ow
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -90,9 +91,16 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
 
     def __init__(self, cache: BatchCache, layer: int) -> None:
         super().__init__()
-        self.cache = cache
+        self._cache = weakref.ref(cache)  # the cache owns its layers: no cycle keeps arenas alive
         self.layer = layer
         self.is_initialized = True
+
+    @property
+    def cache(self) -> BatchCache:
+        """The cache that it is a layer of."""
+        found = self._cache()
+        assert found is not None, "a cache outlives its layers' use"
+        return found
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the arenas are allocated before the model runs."""

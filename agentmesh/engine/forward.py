@@ -27,9 +27,6 @@ from agentmesh.kv.arena import KVShape
 from agentmesh.kv.pool import ArenaPool
 from agentmesh.kv.rope import Rope
 
-AHEAD = 128
-"""Tokens behind a prompt for which memory is claimed before it is computed. Most messages are no longer."""
-
 PLACED_AT_ONCE = 8 * 2**20
 """Bytes of KV that are realigned and placed at once."""
 
@@ -169,8 +166,6 @@ class ArenaRunner:
             Logits ``[V]`` at the last position of the prompt.
         """
         parts = Parts() if parts is None else parts
-        length = len(composition.tokens)
-        cache.arena.claim(slice(length, length + AHEAD))
         ready = composition.ready if composition.placed else None
         if ready is not None:
             with self.spans.part(Part.COMPOSE), parts.timed("compose"):
@@ -181,7 +176,7 @@ class ArenaRunner:
                     kv = piece.kv.fetch(layers)
                 with self.spans.part(Part.COMPOSE), parts.timed("compose"):
                     cache.arena.place(piece.start, kv, self.rope, layers)
-        logits, computed = None, length - composition.placed_tokens
+        logits, computed = None, len(composition.tokens) - composition.placed_tokens
         with self.spans.forward(Part.PREFILL, computed), self.spans.part(Part.PREFILL), parts.timed("forward"):
             for chunk in composition.chunks():
                 logits = self.forward(cache, [composition.tokens[p] for p in chunk], chunk)

@@ -95,8 +95,13 @@ def fetch(spec: ModelSpec, progress: Progress | None = None) -> None:
         ensure(spec.name, progress)
 
 
-def load(spec: ModelSpec, progress: Progress | None = None) -> LoadedModel:
+def load(spec: ModelSpec, progress: Progress | None = None, *, trials: bool = True) -> LoadedModel:
     """Load what a mesh file names: a random family, an embedded model, a folder, a GGUF file or a Hub repository.
+
+    Args:
+        spec: the model.
+        progress: told how far fetching and converting are.
+        trials: whether short trials decide how decoding steps multiply; else it is the same at every start.
 
     Raises:
         NotFoundError: the name fits none of these.
@@ -118,7 +123,7 @@ def load(spec: ModelSpec, progress: Progress | None = None) -> LoadedModel:
             parts = _pretrained(str(path), {}, dtype, device, _digest(path, {}))
         else:
             parts = _hub(spec, dtype, device)
-    return _finished(spec, parts)
+    return _finished(spec, parts, trials=trials)
 
 
 def exists(spec: ModelSpec) -> None:
@@ -235,13 +240,13 @@ def _line_breaks(tokenizer: Any) -> frozenset[int]:
     return frozenset(number for number in likely if "\n" in tokenizer.decode([number]))
 
 
-def _finished(spec: ModelSpec, parts: _Parts) -> LoadedModel:
+def _finished(spec: ModelSpec, parts: _Parts, *, trials: bool) -> LoadedModel:
     model, tokenizer = parts.model.eval().requires_grad_(requires_grad=False), parts.tokenizer
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{spec.name} has no fast tokenizer, which agentmesh needs for exact slot borders")
     use_grouped_heads(model)
     check_copies(model, spec.name, spec.decode)
-    tuning, step = tuned(model, spec.decode), recognise(model)
+    tuning, step = tuned(model, spec.decode, trials=trials), recognise(model)
     quicken(model, tuning if step is None else replace(tuning, decode=Decode.SAME))
     config = model.config.get_text_config()
     control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}

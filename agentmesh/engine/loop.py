@@ -1,15 +1,16 @@
 """The engine: owns the model, runs prefills and decoding steps, one at a time, on a thread of its own.
 
 The thread serves what comes in turn. A step decodes one token of every live sequence, in one pass over the weights, and
-queues behind the prompts that came meanwhile: neither waits for more than one turn of the other. It knows token ids and
-KV. It knows no agents, templates or stores: a ``Source`` says what to place and gets to see the arena when the prompt
-is in it.
+queues behind the prompts that came meanwhile, up to ``TURN_TOKENS`` of them; the others wait for the step. Requests
+that are over are let go before anything else. It knows token ids and KV. It knows no agents, templates or stores: a
+``Source`` says what to place and gets to see the arena when the prompt is in it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
@@ -38,6 +39,9 @@ from agentmesh.errors import RequestTooLongError
 Result = TypeVar("Result")
 
 BATCH = 32
+
+TURN_TOKENS = 2048
+"""Prompt tokens that may be computed before sequences that are live get their next token."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ class Engine:
         self._live: list[Sequence] = []
         self.admission = Admission(support.runner)
         self._outbox = Outbox()
+        self._leaving: deque[Request] = deque()
+        self._computed = 0
         self._stepping = False
         self._closing = False
         self.spent = Spent()
@@ -130,7 +136,7 @@ class Engine:
         thread = ModelThread()
         with ExitStack() as undo:
             undo.callback(thread.close, wait=False)
-            loaded, support = thread.do(lambda: _loaded(model, progress))
+            loaded, support = thread.do(lambda: _loaded(model, progress, trials=batch > 1))
             undo.pop_all()
         return cls(loaded, support, batch, thread)
 
@@ -222,7 +228,8 @@ class Engine:
             await asyncio.wrap_future(sequence.done)
             learn_ms = await self._on_thread(lambda: self._finish(source, sequence))
         finally:
-            self.thread.submit(lambda: self._close(request))
+            self._leaving.append(request)
+            self.thread.submit(self._sweep)
         text, tokens = self.tokenizer.decode(sequence.tokens), tuple(sequence.tokens)
         decode_ms = (sequence.ended - first) * 1e3
         return Generation(tokens, text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms, learn_ms)
@@ -245,7 +252,11 @@ class Engine:
         The prompt's KV is kept before any other request can begin: siblings that read the same new text wait for
         one prefill of it, not for its message.
         """
+        self._sweep()
         with self.spans.part(Part.ADMIT):
+            if self._live and self._computed >= TURN_TOKENS:
+                self.admission.postpone(request)
+                return None
             if not self.admission.admit(request):
                 return None
             begun = time.perf_counter()
@@ -269,6 +280,7 @@ class Engine:
         with self.spans.part(Part.PLAN):
             composition, parts = request.source.compose()
         logits = self.support.runner.prefill(cache, composition, parts)
+        self._computed += len(composition.tokens) - composition.placed_tokens
         with self.spans.part(Part.FIRST):
             sampler, text = Sampler(sampling, self._suppressed), self.tokenizer.stream()
             sequence = Sequence(cache, request.tokens, logits, sampler, text, sampling, request.tell)
@@ -278,13 +290,14 @@ class Engine:
         return cache
 
     def _go_on(self) -> None:
-        """See to it that the live sequences get their next token, after whatever waits for the thread now."""
+        """See to it that the live sequences get their next token, after whatever has begun to wait for the thread."""
         if self._live and not self._stepping:
             self._stepping = True
             self.thread.submit(self._step).add_done_callback(self._stepped)
 
     def _step(self) -> None:
         """The next token of every live sequence, as many at once as may be."""
+        self._sweep()
         begun = time.perf_counter()
         self.spent.decoded += len(self._live)
         with self.spans.part(Part.STEP), self._outbox.gathering():
@@ -294,6 +307,8 @@ class Engine:
                 self._next(self._live[low : low + self._batch])
             self._live = [sequence for sequence in self._live if not sequence.finish]
         self.spent.decode_s += time.perf_counter() - begun
+        self._computed = 0
+        self.admission.wake()
 
     def _next(self, group: list[Sequence]) -> None:
         """The next token of some sequences, in one forward."""
@@ -319,12 +334,14 @@ class Engine:
                     sequence.done.set_exception(error)
         self._go_on()
 
-    def _close(self, request: Request) -> None:
-        """Let the source go, give the arena back, and let the next one begin that waits for it."""
-        with self.spans.part(Part.KEEP):
-            request.source.closed()
-            self._live = [sequence for sequence in self._live if sequence is not request.sequence]
-            self.admission.close(request)
+    def _sweep(self) -> None:
+        """Let go of requests that are over, before anything else is done: sources, sequences, arenas."""
+        while self._leaving:
+            with self.spans.part(Part.KEEP):
+                request = self._leaving.popleft()
+                request.source.closed()
+                self._live = [sequence for sequence in self._live if sequence is not request.sequence]
+                self.admission.close(request)
 
     def _finish(self, source: Source, sequence: Sequence) -> float:
         """Let the source look at the whole sequence; the milliseconds that takes."""
@@ -338,7 +355,7 @@ class Engine:
         return took * 1e3
 
 
-def _loaded(model: ModelSpec, progress: Progress | None) -> tuple[LoadedModel, Support]:
+def _loaded(model: ModelSpec, progress: Progress | None, *, trials: bool) -> tuple[LoadedModel, Support]:
     """A model, and what it supports."""
-    loaded = load(model, progress)
+    loaded = load(model, progress, trials=trials)
     return loaded, probe(loaded.model, loaded.step)

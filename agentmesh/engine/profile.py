@@ -48,8 +48,11 @@ class Profiles:
     def of(self, engine: Engine, name: str) -> Iterator[None]:
         """Take a profile of what an engine does meanwhile; not on the engine's own thread."""
         engine.begin_profile()
-        yield
-        self.add(name, engine.end_profile())
+        try:
+            yield
+        finally:
+            seen = engine.end_profile()
+        self.add(name, seen)
 
     def add(self, name: str, seen: Recorded) -> None:
         """Add what was noted."""

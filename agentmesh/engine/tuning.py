@@ -57,10 +57,15 @@ def check_copies(model: Any, name: str, decode: Decode) -> None:
         raise UnsupportedModelError("`decode: packed` needs a torch with MKL, which this one lacks; leave it out")
 
 
-def tuned(model: Any, decode: Decode) -> Tuning:
-    """What is fastest for a model on this machine, as short trials say, and what ``auto`` means."""
+def tuned(model: Any, decode: Decode, *, trials: bool = True) -> Tuning:
+    """What is fastest for a model on this machine, as short trials say, and what ``auto`` means.
+
+    Without ``trials`` nothing depends on a moment's speed: ``auto`` copies nothing, and all products are cut.
+    """
     layers = [layer.weight for layer in model.modules() if type(layer) is nn.Linear]
     if not layers or not all(gains(weight) for weight in layers):
+        return Tuning(Decode.SAME if decode is Decode.AUTO else decode)
+    if not trials:
         return Tuning(Decode.SAME if decode is Decode.AUTO else decode)
     largest = sorted(layers, key=torch.Tensor.numel, reverse=True)
     if decode is Decode.AUTO:

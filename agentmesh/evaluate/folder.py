@@ -55,13 +55,21 @@ def digest(samples: Sequence[Sample]) -> str:
     return found.hexdigest()
 
 
-def create(root: Path, name: str, settings: Settings, mesh_yaml: str, facts: dict[str, Any]) -> Path:
+def create(
+    root: Path, name: str, settings: Settings, mesh_yaml: str, facts: dict[str, Any], *, deterministic: bool
+) -> Path:
     """A new folder under ``root``, named after a task.
 
     Raises:
         RecordError: it cannot be written.
     """
-    return new_folder(root, f"eval-{name}", mesh_yaml, {"eval": settings.model_dump(mode="json"), **facts})
+    return new_folder(
+        root,
+        f"eval-{name}",
+        mesh_yaml,
+        {"eval": settings.model_dump(mode="json"), **facts},
+        deterministic=deterministic,
+    )
 
 
 def read_settings(path: Path) -> Settings:

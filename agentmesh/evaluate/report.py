@@ -140,7 +140,10 @@ async def aevaluate(request: Request, progress: Progress | None = None, started:
         executor = open_executor(request, progress)
         try:
             facts = {"seed": request.seed, "executor": request.executor, "replicas": request.replicas}
-            path = request.resume or create(request.runs_dir, task.name, settings, subject.text, facts)
+            exact = subject.blueprint.run.deterministic
+            path = request.resume or create(
+                request.runs_dir, task.name, settings, subject.text, facts, deterministic=exact
+            )
             journal = stack.enter_context(Journal(path / "samples.jsonl"))
             tick = started(path, plan.runs) if started is not None else lambda: None
             blueprints = {preset: found.blueprint for preset, found in subjects.items()}

@@ -76,7 +76,10 @@ class ArenaPool:
         slabs = self._slabs.setdefault(most, WeakSet())
         found = next((slot for slab in slabs if (slot := slab.take()) is not None), None)
         if found is None:
-            slab = Slab(size, shape.dtype, count)
+            try:
+                slab = Slab(size, shape.dtype, count)
+            except OSError:  # the system promises no more addresses than it has memory for
+                return None
             slabs.add(slab)
             found = slab.take()
         return found

@@ -170,18 +170,6 @@ def fetching(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, i
         yield report
 
 
-def audits_line(calls: Sequence[CallRecord]) -> str:
-    """What the audits of a run found; empty where there were none."""
-    audits = [call.audit for call in calls if call.audit is not None]
-    if not audits:
-        return ""
-    mean = sum(audit.kl for audit in audits) / len(audits)
-    flips = sum(audit.flip for audit in audits)
-    opened = sorted({name for audit in audits for name in audit.opened})
-    tail = f"; now computed until learned again: {', '.join(opened)}" if opened else ""
-    return f"audits: {len(audits)} call(s) checked against dense, mean KL {mean:.4f} nats, {flips} flip(s){tail}"
-
-
 def calls_table(calls: Sequence[CallRecord]) -> Table:
     """The table of model calls that a run ends with; prompt = exact + realigned + computed."""
     table = Table(title="model calls", box=SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)

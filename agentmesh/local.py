@@ -324,6 +324,11 @@ class _Planned:
         assert self._plan is not None, "the engine composes a prompt before it reports on it"
         return self._plan
 
+    @property
+    def limit(self) -> int:
+        """The whole budget."""
+        return self._preset.budget.limit
+
     def room(self, need: int, *, alone: bool) -> bool:
         """Make room in the budget; what running agents wait for is given up only where nothing else is live.
 
@@ -346,6 +351,7 @@ class _Planned:
             return
         self._preset.prefilled(self._prompt, self.decided, arena)
         self._settle()
+        self._backend.note_bytes()
 
     def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
         """Let the preset keep the message, learn, and check the call."""

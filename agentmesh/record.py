@@ -27,7 +27,7 @@ from typing import Any, final
 
 from agentmesh.errors import NotFoundError, RecordError, did_you_mean
 from agentmesh.events import CallRecord, Event, RunCancelled, RunFailed, RunFinished, TokenText, parse_event
-from agentmesh.results import RunResult
+from agentmesh.results import RunResult, audits_line
 
 PACKAGES = ("agentmesh-kv", "torch", "transformers", "tokenizers", "networkx", "pydantic")
 ELSEWHERE = (
@@ -158,6 +158,8 @@ def summary(result: RunResult) -> str:
         f"| {c.output_tokens} | {c.ttft_ms:.0f} |"
         for c in result.calls
     ]
+    audits = audits_line(result.calls)
+    lines += ["", audits] if audits else []
     lines += ["", "# Messages"]
     for message in result.messages:
         lines += ["", f"## {message.node} ({message.role}), round {message.round}", "", message.text]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from agentmesh.config.base import Frozen
@@ -137,3 +137,15 @@ class Profile(Frozen):
     steps: Looked
     outside: float | None
     left_out: int
+
+
+def audits_line(calls: Sequence[CallRecord]) -> str:
+    """What the audits of a run found; empty where there were none."""
+    audits = [call.audit for call in calls if call.audit is not None]
+    if not audits:
+        return ""
+    mean = sum(audit.kl for audit in audits) / len(audits)
+    flips = sum(audit.flip for audit in audits)
+    opened = sorted({name for audit in audits for name in audit.opened})
+    tail = f"; now computed until learned again: {', '.join(opened)}" if opened else ""
+    return f"audits: {len(audits)} call(s) checked against dense, mean KL {mean:.4f} nats, {flips} flip(s){tail}"

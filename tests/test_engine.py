@@ -32,6 +32,7 @@ class Whole:
     """A source that computes its whole prompt."""
 
     since: float | None = None
+    limit: int = 2**40
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tuple(tokens)
@@ -460,6 +461,25 @@ def test_a_request_that_can_never_fit_is_refused_with_its_size(tiny_engine: Engi
                 Rationed([5, 6, 7], [], most=0), 3, Sampling(max_tokens=200), lambda _r: None, lambda _t: None
             )
         )
+
+
+def test_a_request_beyond_the_whole_budget_does_not_wait_for_others_to_end(tiny_engine: Engine) -> None:
+    async def beside_a_live_one() -> None:
+        begun = asyncio.Event()
+        live = asyncio.ensure_future(
+            tiny_engine.generate(Whole([5] * 50), 50, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)
+        )
+        await begun.wait()
+        large = Whole([7] * 9)
+        large.limit = 2**10
+        await tiny_engine.do(tiny_engine.admission.drop_spare)
+        with pytest.raises(RequestTooLongError, match=r"may take 11 tokens, .* the budget of 0\.0 MiB"):
+            await quiet_source(tiny_engine, large)
+        assert not live.done()
+        live.cancel()
+        await asyncio.wait({live})
+
+    asyncio.run(beside_a_live_one())
 
 
 def test_a_model_is_loaded_on_the_thread_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ class Whole:
     """A source that computes its whole prompt."""
 
     since: float | None = None
+    limit: int = 2**40
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tuple(tokens)

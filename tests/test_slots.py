@@ -341,6 +341,18 @@ def test_findings_are_committed_in_the_order_of_the_runs() -> None:
     assert state.exact.observations == 2
 
 
+def test_where_placing_does_not_pay_a_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Costs, "placing_pays", lambda _costs, _tokens: False)
+    with mesh({"preset": "rotate", "cost_gate": True}) as one:
+        (result,) = ask(one, [1])
+    with mesh({"preset": "rotate", "cost_gate": True}, deterministic=True) as exact:
+        (other,) = ask(exact, [1])
+
+    assert Reason.NOT_WORTH_IT in reasons(result.calls[1])
+    assert not any(call.placed_slots for call in result.calls)
+    assert other.calls[1].placed_slots > 0, "deterministic runs never ask"
+
+
 def test_many_runs_at_once_learn_and_later_ones_share() -> None:
     with mesh({"preset": "linear", "max_kl": 1e6}, concurrency=8) as one:
         first = asyncio.run(one.arun_all({"question": question(number)} for number in range(8)))
@@ -391,7 +403,7 @@ def test_live_sequences_and_stores_share_one_budget(preset: str) -> None:
         assert backend.engine.admission.live_bytes == backend.engine.admission.drop_spare()
 
     small = {"preset": preset, "budget": 50_000}
-    with mesh(small) as one, pytest.raises(NodeError, match="more than the budget holds"):
+    with mesh(small) as one, pytest.raises(NodeError, match=r"the budget of .* has no room"):
         one.run(question=question(0))
 
 

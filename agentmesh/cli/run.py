@@ -31,12 +31,12 @@ from agentmesh.cli.options import (
 )
 from agentmesh.cli.profiling import new_profiles, show_profiles
 from agentmesh.config.load import LoadedMesh, dump, load_mesh
-from agentmesh.display import Display, audits_line, calls_table, fetching, showing
+from agentmesh.display import Display, calls_table, fetching, showing
 from agentmesh.errors import InputError
 from agentmesh.executors import Job, Where
 from agentmesh.mesh import Mesh
 from agentmesh.record import Recorder
-from agentmesh.results import RunResult
+from agentmesh.results import RunResult, audits_line
 from agentmesh.stream import Sink
 
 if TYPE_CHECKING:

@@ -92,8 +92,9 @@ class Brush:
             if reason is not None:
                 labels.paint(match.start, match.stop, computed(reason, number))
                 continue
-            exact = match.relation is Relation.HISTORY and match.depth == 0
-            kind = Treatment.PLACED_EXACT if exact else Treatment.PLACED_REALIGNED
+            kind = (
+                Treatment.PLACED_REALIGNED
+            )  # a history, too: its keys were turned back and forth, and some were decoded
             labels.paint(match.start, match.stop, Label(kind, REASONS[match.relation], match.source, number))
             if shares(match.relation):
                 self._anchor(labels, number, match)

@@ -50,6 +50,8 @@ class Admission:
             RequestTooLongError: it would not fit even if it were alone.
         """
         need, alone = self._runner.need(request.capacity), not self.held
+        if need > request.source.limit:
+            raise _never_fits(request, need)
         first = all(request.rank <= other.rank for other in self.waiting)
         if first and request.source.room(need, alone=alone):
             if request in self.waiting:
@@ -57,11 +59,7 @@ class Admission:
             self.wake()
             return True
         if first and alone:
-            raise RequestTooLongError(
-                f"the prompt and its message may take {request.capacity:,} tokens, {need / 2**20:.1f} MiB of KV, which "
-                "is more than the budget holds at all. Raise communicator.budget, or shorten the prompt or "
-                "generate.max_tokens"
-            )
+            raise _never_fits(request, need)
         self.postpone(request)
         return False
 
@@ -96,6 +94,14 @@ class Admission:
         """Let the request that comes first try again, when memory may be free or it was postponed."""
         if self.waiting:
             min(self.waiting, key=lambda request: request.rank).wake()
+
+
+def _never_fits(request: Request, need: int) -> RequestTooLongError:
+    return RequestTooLongError(
+        f"the prompt and its message may take {request.capacity:,} tokens, {need / 2**20:.1f} MiB of KV, and the "
+        f"budget of {request.source.limit / 2**20:.1f} MiB has no room for them beside what has to stay. Raise "
+        "communicator.budget, or shorten the prompt or generate.max_tokens"
+    )
 
 
 def arena_of(cache: Cache) -> Arena | None:

@@ -24,6 +24,10 @@ class Source(Protocol):
     def since(self) -> float | None:
         """When the run that it belongs to began, by ``time.perf_counter``; ``None`` where it belongs to none."""
 
+    @property
+    def limit(self) -> int:
+        """Bytes of KV that there is ever room for."""
+
     def room(self, need: int, *, alone: bool) -> bool:
         """Make room for ``need`` bytes of KV beside what is live; False where that must wait, or can never be.
 

@@ -47,6 +47,8 @@ class PresetResult(Frozen):
     reasons: dict[str, int]
     audits: int
     audit_kl: float | None
+    audit_flips: int = 0
+    breakers_opened: tuple[str, ...] = ()
     ttft_ms: Percentiles
     tokens_per_s: float
     wall_s: float
@@ -166,7 +168,7 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
     reasons: Counter[str] = Counter()
     for call in calls:
         reasons.update(_refused(call))
-    kls = [call.audit.kl for call in calls if call.audit is not None]
+    audits = [call.audit for call in calls if call.audit is not None]
     return PresetResult(
         n=len({row.sample for row in good}),
         errors=len(rows) - len(good),
@@ -180,8 +182,10 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
         tokens_computed=sum(call.computed for call in calls),
         output_tokens=output,
         reasons=dict(reasons.most_common()),
-        audits=len(kls),
-        audit_kl=mean(kls) if kls else None,
+        audits=len(audits),
+        audit_kl=mean(audit.kl for audit in audits) if audits else None,
+        audit_flips=sum(audit.flip for audit in audits),
+        breakers_opened=tuple(sorted({name for audit in audits for name in audit.opened})),
         ttft_ms=Percentiles.of([call.ttft_ms for call in calls]),
         tokens_per_s=output / wall if wall else 0.0,
         wall_s=wall,

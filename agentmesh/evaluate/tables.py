@@ -21,7 +21,7 @@ def results_table(results: Results) -> Group:
         parts.append(_table("paired, first minus second", *_pairs(results)))
     if results.judge is not None and any(one.n for one in results.judge.values()):
         parts.append(_table("the judge, under both presets", *judge_cells(results.judge)))
-    return Group(*parts, *filter(None, [stable(results)]))
+    return Group(*parts, *filter(None, [stable(results), audited(results)]))
 
 
 def results_markdown(results: Results) -> str:
@@ -32,7 +32,7 @@ def results_markdown(results: Results) -> str:
         lines += ["", "Paired, first minus second:", "", *markdown(*_pairs(results))]
     if results.judge is not None and any(one.n for one in results.judge.values()):
         lines += ["", "The judge, under both presets:", "", *markdown(*judge_cells(results.judge))]
-    lines += [f"\n{line}" for line in filter(None, [stable(results)])]
+    lines += [f"\n{line}" for line in filter(None, [stable(results), audited(results)])]
     refused = {name: one.reasons for name, one in results.presets.items() if one.reasons}
     if refused:
         lines += ["", "Shareable tokens that were computed, by reason:", ""]
@@ -103,6 +103,18 @@ def stable(results: Results) -> str:
     found = {name: one.order_stable for name, one in results.presets.items() if one.order_stable is not None}
     shares = ", ".join(f"{name} {_percent(share)}" for name, share in found.items())
     return f"same choice in both orders, by preset: {shares}" if shares else ""
+
+
+def audited(results: Results) -> str:
+    """What the audits of calls that reused KV found; empty where there were none."""
+    told = []
+    for name, one in results.presets.items():
+        if one.audit_kl is not None:
+            opened = f", opened {', '.join(one.breakers_opened)}" if one.breakers_opened else ""
+            told.append(
+                f"{name} {one.audits} call(s), mean KL {one.audit_kl:.4f} nats, {one.audit_flips} flip(s){opened}"
+            )
+    return f"checked against dense, by preset: {'; '.join(told)}" if told else ""
 
 
 def _percent(share: float | None) -> str:

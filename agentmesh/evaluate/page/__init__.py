@@ -21,7 +21,7 @@ from agentmesh.evaluate.folder import finished, made_by
 from agentmesh.evaluate.page import plots
 from agentmesh.evaluate.page.samples import Samples
 from agentmesh.evaluate.summary import sentences, summary_markdown
-from agentmesh.evaluate.tables import judge_cells, stable
+from agentmesh.evaluate.tables import audited, judge_cells, stable
 from agentmesh.events import Reason
 from agentmesh.record import disk, write_whole
 
@@ -125,6 +125,7 @@ def html(found: Findings, origin: Origin, limit: int = PROMPTS_LIMIT) -> str:
         judged_head=judged_head,
         judged_rows=judged_rows,
         stable=stable(results),
+        audited=audited(results),
         about={str(reason): reason.about for reason in Reason},
         used={str(row.reason) for one in found.rows for call in one.calls for row in call.plan if row.tokens},
         part_words=PARTS,

@@ -151,6 +151,25 @@ def test_an_anchors_offset_belongs_to_its_base(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(base.keys, slot.keys)
 
 
+def test_anchors_that_wait_for_their_run_to_end_count() -> None:
+    sizes: list[int] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, ModelFinished):
+            sizes.append(backend.communicator.pools.nbytes)
+
+    with mesh("kvcomm") as one:
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        assert isinstance(backend.communicator, KVComm)
+        one.run(question=question(1), sinks=[look])
+        committed = backend.communicator.pools.nbytes
+
+    assert sizes[0] == 0, "the first reader makes no anchors"
+    assert 0 < sizes[1] < sizes[2]
+    assert sizes[2] >= committed > 0
+
+
 @pytest.mark.parametrize("changes", [{"recompute": Recompute(first=16)}, {"repeats": True}, {"blocks": True}])
 def test_what_kvcomm_would_not_heed_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="`realigner: anchors`"):

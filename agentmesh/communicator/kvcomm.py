@@ -80,6 +80,12 @@ class NewAnchor:
     anchor: Anchor
     fixed: KV | None
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything it holds."""
+        own = () if self.fixed is None else (self.fixed.keys, self.fixed.values)
+        return (*own, *self.anchor.tensors)
+
 
 Finding = NewAnchor | tuple[int, ...]
 
@@ -100,9 +106,11 @@ class Pools:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all anchors; tensors that several share count once."""
-        pools = self.ledger.states.values()
-        return sum({t.data_ptr(): t.nbytes for pool in pools for t in pool.tensors}.values())
+        """Bytes of all anchors, those that wait for their run to end, too; tensors that several share count once."""
+        waiting = (finding for finding in self.ledger.pending() if isinstance(finding, NewAnchor))
+        held = [t for pool in self.ledger.states.values() for t in pool.tensors]
+        held += [t for finding in waiting for t in finding.tensors]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
 
     @property
     def held(self) -> int:
@@ -121,7 +129,7 @@ class Pools:
         pool = pool or AnchorPool()
         if isinstance(finding, tuple):
             return pool.used(finding)
-        if not self._budget.room(sum(tensor.nbytes for tensor in finding.anchor.tensors)):
+        if not self._budget.room(sum(tensor.nbytes for tensor in finding.tensors)):
             return pool
         pool = self.ledger.states.get(name, pool)  # the budget may have dropped anchors of this very pool
         grown = replace(pool, fixed=finding.fixed if pool.fixed is None else pool.fixed)
@@ -210,10 +218,12 @@ class KVComm(Preset):
             return None
         with self._spans.part(Part.LEARN):
             for slot in plan.slots:
-                if plan.dense and isinstance(slot.weighing, Reason):
-                    self.pools.ledger.note(reader.run, self._name(prompt, slot.match), self._new(prompt, slot, arena))
-                elif not plan.dense and isinstance(slot.weighing, Weighing):
-                    self.pools.ledger.note(reader.run, self._name(prompt, slot.match), slot.weighing.used)
+                name = self._name(prompt, slot.match)
+                if isinstance(slot.weighing, Weighing):
+                    if not plan.dense:
+                        self.pools.ledger.note(reader.run, name, slot.weighing.used)
+                elif plan.dense and self._has_room(prompt, slot.match, arena):
+                    self.pools.ledger.note(reader.run, name, self._new(prompt, slot, arena))
         return None
 
     def keeps(self, prompt: Prompt) -> int:
@@ -311,6 +321,13 @@ class KVComm(Preset):
         )
         self.keeper.pin(plan)
         return plan
+
+    def _has_room(self, prompt: Prompt, match: Match, arena: Arena) -> bool:
+        """Whether an anchor fits beside what is live; in deterministic runs that may decide nothing."""
+        behind = prompt.segments[match.first + 1 : match.first + 2]
+        tokens = 2 * match.tokens + 2 * sum(len(one.tokens) for one in behind if one.content is None)
+        need = tokens * arena.shape.bytes_per_token
+        return prompt.reader.sees is not None or self.budget.room(need, most=Worth.LATER)
 
     def _new(self, prompt: Prompt, slot: Slot, arena: Arena) -> NewAnchor:
         """An anchor from a dense call."""

@@ -31,7 +31,12 @@ def fidelity_table(figures: Fidelity) -> Group:
             f"{one.calls_shared}/{one.calls_shareable}",
         )
     controls = [f"{name} {'shares nothing' if kl is None else f'{kl:.4f}'}" for name, kl in figures.controls.items()]
-    return Group(table, Text("controls: " + ", ".join(controls) if controls else ""))
+    pairs = [
+        f"{name} {one.kl_mean:+.4f} [{one.ci95[0]:+.4f}, {one.ci95[1]:+.4f}]"
+        for name, one in figures.minus_linear.items()
+    ]
+    said = {"minus linear, where both share": pairs, "controls": controls}
+    return Group(table, *(Text(f"{name}: {', '.join(parts)}") for name, parts in said.items() if parts))
 
 
 def ttft_table(figures: Times) -> Group:

@@ -55,7 +55,7 @@ def test_fidelity_gives_the_documented_figures_and_a_plot(folder: Path) -> None:
     options = ["--warmup", "6", "--limit", "2", "--presets", "prefix,epic,linear,kvcomm", "--plot", "f.png"]
     found = figures("bench", "fidelity", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
 
-    assert set(found) == {"model", "dtype", "n", "settings", "presets", "controls"}
+    assert set(found) == {"model", "dtype", "n", "settings", "presets", "minus_linear", "controls"}
     assert found["n"] == 2
     assert set(found["controls"]) == {"wrong_consumer", "unrotated", "nothing_computed"}
     linear, prefix = found["presets"]["linear"], found["presets"]["prefix"]
@@ -65,6 +65,11 @@ def test_fidelity_gives_the_documented_figures_and_a_plot(folder: Path) -> None:
     assert 0 < linear["placed_tokens"] < linear["slot_tokens"]
     assert set(linear["by_agent"]) == {"agent.1", "agent.2", "agent.3"}
     assert prefix["placed_tokens"] == 0
+    assert set(found["minus_linear"]) <= {"epic", "kvcomm"}
+    epic = found["minus_linear"]["epic"]
+    assert epic["calls"] == 4
+    assert epic["ci95"][0] <= epic["kl_mean"] <= epic["ci95"][1]
+    assert epic["kl_mean"] == pytest.approx(found["presets"]["epic"]["kl_mean"] - linear["kl_mean"], abs=1e-6)
     assert found["settings"]["linear"]["recompute"]["first"] == 16
     assert (folder / "f.png").read_bytes().startswith(b"\x89PNG")
 

@@ -51,6 +51,8 @@ def zoo() -> dict[str, tuple[Any, str, tuple[str, ...]]]:
 
     yarn = rope("yarn", factor=4.0, original_max_position_embeddings=128)
     llama3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    longrope = rope("longrope", factor=4.0, original_max_position_embeddings=128, **factors)
     roped = ("rope", "rope", "rope")
     return {
         "llama-default": (build(t.LlamaConfig(**COMMON)), "realign", roped),
@@ -62,6 +64,7 @@ def zoo() -> dict[str, tuple[Any, str, tuple[str, ...]]]:
             "dense",
             ("unsupported",) * 3,
         ),
+        "llama-longrope": (build(t.LlamaConfig(**COMMON, rope_parameters=longrope)), "dense", ("unsupported",) * 3),
         "qwen2": (build(t.Qwen2Config(**COMMON)), "realign", roped),
         "qwen3-qk-norm": (build(t.Qwen3Config(**COMMON, head_dim=16)), "realign", roped),
         "mistral-sliding": (build(t.MistralConfig(**COMMON, sliding_window=8)), "realign", roped),

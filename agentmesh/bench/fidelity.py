@@ -7,13 +7,11 @@ messages, twice: with the dense run's KV as bases (``kl_mean``), and with what i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
-from agentmesh.bench.figures import AgentFidelity, Fidelity, PresetFidelity
+from agentmesh.bench.figures import Fidelity, PresetFidelity
+from agentmesh.bench.measured import Measured, common_calls, difference, mean_of_sharing, summary
 from agentmesh.bench.rig import Call, Rig, Said, keep, observe
 from agentmesh.communicator import Preset, make
 from agentmesh.communicator.base import Plan
@@ -23,43 +21,9 @@ from agentmesh.communicator.measures import divergence
 from agentmesh.config.presets import CommunicatorSpec, Recompute, settings
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner
-from agentmesh.events import PlanRow, Treatment
 from agentmesh.kv.values import ALL, KV, Frame, KVSource
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, ContentKind, Prompt, neutral_header
-
-RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One call under one preset: KL by token ``[T]``, agreement of the likeliest token, and what its plan counted.
-
-    The plan itself would hold the KV that it placed.
-    """
-
-    question: int
-    node: str
-    place: int
-    kl: torch.Tensor
-    top1: float
-    rows: tuple[PlanRow, ...]
-    slot_tokens: int
-    placed_slots: int
-
-    @property
-    def shares(self) -> bool:
-        """Whether any slot was placed."""
-        return self.placed_slots > 0
-
-    @property
-    def computed(self) -> dict[str, int]:
-        """Computed tokens by their reason."""
-        found: dict[str, int] = {}
-        for row in self.rows:
-            if row.kind is Treatment.COMPUTED and row.tokens:
-                found[str(row.reason)] = found.get(str(row.reason), 0) + row.tokens
-        return found
 
 
 @dataclass
@@ -170,14 +134,20 @@ def measure(
         _question(rig, subjects if observed else [*subjects, *spoilt], calls, header, number, observed=observed)
         count += number >= warmup
         tick()
-    common = _common(subjects)
+    common = common_calls([subject.results for subject in subjects])
+    linear = next((subject.results for subject in subjects if subject.name == "linear"), [])
     return Fidelity(
         model=loaded.name,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         n=count,
         settings=settings(chosen),
         presets={subject.name: _summary(subject, common) for subject in subjects},
-        controls={control.name: _mean_of_sharing(control.results) for control in spoilt},
+        minus_linear={
+            subject.name: found
+            for subject in subjects
+            if subject.name != "linear" and (found := difference(subject.results, linear)) is not None
+        },
+        controls={control.name: mean_of_sharing(control.results) for control in spoilt},
     )
 
 
@@ -255,77 +225,6 @@ def _measured(question: int, place: int, call: Call, plan: Plan, dense: Said, sa
     return Measured(question, call.node, place, kl, float(same), plan.rows, plan.slot_tokens, plan.placed_slots)
 
 
-def _common(subjects: Sequence[Subject]) -> set[tuple[int, int]]:
-    """Calls (question, place) that share under every preset that shares slots at all."""
-    sets = [{(m.question, m.place) for m in subject.results if m.shares} for subject in subjects]
-    sharing = [found for found in sets if found]
-    return set.intersection(*sharing) if sharing else set()
-
-
 def _summary(subject: Subject, common: set[tuple[int, int]]) -> PresetFidelity:
-    shared = [m for m in subject.results if m.shares]
-    own = [m for m in subject.own if m.shares]
-    tokens = torch.cat([m.kl for m in shared]) if shared else torch.zeros(1)
-    agents = list(dict.fromkeys(m.node for m in subject.results))
-    reasons: Counter[str] = Counter()
-    for measured in subject.results:
-        reasons.update(measured.computed)
-    return PresetFidelity(
-        kl_mean=_mean(shared),
-        kl_chained=_mean(own),
-        kl_common=_mean([m for m in shared if (m.question, m.place) in common]),
-        kl_first=float(torch.stack([m.kl[0] for m in shared]).mean()) if shared else 0.0,
-        kl_p99=float(tokens.quantile(0.99)),
-        ci95=_interval(shared),
-        top1=_top1(shared),
-        slot_tokens=sum(m.slot_tokens for m in subject.results),
-        placed_tokens=sum(m.placed_slots for m in subject.results),
-        computed_tokens=sum(sum(m.computed.values()) for m in shared),
-        calls=len(subject.results),
-        calls_shareable=sum(m.slot_tokens > 0 for m in subject.results),
-        calls_shared=len(shared),
-        anchors_held=subject.exact.pools.held if isinstance(subject.exact, KVComm) else 0,
-        reasons=dict(reasons),
-        by_agent={node: _agent([m for m in subject.results if m.node == node]) for node in agents},
-        chained_by_agent={node: _mean([m for m in own if m.node == node]) for node in agents},
-    )
-
-
-def _agent(results: Sequence[Measured]) -> AgentFidelity:
-    shared = [m for m in results if m.shares]
-    return AgentFidelity(
-        kl_mean=_mean(shared),
-        top1=_top1(shared),
-        placed_tokens=sum(m.placed_slots for m in results),
-        slot_tokens=sum(m.slot_tokens for m in results),
-    )
-
-
-def _mean(results: Sequence[Measured]) -> float:
-    """Mean KL over all tokens; 0 where nothing shares."""
-    return float(torch.cat([m.kl for m in results]).mean()) if results else 0.0
-
-
-def _mean_of_sharing(results: Sequence[Measured]) -> float | None:
-    """Mean KL over the calls that share; ``None`` where none does."""
-    shared = [m for m in results if m.shares]
-    return _mean(shared) if shared else None
-
-
-def _top1(results: Sequence[Measured]) -> float:
-    """Share of tokens whose likeliest next token is dense's; 1 where nothing shares."""
-    total = sum(len(m.kl) for m in results)
-    return sum(m.top1 * len(m.kl) for m in results) / total if total else 1.0
-
-
-def _interval(results: Sequence[Measured]) -> tuple[float, float]:
-    """A 95 % bootstrap interval of the mean KL, resampling questions."""
-    questions = sorted({m.question for m in results})
-    if not questions:
-        return 0.0, 0.0
-    sums = torch.tensor([sum(float(m.kl.sum()) for m in results if m.question == q) for q in questions])
-    sizes = torch.tensor([float(sum(len(m.kl) for m in results if m.question == q)) for q in questions])
-    picks = torch.randint(len(questions), (RESAMPLES, len(questions)), generator=torch.Generator().manual_seed(0))
-    means = sums[picks].sum(dim=1) / sizes[picks].sum(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
+    held = subject.exact.pools.held if isinstance(subject.exact, KVComm) else 0
+    return summary(subject.results, subject.own, common, held)

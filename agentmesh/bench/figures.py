@@ -45,14 +45,26 @@ class PresetFidelity(Frozen):
     chained_by_agent: dict[str, float]
 
 
+class KLDifference(Frozen):
+    """KL of a preset minus another's, nats a token, over ``calls`` that share under both; bootstrap over questions."""
+
+    calls: int
+    kl_mean: float
+    ci95: tuple[float, float]
+
+
 class Fidelity(Frozen):
-    """All presets' figures, and negative controls: what must be worse than ``linear``; ``None`` where none shared."""
+    """All presets' figures, and negative controls: what must be worse than ``linear``; ``None`` where none shared.
+
+    ``minus_linear``: how much farther from dense the other presets are than ``linear``, call by call.
+    """
 
     model: str
     dtype: str
     n: int
     settings: dict[str, Any]
     presets: dict[str, PresetFidelity]
+    minus_linear: dict[str, KLDifference]
     controls: dict[str, float | None]
 
 

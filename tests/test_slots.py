@@ -338,6 +338,48 @@ def test_a_breaker_opens_on_bad_audits_and_closes_after_new_observations() -> No
     assert learner.verdict(Reader("run 15", 15, consumer="b"), match).reason is None
 
 
+def test_a_slot_whose_breaker_opened_is_computed_and_shared_again_when_it_was_learned_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    far = False
+    monkeypatch.setattr(Learner, "_too_far", lambda _learner, _audits: far)
+    with mesh({"preset": "linear", "audit": 1.0, "max_kl": 1e6}) as one:
+        before = ask(one, range(6))[-1]
+        far = True
+        (opening,) = ask(one, [6])
+        far = False
+        after = ask(one, range(7, 13))
+
+    assert all(call.placed_slots for call in (*before.calls[1:], *opening.calls[1:]))
+    assert opening.calls[1].audit is not None
+    assert opening.calls[1].audit.opened
+    assert Reason.BREAKER_OPEN in reasons(after[0].calls[1])
+    assert [all(call.placed_slots for call in result.calls[1:]) for result in after] == [False] * 5 + [True]
+
+
+def test_a_slot_that_is_first_seen_late_is_observed_and_then_shared() -> None:
+    @agent
+    def notes(turn: Turn) -> str:
+        return f"Notes on {turn.question}. " * 3
+
+    agents = {"notes": notes, "a": member("A"), "b": member("B")}
+    edges = [
+        {"from": "notes", "to": "a"},
+        {"from": "notes", "to": "b", "if": 'contains("LATE")'},
+        {"from": "a", "to": "b"},
+    ]
+    nodes = {"nodes": {"notes": {}, "a": {}, "b": {}}, "edges": edges, "output": "b"}
+    communicator = {"preset": "linear", "max_kl": 1e6, "cost_gate": False}
+    with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator=communicator) as one:
+        early = [result.calls[-1] for result in ask(one, range(6))]
+        late = [one.run(question=f"LATE {question(number)}").calls[-1] for number in range(6, 12)]
+
+    assert [bool(call.placed_slots) for call in early] == [False] * 5 + [True]
+    assert Reason.NOT_WARM in reasons(late[0])
+    assert [bool(call.placed_slots) for call in late] == [False] * 5 + [True]
+    assert "message notes@0" in {row.segment for row in late[-1].plan if row.reason is Reason.READ_BEFORE}
+
+
 def _observed() -> Any:
     from agentmesh.communicator.learner import Observed
 

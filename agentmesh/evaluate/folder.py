@@ -56,7 +56,7 @@ def digest(samples: Sequence[Sample]) -> str:
 
 
 def create(
-    root: Path, name: str, settings: Settings, mesh_yaml: str, facts: dict[str, Any], *, deterministic: bool
+    root: Path, name: str, settings: Settings, mesh_yaml: str, facts: dict[str, Any], *, deterministic: bool = False
 ) -> Path:
     """A new folder under ``root``, named after a task.
 

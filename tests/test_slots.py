@@ -358,17 +358,20 @@ def test_a_slot_whose_breaker_opened_is_computed_and_shared_again_when_it_was_le
 
 
 def test_a_slot_that_is_first_seen_late_is_observed_and_then_shared() -> None:
+    """What others wrote reaches ``b`` only when ``c`` is asked, too; until then it reads what ``a`` has read."""
+
     @agent
     def notes(turn: Turn) -> str:
         return f"Notes on {turn.question}. " * 3
 
-    agents = {"notes": notes, "a": member("A"), "b": member("B")}
+    agents = {"notes": notes, "a": member("A"), "b": member("B"), "c": member("C")}
     edges = [
         {"from": "notes", "to": "a"},
-        {"from": "notes", "to": "b", "if": 'contains("LATE")'},
-        {"from": "a", "to": "b"},
+        {"from": "notes", "to": "b"},
+        {"from": "notes", "to": "c", "if": 'contains("LATE")'},
+        {"from": "c", "to": "b"},
     ]
-    nodes = {"nodes": {"notes": {}, "a": {}, "b": {}}, "edges": edges, "output": "b"}
+    nodes = {"nodes": {"notes": {}, "a": {}, "c": {}, "b": {}}, "edges": edges, "output": "b"}
     communicator = {"preset": "linear", "max_kl": 1e6, "cost_gate": False}
     with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator=communicator) as one:
         early = [result.calls[-1] for result in ask(one, range(6))]
@@ -377,7 +380,7 @@ def test_a_slot_that_is_first_seen_late_is_observed_and_then_shared() -> None:
     assert [bool(call.placed_slots) for call in early] == [False] * 5 + [True]
     assert Reason.NOT_WARM in reasons(late[0])
     assert [bool(call.placed_slots) for call in late] == [False] * 5 + [True]
-    assert "message notes@0" in {row.segment for row in late[-1].plan if row.reason is Reason.READ_BEFORE}
+    assert "message c@0" in {row.segment for row in late[-1].plan if row.reason is Reason.WRITTEN_BEFORE}
 
 
 def _observed() -> Any:

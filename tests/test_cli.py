@@ -197,9 +197,19 @@ def test_options_can_be_set_in_the_environment(mesh: Path, tmp_path: Path, monke
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_leaves_a_readable_record(mesh: Path, tmp_path: Path, number: signal.Signals) -> None:
+    def heeding() -> None:
+        """Shells let what they start in the background ignore SIGINT, and with it all its children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     long = ["--set", "agents.agent.generate.max_tokens=1900"]
     line = [sys.executable, "-m", "agentmesh", "run", str(mesh), "-i", "question=What?", *long]
-    with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        line,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=heeding,  # noqa: PLW1509  # one call to the system
+    ) as process:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             folders = runs(tmp_path / "runs")

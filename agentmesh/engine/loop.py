@@ -307,8 +307,9 @@ class Engine:
                 self._next(self._live[low : low + self._batch])
             self._live = [sequence for sequence in self._live if not sequence.finish]
         self.spent.decode_s += time.perf_counter() - begun
-        self._computed = 0
-        self.admission.wake()
+        postponed, self._computed = self._computed >= TURN_TOKENS, 0
+        if postponed:
+            self.admission.wake()
 
     def _next(self, group: list[Sequence]) -> None:
         """The next token of some sequences, in one forward."""

@@ -123,7 +123,7 @@ class Product:
         """As ``multiply``, for so many rows as ``full`` says; ``[R, out]``, or ``[P, R, out / P]`` in pieces."""
         if way is Way.COPY and self._copy is not None:
             product = self._copy.multiply(rows)
-        elif way is not Way.OWN and self._few and self._cut is not None and rows.shape[0] <= SPLIT_ROWS:
+        elif way is not Way.OWN and self._cut is not None and rows.shape[0] <= SPLIT_ROWS:
             product = torch.bmm(rows.expand(self.pieces, -1, -1), self._cut)
             return product if self._cut_bias is None else product + self._cut_bias
         else:

@@ -26,8 +26,9 @@ from agentmesh.engine.admission import Admission
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.generation import FirstTokenReport
 from agentmesh.engine.identity import identity
-from agentmesh.engine.loop import BATCH, Engine, FirstTokenReport
+from agentmesh.engine.loop import BATCH, Engine
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import UsageError
@@ -37,7 +38,9 @@ from agentmesh.prompt import Content, Prompt, Reader, neutral_header
 from agentmesh.sharing.budget import Worth
 from agentmesh.sharing.tier.disk import DiskStore
 
-RUNS_AT_ONCE = 16
+RUNS_A_CORE = 8
+"""Runs at once that a core serves well: two cores give the most messages a minute at sixteen (docs/method.md)."""
+
 WAITING = 4
 """This part of the memory budget may wait to be written to a store."""
 
@@ -103,12 +106,19 @@ class LocalBackend:
 
     @property
     def width(self) -> int:
-        """As many runs as may decode in one forward, if half of the free memory holds their longest prompts."""
+        """As many runs as may decode in one forward, if half of the free memory holds their longest prompts.
+
+        On a CPU no more than its cores can serve.
+        """
         loaded, runner = self.engine.loaded, self.engine.support.runner
         if not isinstance(runner, ArenaRunner) or not runner.batches:
             return os.cpu_count() or 1
+        if runner.shape.device.type == "cuda":
+            most, free = BATCH, torch.cuda.mem_get_info(runner.shape.device)[0]
+        else:
+            most, free = min(BATCH, RUNS_A_CORE * torch.get_num_threads()), int(psutil.virtual_memory().available)
         longest = loaded.max_context * runner.shape.bytes_per_token
-        return max(1, min(RUNS_AT_ONCE, int(psutil.virtual_memory().available) // 2 // longest))
+        return max(1, min(most, free // 2 // longest))
 
     @property
     def tokenizer(self) -> HubTokenizer:

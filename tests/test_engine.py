@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.engine import loop, outbox
+from agentmesh.engine import composition, forward, loop, outbox
 from agentmesh.engine.admission import AHEAD
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.generation import FirstTokenReport, Generation
 from agentmesh.engine.loading import LoadedModel, load
-from agentmesh.engine.loop import Engine, FirstTokenReport, Generation
+from agentmesh.engine.loop import Engine
 from agentmesh.engine.probe import probe
 from agentmesh.engine.sampling import Sampling
 from agentmesh.errors import ModelError, RequestTooLongError
@@ -351,6 +352,74 @@ def test_live_sequences_get_their_turn_between_prompts(tiny_engine: Engine, monk
 
     assert len(steps) == 8
     assert max(Counter(steps).values()) == 2
+
+
+def test_a_long_prompt_takes_several_turns(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 tokens in forwards of 50: after every 100 there is a step, and who comes meanwhile waits behind it."""
+    monkeypatch.setattr(loop, "TURN_TOKENS", 100)
+    monkeypatch.setattr(composition, "AT_ONCE", 50)
+    long, short = Whole([7] * 500), Whole([9] * 20)
+    began: dict[str, tuple[int, list[int]]] = {}
+
+    def noting(name: str) -> Callable[[FirstTokenReport], None]:
+        return lambda _report: began.update({name: (tiny_engine.spent.decoded, list(short.seen))})
+
+    async def beside_a_live_one() -> None:
+        begun = asyncio.Event()
+        live = asyncio.ensure_future(
+            tiny_engine.generate(Whole([5] * 50), 50, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)
+        )
+        await begun.wait()
+        began["live"] = tiny_engine.spent.decoded, []
+        asked = [
+            asyncio.ensure_future(tiny_engine.generate(long, 500, Sampling(1), noting("long"), None)),
+            asyncio.ensure_future(tiny_engine.generate(short, 20, Sampling(1), noting("short"), None)),
+        ]
+        await asyncio.gather(*asked)
+        live.cancel()
+        await asyncio.wait({live})
+        await tiny_engine.do(lambda: None)
+
+    asyncio.run(beside_a_live_one())
+
+    assert began["long"][0] - began["live"][0] >= 4, "steps went in between"
+    assert began["long"][1] == [], "the other prompt did not overtake"
+    assert short.seen[0] == 20, "and it came when the long one was done"
+    assert not tiny_engine.admission.held
+    assert not tiny_engine.admission.waiting
+
+
+def test_who_gives_up_in_the_middle_of_a_long_prompt_is_let_go_after_the_next_forward(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(composition, "AT_ONCE", 50)
+    gone, forwards = Whole([7] * 500), 0
+    loop_, runner = asyncio.new_event_loop(), tiny_engine.support.runner
+    assert isinstance(runner, ArenaRunner)
+    go_on = forward.Prefill.go_on
+
+    async def given_up() -> None:
+        asked = asyncio.ensure_future(quiet_source(tiny_engine, gone))
+
+        def giving_up(prefill: forward.Prefill) -> int:
+            nonlocal forwards
+            forwards += 1
+            cancelled = threading.Event()
+            loop_.call_soon_threadsafe(lambda: (asked.cancel(), loop_.call_soon(cancelled.set)))
+            cancelled.wait(20)
+            return go_on(prefill)
+
+        monkeypatch.setattr(forward.Prefill, "go_on", giving_up)
+        await asyncio.wait({asked})
+        await tiny_engine.do(lambda: None)
+
+    loop_.run_until_complete(given_up())
+    loop_.close()
+
+    assert forwards <= 2
+    assert gone.seen == [-1]
+    assert not tiny_engine.admission.held
+    assert not tiny_engine.admission.waiting
 
 
 @pytest.mark.parametrize("how", ["cancelled", "timed out"])

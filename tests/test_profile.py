@@ -20,8 +20,9 @@ from agentmesh.config.load import mesh_from_dict
 from agentmesh.config.mesh import ModelSpec
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.forward import PlainRunner
+from agentmesh.engine.generation import Generation, Spent
 from agentmesh.engine.loading import load
-from agentmesh.engine.loop import Engine, Generation, Spent
+from agentmesh.engine.loop import Engine
 from agentmesh.engine.operations import FORWARD, PREFIX, PRODUCTS, Work, sort
 from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.profile import Profiles, figures

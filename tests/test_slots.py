@@ -21,15 +21,16 @@ from agentmesh.communicator.picks import Picker
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.presets import PRESETS, CommunicatorSpec, Recompute, choices
 from agentmesh.engine.composition import Parts
-from agentmesh.errors import NodeError
+from agentmesh.errors import NodeError, RequestTooLongError, SharingError
 from agentmesh.events import CallRecord, Event, ModelFinished, Reason, Treatment
-from agentmesh.kv.arena import Arena
-from agentmesh.kv.values import KV
+from agentmesh.kv.arena import Arena, KVShape
+from agentmesh.kv.values import KV, Frame
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import ContentKind, Reader
 from agentmesh.prompt.segments import Prompt
 from agentmesh.results import RunResult
-from agentmesh.sharing.budget import Budget
+from agentmesh.sharing.budget import Budget, Worth
+from agentmesh.sharing.linear import Linear
 from agentmesh.sharing.matching import Match, Relation
 from agentmesh.sharing.realigner import NoOffset
 from agentmesh.sharing.segments import Reading
@@ -282,6 +283,90 @@ def test_deterministic_runs_give_the_same_tokens_whatever_the_concurrency(preset
         [c.placed_slots for c in r.calls] for r in concurrent
     ]
     assert any(call.placed_slots for result in serial for call in result.calls)
+
+
+@pytest.mark.parametrize("preset", ["linear", "kvcomm", "epic"])
+def test_a_deterministic_run_gives_the_same_tokens_or_fails_where_memory_is_short(preset: str) -> None:
+    async def all_at_once(one: Mesh) -> list[RunResult | BaseException]:
+        runs = (one.arun(question=question(30 - number)) for number in range(16))
+        return list(await asyncio.gather(*runs, return_exceptions=True))
+
+    found = {}
+    for budget in (2**30, 1_500_000):
+        spec = {"preset": preset, "max_kl": 1e6, "anchors": {"gamma": 1.0}, "budget": budget}
+        with mesh(spec, deterministic=True, concurrency=4) as one:
+            found[budget] = asyncio.run(all_at_once(one))
+
+    ample, short = found.values()
+    failed = [result for result in short if isinstance(result, BaseException)]
+    for wanted, result in zip(ample, short, strict=True):
+        assert isinstance(wanted, RunResult)
+        if isinstance(result, RunResult):
+            assert [call.text for call in result.messages] == [call.text for call in wanted.messages]
+            assert [call.placed_slots for call in result.calls] == [call.placed_slots for call in wanted.calls]
+        else:
+            assert isinstance(result, NodeError)
+            assert isinstance(result.__cause__, (SharingError, RequestTooLongError))
+            assert "Raise communicator.budget" in str(result)
+    assert failed, "the budget was short"
+
+
+def test_a_corpus_that_was_pushed_out_of_memory_is_told_from_one_that_nobody_knew(tmp_path: Path) -> None:
+    lines = [json.dumps({"title": f"Pier {n}", "text": f"Pier {n} holds boats. " * 6}) for n in range(4)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    agents = {
+        "finder": {"kind": "retriever", "documents": str(tmp_path / "docs.jsonl"), "top_k": 2},
+        "reader": member("Reader"),
+    }
+    nodes = {"nodes": {"finder": {}, "reader": {}}, "edges": [{"from": "finder", "to": "reader"}], "output": "reader"}
+    for exact in (False, True):
+        run = {"deterministic": exact}
+        with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="epic", run=run) as one:
+            assert one.ingest() == 4
+            backend = one.load()
+            assert isinstance(backend, LocalBackend)
+            assert isinstance(backend.communicator, Slots)
+            assert backend.communicator.keeper.segments.evict(2**30, Worth.IDLE) > 0
+            if exact:
+                with pytest.raises(NodeError, match="was evicted"):
+                    one.run(question="Which pier holds boats?")
+            else:
+                [call] = one.run(question="Which pier holds boats?").calls
+                assert Reason.EVICTED in reasons(call)
+            assert one.ingest() == 4
+            [call] = one.run(question="Which pier holds boats?").calls
+            assert call.placed_slots > 0
+
+
+def test_older_versions_that_runs_see_count_and_cold_links_are_seen_in_outline() -> None:
+    shape = KVShape(2, 1, 8, torch.float32, torch.device("cpu"))
+    budget = Budget(10**9)
+    learner = Learner(CommunicatorSpec(preset="linear", warmup=3, max_kl=1e6), lambda: Linear.empty(shape), budget)
+    one, match = learner.fresh.exact.nbytes, a_match()
+    generator = torch.Generator().manual_seed(0)
+
+    def some() -> KV:
+        return KV(*(torch.randn(2, 1, 40, 8, generator=generator) for _ in range(2)), Frame.FREE)
+
+    def run(number: int) -> Reader:
+        reader = Reader(f"run {number}", number, consumer="b")
+        learner.begin(reader)
+        return reader
+
+    watching = []
+    for number in range(6):
+        reader = run(number)
+        learner.observe(reader, match, some(), some(), range(40))
+        learner.end(reader.run)
+        watching.append(run(100 + number))
+        held = max(number - 1, 1)  # what is known now, and older states of three observations and more
+        assert held * one <= learner.nbytes < (held + 0.5) * one
+    verdicts = [learner.verdict(reader, match) for reader in watching]
+    assert [verdict.reason for verdict in verdicts] == [Reason.NOT_WARM, Reason.NOT_WARM, None, None, None, None]
+    for reader in watching:
+        learner.end(reader.run)
+
+    assert learner.nbytes == one
 
 
 def test_audits_are_reported_and_teach() -> None:

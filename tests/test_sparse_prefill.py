@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from agentmesh.engine import composition
 from agentmesh.engine.composition import Composition, Placement
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel
@@ -105,11 +106,34 @@ def test_tokens_computed_inside_a_placement_replace_what_was_placed(cuts: tuple[
     again = (9, 10, 27, 44)
     for position in again:
         spoilt.keys[:, :, position - 5], spoilt.values[:, :, position - 5] = 1e3, -1e3
-    composition = Composition(tokens, (Placement(5, spoilt),), cuts, frozenset(again))
+    wanted = Composition(tokens, (Placement(5, spoilt),), cuts, frozenset(again))
 
     sparse = runner.open(50)
-    runner.prefill(sparse, composition)
+    runner.prefill(sparse, wanted)
 
-    assert composition.placed_tokens == 36
+    assert wanted.placed_tokens == 36
     torch.testing.assert_close(sparse.arena.keys[:, :, :50], full.arena.keys[:, :, :50], atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(sparse.arena.values[:, :, :50], full.arena.values[:, :, :50], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("behind", [0, 700])
+def test_a_long_prompt_is_computed_in_several_forwards(behind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of at most ``AT_ONCE`` tokens; logits and KV are those of one forward, also behind what is placed."""
+    runner = probe(tiny.llama(max_position_embeddings=2048)).runner
+    assert isinstance(runner, ArenaRunner)
+    tokens = tuple(torch.randint(320, (1500,), generator=torch.Generator().manual_seed(0)).tolist())
+    before = runner.open(1500)
+    runner.prefill(before, Composition(tokens))
+    in_pieces = Composition(tokens, (Placement(0, before.arena.read(0, behind)),) if behind else ())
+    assert [len(chunk) for chunk in in_pieces.chunks()] == ([1024, 476] if not behind else [800])
+    monkeypatch.setattr(composition, "AT_ONCE", 300)
+    assert [len(chunk) for chunk in in_pieces.chunks()] == [300] * ((1500 - behind) // 300) + [200] * bool(behind)
+    cut = runner.open(1500)
+    found = runner.prefill(cut, in_pieces)
+    monkeypatch.setattr(composition, "AT_ONCE", 1500)
+    whole = runner.open(1500)
+
+    wanted = runner.prefill(whole, Composition(tokens))
+
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert torch.allclose(cut.arena.both, whole.arena.both, atol=1e-4)

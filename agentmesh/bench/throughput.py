@@ -20,7 +20,7 @@ from agentmesh.blueprint import draft
 from agentmesh.config.load import LoadedMesh
 from agentmesh.config.presets import settings, specs
 from agentmesh.engine.embedded import Progress
-from agentmesh.engine.loop import Spent
+from agentmesh.engine.generation import Spent
 from agentmesh.engine.profile import Profiles
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh

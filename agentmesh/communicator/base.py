@@ -10,6 +10,7 @@ import torch
 
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.engine.composition import Composition, Parts
+from agentmesh.errors import SharingError
 from agentmesh.events import PlanRow, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.metering import Audit
@@ -118,6 +119,26 @@ class Preset(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that the preset keeps now."""
+
+
+def demand_memory(reader: Reader, *, lost: bool, forgotten: bool) -> None:
+    """Let a deterministic run fail where memory would decide what it shares, and so what it says.
+
+    Args:
+        reader: whose prompt is planned.
+        lost: whether KV that the prompt could use was evicted.
+        forgotten: whether something that runs have taught was not kept.
+
+    Raises:
+        SharingError: a deterministic run that shares, and either is so.
+    """
+    if reader.sees is None or reader.exact or not (lost or forgotten):
+        return
+    found = "KV that this prompt reads was evicted" if lost else "there was no room for what earlier runs taught"
+    raise SharingError(
+        f"{found}, so what is shared would depend on how full memory was, which `deterministic` rules out. Raise "
+        "communicator.budget, or lower run.concurrency, or run without `deterministic`"
+    )
 
 
 def root_of(fingerprint: str, tenant: str) -> bytes:

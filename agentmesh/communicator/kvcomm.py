@@ -25,11 +25,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import torch
 
-from agentmesh.communicator.base import Plan, Preset
+from agentmesh.communicator.base import Plan, Preset, demand_memory
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Label, Labels, computed
 from agentmesh.communicator.persistence import Persistence
@@ -91,7 +92,7 @@ Finding = NewAnchor | tuple[int, ...]
 
 
 class Pools:
-    """Owns the anchor pools, inside a byte budget.
+    """Owns the anchor pools, inside a byte budget; ``forgetful`` once that had no room for an anchor.
 
     Args:
         spec: size of a pool, and how it evicts.
@@ -101,16 +102,17 @@ class Pools:
     def __init__(self, spec: AnchorSpec, budget: Budget) -> None:
         self._spec = spec
         self._budget = budget
-        self.ledger: Ledger[AnchorPool, Finding] = Ledger(self._learn)
+        self.forgetful = False
+        self.ledger: Ledger[AnchorPool, Finding] = Ledger(self._learn, lambda pool: pool)
         budget.join(self)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all anchors, those that wait for their run to end, too; tensors that several share count once."""
+        """Bytes of all anchors that are in pools, that runs still see, or that wait for their run to end; each once."""
         waiting = (finding for finding in self.ledger.pending() if isinstance(finding, NewAnchor))
-        held = [t for pool in self.ledger.states.values() for t in pool.tensors]
+        held = [t for pool in self.ledger.held() for t in pool.tensors]
         held += [t for finding in waiting for t in finding.tensors]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
+        return sum({t.data_ptr(): t.nbytes for t in {id(t): t for t in held}.values()}.values())
 
     @property
     def held(self) -> int:
@@ -118,11 +120,12 @@ class Pools:
         return sum(len(pool.anchors) for pool in self.ledger.states.values())
 
     def evict(self, wanted: int, worth: Worth) -> int:
-        """Give up the oldest anchor of the fullest pool until there is room; see ``budget.Store``."""
+        """Give up the oldest anchor of the fullest pool until there is room, for all runs; see ``budget.Store``."""
         before, states = self.nbytes, self.ledger.states
         while worth is Worth.LATER and self.held and before - self.nbytes < wanted:
             name = max(states, key=lambda name: len(states[name].anchors))
-            states[name] = replace(states[name], anchors=states[name].anchors[1:])
+            self.ledger.change(name, partial(AnchorPool.without, one=states[name].anchors[0]))
+            self.forgetful = True
         return before - self.nbytes
 
     def _learn(self, name: str, pool: AnchorPool | None, finding: Finding) -> AnchorPool | None:
@@ -130,6 +133,7 @@ class Pools:
         if isinstance(finding, tuple):
             return pool.used(finding)
         if not self._budget.room(sum(tensor.nbytes for tensor in finding.tensors)):
+            self.forgetful = True
             return pool
         pool = self.ledger.states.get(name, pool)  # the budget may have dropped anchors of this very pool
         grown = replace(pool, fixed=finding.fixed if pool.fixed is None else pool.fixed)
@@ -179,6 +183,7 @@ class KVComm(Preset):
             lead = self.keeper.lead(prompt)
             at = lead[-1].stop if lead else 0
             found = self._matcher.match(prompt, at)
+            demand_memory(prompt.reader, lost=found.lost, forgotten=self.pools.forgetful)
             pools = self._pools(prompt.reader)
             slots = tuple(self._weighed(prompt, match, pools) for match in found.matches)
         with self._spans.part(Part.PLAN), parts.timed("plan"):

@@ -62,6 +62,11 @@ class LinkState:
         enough = first.observations >= warmup or first.observations >= second.observations
         return first if enough else second
 
+    def shown(self, warmup: int) -> LinkState:
+        """What a run sees of it: of a realigner that is not warm yet, the outline alone."""
+        exact, deep = (_shown(one, warmup) for one in (self.exact, self.deep))
+        return self if exact is self.exact and deep is self.deep else replace(self, exact=exact, deep=deep)
+
     @property
     def observations(self) -> int:
         """Of both realigners."""
@@ -132,7 +137,7 @@ class Learner:
         budget: where its statistics count.
 
     While ``observing`` is set, no slot counts as warm. Once ``frozen``, nothing is learned any more. An ``archive``
-    keeps what is learned beyond the process.
+    keeps what is learned beyond the process. It is ``forgetful`` once there was no room for something that was taught.
     """
 
     def __init__(self, spec: CommunicatorSpec, empty: Callable[[], Realigner[Any]], budget: Budget) -> None:
@@ -143,15 +148,18 @@ class Learner:
         self._given: Mapping[str, LinkState] = {}
         self.observing = False
         self.frozen = False
+        self.forgetful = False
         self.archive: Archive | None = None
-        self.ledger: Ledger[LinkState, Finding] = Ledger(self._learn)
+        self.ledger: Ledger[LinkState, Finding] = Ledger(self._learn, lambda state: state.shown(spec.warmup))
         budget.join(self)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all statistics, and of findings that wait for their run to end."""
+        """Bytes of all statistics, also of older ones that runs still see, and of findings whose run has not ended."""
         waiting = sum(isinstance(finding, Observed) for finding in self.ledger.pending())
-        return sum(_bytes(state) for state in self.ledger.states.values()) + waiting * self.fresh.exact.nbytes
+        realigners = (one for state in self.ledger.held() for one in (state.exact, state.deep))
+        held = {id(one): one.nbytes for one in realigners if one.observations}
+        return sum(held.values()) + waiting * self.fresh.exact.nbytes
 
     def evict(self, wanted: int, worth: Worth) -> int:  # noqa: ARG002  # the interface of a store
         """Statistics are small and dear: none is given up."""
@@ -292,11 +300,16 @@ class Learner:
                 return replace(state, audits=audits)
             return replace(self.fresh, wait=self._spec.warmup)
         old = state.deep if finding.deep else state.exact
-        if not old.observations and not self._budget.room(old.nbytes):
+        if self._grows(old) and not self._budget.room(old.nbytes):
+            self.forgetful = True
             return None
         new = old.learn(finding.finding)
         wait = max(state.wait - 1, 0)
         return replace(state, deep=new, wait=wait) if finding.deep else replace(state, exact=new, wait=wait)
+
+    def _grows(self, old: Realigner[Any]) -> bool:
+        """Whether one observation more takes up memory: the first one, and those of a state that runs may still see."""
+        return old.nbytes > 0 and (not old.observations or old.observations >= self._spec.warmup)
 
     def _too_far(self, audits: Sequence[Audited]) -> bool:
         """Whether the moving averages of a link's audits pass a limit."""
@@ -322,6 +335,11 @@ def split_link(name: str) -> tuple[str, str]:
 def shares(relation: Relation) -> bool:
     """Whether a match of this relation is a slot's own base in another context, so that there is something to learn."""
     return relation not in (Relation.HISTORY, Relation.COPIED)
+
+
+def _shown(realigner: Realigner[Any], warmup: int) -> Realigner[Any]:
+    cold = realigner.needs_warmup and 0 < realigner.observations < warmup
+    return realigner.outline() if cold else realigner
 
 
 def _bytes(state: LinkState) -> int:

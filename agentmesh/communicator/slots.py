@@ -13,7 +13,7 @@ from typing import Any, final
 
 import torch
 
-from agentmesh.communicator.base import Plan, Preset
+from agentmesh.communicator.base import Plan, Preset, demand_memory
 from agentmesh.communicator.blocks import (
     Brush,
     Decision,
@@ -117,6 +117,7 @@ class Slots(Preset):
             at = lead[-1].stop if lead else 0
             self.keeper.recall(prompt, at)
             found = self._matcher.match(prompt, at)
+            demand_memory(prompt.reader, lost=found.lost, forgotten=self.learner.forgetful)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             decisions = self._decide(prompt, found.matches)
             decisions += tuple(self._copies(prompt, decisions))

@@ -54,8 +54,7 @@ class Admission:
             raise _never_fits(request, need)
         first = all(request.rank <= other.rank for other in self.waiting)
         if first and request.source.room(need, alone=alone):
-            if request in self.waiting:
-                self.waiting.remove(request)
+            self.go_on(request)
             self.wake()
             return True
         if first and alone:
@@ -67,6 +66,11 @@ class Admission:
         """Let a request wait until ``wake``."""
         if request not in self.waiting:
             self.waiting.append(request)
+
+    def go_on(self, request: Request) -> None:
+        """Let a request wait no longer."""
+        if request in self.waiting:
+            self.waiting.remove(request)
 
     def open(self, request: Request) -> Cache:
         """The cache of a request that was admitted; at once, since a look at the store could take its room."""
@@ -82,12 +86,11 @@ class Admission:
 
         It holds nothing any more: what still knows of it, such as callbacks, keeps no memory.
         """
-        if request in self.waiting:
-            self.waiting.remove(request)
+        self.go_on(request)
         if request.cache is not None:
             self.held = [cache for cache in self.held if cache is not request.cache]
             self._runner.close(request.cache)
-        request.cache = request.sequence = None
+        request.cache = request.prefill = request.sequence = None
         self.wake()
 
     def wake(self) -> None:

@@ -11,6 +11,9 @@ from itertools import pairwise
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
 
+AT_ONCE = 1024
+"""Tokens that are computed in one forward at most, so that others get their turn between two of them."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -84,9 +87,13 @@ class Composition:
         return sum(piece.kv.tokens for piece in self.placed) - len(self.recomputed)
 
     def chunks(self) -> list[list[int]]:
-        """Computed positions of each forward, ascending; the last one ends with the prompt's last position."""
+        """Computed positions of each forward, ascending; the last one ends with the prompt's last position.
+
+        What lies between two cuts is in forwards of ``AT_ONCE``, counted from its first computed token: so a hit that
+        ends at a cut changes no other forward.
+        """
         edges = (0, *self.cuts, len(self.tokens))
         covered = {position for piece in self.placed for position in range(piece.start, piece.stop)}
         covered -= self.recomputed
         computed = [[p for p in range(low, high) if p not in covered] for low, high in pairwise(edges)]
-        return [chunk for chunk in computed if chunk]
+        return [part[low : low + AT_ONCE] for part in computed for low in range(0, len(part), AT_ONCE)]

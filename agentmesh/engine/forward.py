@@ -6,10 +6,11 @@ probe accepts; ``PlainRunner`` serves the others whole, over the cache that tran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -29,6 +30,66 @@ from agentmesh.kv.rope import Rope
 
 PLACED_AT_ONCE = 8 * 2**20
 """Bytes of KV that are realigned and placed at once."""
+
+Forward = Callable[[Any, Sequence[int], Sequence[int]], torch.Tensor]
+"""Computes tokens at ascending positions in a cache of the runner's kind; logits ``[V]`` at the last one."""
+
+
+@final
+class Prefill:
+    """A prompt on its way into a cache: what is placed is there, the rest is computed, one forward after the other.
+
+    Args:
+        cache: where it goes.
+        tokens: the prompt.
+        chunks: positions of each forward.
+        forward: computes tokens at positions in a cache; logits ``[V]`` at the last one.
+        spans: notes where the time goes.
+        parts: gets the times.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        tokens: Sequence[int],
+        chunks: Iterable[Sequence[int]],
+        forward: Forward,
+        spans: Spans,
+        parts: Parts,
+    ) -> None:
+        self.cache = cache
+        self._tokens = tokens
+        self._chunks = deque(chunks)
+        self._forward = forward
+        self._spans = spans
+        self._parts = parts
+        self._logits: torch.Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is computed."""
+        return not self._chunks
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Logits ``[V]`` at the last position of the prompt, once it is done."""
+        assert self.done, "some of the prompt is not computed yet"
+        assert self._logits is not None, "the last token is always computed"
+        return self._logits
+
+    def go_on(self) -> int:
+        """Run the next forward; how many tokens it computed."""
+        chunk = self._chunks.popleft()
+        spans, parts = self._spans, self._parts
+        with spans.forward(Part.PREFILL, len(chunk)), spans.part(Part.PREFILL), parts.timed("forward"):
+            self._logits = self._forward(self.cache, [self._tokens[position] for position in chunk], chunk)
+        return len(chunk)
+
+    def finish(self) -> torch.Tensor:
+        """Run all forwards that are left; logits ``[V]`` at the last position of the prompt."""
+        while not self.done:
+            self.go_on()
+        return self.logits
 
 
 @dataclass(frozen=True)
@@ -153,17 +214,22 @@ class ArenaRunner:
         step = max(1, PLACED_AT_ONCE * self.shape.layers // max(tokens * self.shape.bytes_per_token, 1))
         return [slice(low, low + step) for low in range(0, self.shape.layers, step)]
 
-    @torch.inference_mode()
     def prefill(self, cache: ArenaCache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:
-        """Fill an arena with a prompt: placed tokens are copied, the others computed (METHOD 1).
+        """Fill an arena with a prompt; as ``begin``, to its end.
+
+        Returns:
+            Logits ``[V]`` at the last position of the prompt.
+        """
+        return self.begin(cache, composition, parts).finish()
+
+    @torch.inference_mode()
+    def begin(self, cache: ArenaCache, composition: Composition, parts: Parts | None = None) -> Prefill:
+        """Begin to fill an arena with a prompt: placed tokens are copied now, the others are to compute (METHOD 1).
 
         Args:
             cache: a fresh arena.
             composition: what is placed and where the computing is cut.
             parts: gets the times.
-
-        Returns:
-            Logits ``[V]`` at the last position of the prompt.
         """
         parts = Parts() if parts is None else parts
         ready = composition.ready if composition.placed else None
@@ -176,12 +242,7 @@ class ArenaRunner:
                     kv = piece.kv.fetch(layers)
                 with self.spans.part(Part.COMPOSE), parts.timed("compose"):
                     cache.arena.place(piece.start, kv, self.rope, layers)
-        logits, computed = None, len(composition.tokens) - composition.placed_tokens
-        with self.spans.forward(Part.PREFILL, computed), self.spans.part(Part.PREFILL), parts.timed("forward"):
-            for chunk in composition.chunks():
-                logits = self.forward(cache, [composition.tokens[p] for p in chunk], chunk)
-        assert logits is not None, "the last token is always computed"
-        return logits
+        return Prefill(cache, composition.tokens, composition.chunks(), self.forward, self.spans, parts)
 
 
 @dataclass(frozen=True)
@@ -226,16 +287,15 @@ class PlainRunner:
         """Append one token to each cache, one after the other; logits ``[B, V]``."""
         return _one_by_one(self.forward, caches, tokens, positions)
 
-    def prefill(self, cache: Cache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:
-        """Compute a whole prompt; logits ``[V]`` at its last position."""
+    def begin(self, cache: Cache, composition: Composition, parts: Parts | None = None) -> Prefill:
+        """Begin to compute a whole prompt, in one forward."""
         assert not composition.placed, "nothing can be placed in this model's cache"
-        parts, length = Parts() if parts is None else parts, len(composition.tokens)
-        with self.spans.forward(Part.PREFILL, length), self.spans.part(Part.PREFILL), parts.timed("forward"):
-            return self.forward(cache, composition.tokens, range(length))
+        whole = range(len(composition.tokens))
+        return Prefill(cache, composition.tokens, [whole], self.forward, self.spans, parts or Parts())
 
 
 def _one_by_one(
-    forward: Callable[[Any, Sequence[int], Sequence[int]], torch.Tensor],
+    forward: Forward,
     caches: Sequence[Cache],
     tokens: Sequence[int],
     positions: Sequence[int],

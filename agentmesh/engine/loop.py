@@ -1,9 +1,9 @@
 """The engine: owns the model, runs prefills and decoding steps, one at a time, on a thread of its own.
 
 The thread serves what comes in turn. A step decodes one token of every live sequence, in one pass over the weights, and
-queues behind the prompts that came meanwhile, up to ``TURN_TOKENS`` of them; the others wait for the step. Requests
-that are over are let go before anything else. It knows token ids and KV. It knows no agents, templates or stores: a
-``Source`` says what to place and gets to see the arena when the prompt is in it.
+queues behind the prompts that came meanwhile, up to ``TURN_TOKENS`` of them; the others wait for the step, and so does
+the rest of a long one. Requests that are over are let go before anything else. It knows token ids and KV. It knows no
+agents, templates or stores: a ``Source`` says what to place and gets to see the arena when the prompt is in it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, final
 
@@ -24,6 +23,8 @@ from transformers.cache_utils import Cache
 from agentmesh.config.mesh import ModelSpec
 from agentmesh.engine.admission import Admission, arena_of
 from agentmesh.engine.embedded import Progress
+from agentmesh.engine.forward import Prefill
+from agentmesh.engine.generation import FirstTokenReport, Generation, Spent
 from agentmesh.engine.loading import LoadedModel, fetch, load
 from agentmesh.engine.operations import cost_of_noting
 from agentmesh.engine.outbox import Outbox
@@ -42,47 +43,6 @@ BATCH = 32
 
 TURN_TOKENS = 2048
 """Prompt tokens that may be computed before sequences that are live get their next token."""
-
-
-@dataclass(frozen=True)
-class FirstTokenReport:
-    """The prompt is in: milliseconds since the request, of which ``queue_ms`` waiting for the engine."""
-
-    queue_ms: float
-    ttft_ms: float
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one request produced.
-
-    Args:
-        tokens: generated ids without the stop token.
-        text: their text.
-        finish: ``stop``, ``length`` (the asked maximum) or ``context`` (the model's context is full).
-        queue_ms: waiting for the engine before the prefill.
-        ttft_ms: from the request to the first token, waiting included.
-        decode_ms: from the first token to the last.
-        learn_ms: keeping KV, learning and checking after the message.
-    """
-
-    tokens: tuple[int, ...]
-    text: str
-    finish: str
-    queue_ms: float
-    ttft_ms: float
-    decode_ms: float
-    learn_ms: float
-
-
-@dataclass
-class Spent:
-    """Where the engine's thread spent its time, in seconds, and the tokens that its decoding steps gave."""
-
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    keep_s: float = 0.0
-    decoded: int = 0
 
 
 @final
@@ -219,9 +179,8 @@ class Engine:
             while (started := await self._on_thread(lambda: self._start(request))) is None:
                 await request.turn.wait()
                 request.turn.clear()
-            begun, first = started
-            sequence = request.begun
-            report = FirstTokenReport(queue_ms=(begun - arrived) * 1e3, ttft_ms=(first - arrived) * 1e3)
+            first, sequence = started, request.begun
+            report = FirstTokenReport(queue_ms=(request.began - arrived) * 1e3, ttft_ms=(first - arrived) * 1e3)
             on_first(report)
             while (piece := await pieces.get()) is not None and on_text is not None:
                 on_text(piece)
@@ -246,48 +205,79 @@ class Engine:
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.thread.executor, work)
 
-    def _start(self, request: Request) -> tuple[float, float] | None:
-        """Plan, prefill, pick the first token: when the request began, and when the token was out; or wait.
+    def _start(self, request: Request) -> float | None:
+        """Begin a prompt or go on with it: when its first token was out; or wait for what goes first.
 
         The prompt's KV is kept before any other request can begin: siblings that read the same new text wait for
         one prefill of it, not for its message.
         """
         self._sweep()
         with self.spans.part(Part.ADMIT):
-            if self._live and self._computed >= TURN_TOKENS:
+            if self._others_first:
                 self.admission.postpone(request)
                 return None
-            if not self.admission.admit(request):
+            if request.prefill is None and not self.admission.admit(request):
                 return None
-            begun = time.perf_counter()
-            self.spans.waited(begun - request.arrived)
-            cache = self._prefill(request)
+            begun, again = time.perf_counter(), request.prefill is not None
+            prefill = self._opened(request)
+            self._compute(request, prefill)
+            if prefill.done:
+                self._begin(request, prefill)
             first = time.perf_counter()
             self.spent.prefill_s += first - begun
-            arena = arena_of(cache)
-            if arena is not None:
-                with self.spans.part(Part.KEEP):
-                    request.source.prefilled(arena)
-                self.spent.keep_s += time.perf_counter() - first
+            if not prefill.done:
+                self.admission.postpone(request)
+                return None
+            self._keep(request.source, prefill.cache)
             if not request.begun.finish:
                 self._live.append(request.begun)
                 self._go_on()
-            return begun, first
+            if again:
+                self.admission.wake()  # who came meanwhile waits behind it
+            return first
 
-    def _prefill(self, request: Request) -> Cache:
-        """Fill a cache with a request's prompt, and begin its sequence with the first token."""
-        sampling, cache = request.sampling, self.admission.open(request)
+    @property
+    def _others_first(self) -> bool:
+        """Whether live sequences get their next token before more of any prompt is computed."""
+        return bool(self._live) and self._computed >= TURN_TOKENS
+
+    def _opened(self, request: Request) -> Prefill:
+        """A request's prefill; when it begins, what is placed is in its cache."""
+        if request.prefill is not None:
+            self.admission.go_on(request)
+            return request.prefill
+        request.began = time.perf_counter()
+        self.spans.waited(request.began - request.arrived)
+        cache = self.admission.open(request)
         with self.spans.part(Part.PLAN):
             composition, parts = request.source.compose()
-        logits = self.support.runner.prefill(cache, composition, parts)
-        self._computed += len(composition.tokens) - composition.placed_tokens
+        request.prefill = self.support.runner.begin(cache, composition, parts)
+        return request.prefill
+
+    def _compute(self, request: Request, prefill: Prefill) -> None:
+        """Go on with a prefill, by one forward at least, until it is done, others go first or nobody wants it."""
+        while not prefill.done:
+            self._computed += prefill.go_on()
+            if self._others_first or request in self._leaving:
+                return
+
+    def _begin(self, request: Request, prefill: Prefill) -> None:
+        """Begin a request's sequence with its first token."""
         with self.spans.part(Part.FIRST):
+            sampling, logits = request.sampling, prefill.logits
             sampler, text = Sampler(sampling, self._suppressed), self.tokenizer.stream()
-            sequence = Sequence(cache, request.tokens, logits, sampler, text, sampling, request.tell)
+            sequence = Sequence(prefill.cache, request.tokens, logits, sampler, text, sampling, request.tell)
             sequence.done.add_done_callback(request.over)
             request.sequence = sequence
             sequence.accept(logits, self.loaded.stop_token_ids, self.loaded.max_context)
-        return cache
+
+    def _keep(self, source: Source, cache: Cache) -> None:
+        """Let the source look at the prompt's KV."""
+        arena, begun = arena_of(cache), time.perf_counter()
+        if arena is not None:
+            with self.spans.part(Part.KEEP):
+                source.prefilled(arena)
+            self.spent.keep_s += time.perf_counter() - begun
 
     def _go_on(self) -> None:
         """See to it that the live sequences get their next token, after whatever has begun to wait for the thread."""

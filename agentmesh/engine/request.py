@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from agentmesh.engine.composition import Composition, Parts
+from agentmesh.engine.forward import Prefill
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.sequence import Sequence
 from agentmesh.kv.arena import Arena
@@ -51,9 +52,10 @@ class Source(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """One call of ``Engine.generate``, which arrived at a second, and its cache and sequence once it has begun.
+    """One call of ``Engine.generate``, which arrived at a second.
 
     Its event loop hears of pieces of text, and at last of ``None``, through ``tell``, and of its turn through ``call``.
+    It has a cache and a prefill from the second at which it began, and a sequence from its first token.
     """
 
     source: Source
@@ -63,15 +65,17 @@ class Request:
     tell: Callable[[str | None], None]
     call: Callable[[asyncio.Event], None]
     arrived: float
+    began: float = 0.0
     cache: Cache | None = None
+    prefill: Prefill | None = None
     sequence: Sequence | None = None
     turn: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """Where memory is short, runs that began earlier go first: what they hold is freed when they end."""
+    def rank(self) -> tuple[bool, float, float]:
+        """Who goes first: who has begun already; then runs that began earlier, whose memory is freed when they end."""
         since = self.source.since
-        return self.arrived if since is None else since, self.arrived
+        return self.cache is None, self.arrived if since is None else since, self.arrived
 
     def wake(self) -> None:
         """Tell the event loop that it is this one's turn."""

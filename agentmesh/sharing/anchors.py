@@ -99,6 +99,10 @@ class AnchorPool:
             anchors = anchors[:victim] + anchors[victim + 1 :]
         return replace(self, anchors=(*anchors, anchor))
 
+    def without(self, one: Anchor) -> AnchorPool:
+        """This pool without an anchor, however often that was used in the meantime."""
+        return replace(self, anchors=tuple(anchor for anchor in self.anchors if anchor.slot is not one.slot))
+
     def used(self, indices: tuple[int, ...]) -> AnchorPool:
         """This pool with one use more for some anchors."""
         return replace(

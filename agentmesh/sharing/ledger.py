@@ -17,7 +17,7 @@ Finding = TypeVar("Finding")
 @dataclass
 class _Active(Generic[State, Finding]):
     order: int
-    states: Mapping[str, State]
+    states: dict[str, State]
     findings: list[tuple[str, Finding]] = field(default_factory=list)
 
 
@@ -28,10 +28,12 @@ class Ledger(Generic[State, Finding]):
     Args:
         learn: a name, its state (``None`` where there is none yet) and a finding → the new state; ``None`` to keep
             none.
+        show: what a run needs to see of a state; the state itself, or something smaller.
         states: what is committed now.
     """
 
     learn: Callable[[str, State | None, Finding], State | None]
+    show: Callable[[State], State]
     states: dict[str, State] = field(default_factory=dict)
     _active: dict[str, _Active[State, Finding]] = field(default_factory=dict)
     _ended: dict[int, _Active[State, Finding]] = field(default_factory=dict)
@@ -46,12 +48,29 @@ class Ledger(Generic[State, Finding]):
             self._active[run] = _Active(order, dict(self._version(sees)))
         return self._active[run].states
 
+    def held(self) -> Iterator[State]:
+        """Every state that is committed, or that some run sees or may see later, once."""
+        yield from {id(state): state for version in self._all() for state in version.values()}.values()
+
+    def change(self, name: str, changed: Callable[[State], State]) -> None:
+        """Change a state in every version that there is."""
+        for version in self._all():
+            if name in version:
+                version[name] = changed(version[name])
+
+    def _all(self) -> list[dict[str, State]]:
+        base = [] if self._base is None else [self._base]
+        return [self.states, *base, *self._versions.values(), *(active.states for active in self._active.values())]
+
+    def _shown(self) -> dict[str, State]:
+        return {name: self.show(state) for name, state in self.states.items()}
+
     def _version(self, sees: int | None) -> dict[str, State]:
         """What is committed now, or what was when a run had been committed."""
-        if self._base is None:
-            self._base = dict(self.states)
         if sees is None:
-            return self.states
+            return self._shown()
+        if self._base is None:
+            self._base = self._shown()
         earlier = [version for version in self._versions if version <= sees]
         return self._versions[max(earlier)] if earlier else self._base
 
@@ -83,6 +102,7 @@ class Ledger(Generic[State, Finding]):
             if state is not None:
                 self.states[name] = state
         if self._reach:
-            self._versions[order] = dict(self.states)
+            self._versions[order] = self._shown()
             for old in [version for version in self._versions if version <= order - 2 * self._reach]:
                 del self._versions[old]
+                self._base = {}  # no later run sees what was before the first one

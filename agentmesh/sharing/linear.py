@@ -206,12 +206,16 @@ class Linear(Realigner[LinearFinding]):
         """A regression needs observations."""
         return True
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all sums, and of the map that they give."""
         trial = self.trial
         tensors = (self.gram, self.cross, self.cross, trial.cross, trial.square, trial.energy, trial.scale)
         return sum(tensor.nbytes for tensor in tensors)
+
+    def outline(self) -> Linear:
+        """The prequential sums and the count alone; see ``Realigner.outline``."""
+        return replace(self, gram=self.gram.new_empty(0), cross=self.cross.new_empty(0))
 
     @torch.inference_mode()
     def study(self, base: KV, truth: KV, numbers: Sequence[int]) -> LinearFinding:

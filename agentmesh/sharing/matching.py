@@ -88,10 +88,14 @@ class Match:
 
 @dataclass(frozen=True)
 class Found:
-    """Matches of a prompt in order, and why its other slots have none (by segment)."""
+    """Matches of a prompt in order, and why its other slots have none (by segment).
+
+    ``lost``: whether there was KV of some slot for which the budget had no room; looked for in deterministic runs only.
+    """
 
     matches: tuple[Match, ...]
     missing: dict[int, Reason]
+    lost: bool
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,13 @@ class Matcher:
         """All matches of a prompt from token ``begin`` on, left to right, the longest first at each slot."""
         matches: list[Match] = []
         missing: dict[int, Reason] = {}
-        index, segments = 0, prompt.segments
+        index, segments, lost = 0, prompt.segments, False
         while index < len(segments):
             segment = segments[index]
             if segment.content is None or prompt.starts[index] < begin or not segment.tokens:
                 index += 1
                 continue
+            lost = lost or (prompt.reader.sees is not None and self._lost(prompt, index))
             found, reason = self._best(prompt, index)
             if found is None:
                 missing[index] = reason
@@ -125,7 +130,13 @@ class Matcher:
                 continue
             matches.append(found)
             index = found.last + 1
-        return Found(tuple(matches), missing)
+        return Found(tuple(matches), missing, lost)
+
+    def _lost(self, prompt: Prompt, index: int) -> bool:
+        """Whether there was KV of a slot for which the budget had no room."""
+        segment, reader = prompt.segments[index], prompt.reader
+        assert segment.content is not None, "asked of slots"
+        return segment.content.deliver != "text" and self.store.was_evicted(segment.tokens, reader.run, reader.tenant)
 
     def _best(self, prompt: Prompt, index: int) -> tuple[Match | None, Reason]:
         """The match that begins at a slot and carries furthest, or why there is none."""

@@ -40,6 +40,10 @@ class Realigner(ABC, Generic[Finding]):
         """Expected squared error of realigned KV, relative to the KV itself; mean over layers, keys and values."""
 
     @abstractmethod
+    def outline(self) -> Realigner[Finding]:
+        """What tells how much it has seen and how well it does, without what it has learned; it cannot realign."""
+
+    @abstractmethod
     def study(self, base: KV, truth: KV, numbers: Sequence[int]) -> Finding:
         """What an observation teaches, whatever is known so far.
 
@@ -96,6 +100,10 @@ class NoOffset(Realigner[None]):
     def residual(self) -> float:
         """It makes no prediction."""
         return 0.0
+
+    def outline(self) -> NoOffset:
+        """There is nothing else to it."""
+        return self
 
     def study(self, base: KV, truth: KV, numbers: Sequence[int]) -> None:
         """There is nothing to learn."""

@@ -176,7 +176,8 @@ class SegmentStore:
         """
         if not self.budget.room(reading.nbytes):
             self.stats.refused += 1
-            self._note_lost(reading)
+            if reading.run:
+                self._note_lost(reading)
             return None
         number, self._count = self._count, self._count + 1
         origins = {span.origin for span in reading.spans}
@@ -184,6 +185,8 @@ class SegmentStore:
         self._index(number, reading)
         self.nbytes += reading.nbytes
         self.stats.kept += 1
+        if not reading.run:
+            self._lost.get("", set()).difference_update(span.key for span in reading.spans)
         return number
 
     def extend(
@@ -242,8 +245,9 @@ class SegmentStore:
         return ((number, kept.reading) for number, kept in self._kept.items() if kept.reading.run == run)
 
     def was_evicted(self, tokens: Sequence[int], run: str, tenant: str = "") -> bool:
-        """Whether a run read this content and the budget had no room for it."""
-        return self.key(tokens, tenant) in self._lost.get(run, ())
+        """Whether a run read this content, or a corpus held it, and the budget had no room for it."""
+        key = self.key(tokens, tenant)
+        return key in self._lost.get(run, ()) or key in self._lost.get("", ())
 
     def pin(self, number: int) -> None:
         """Keep a reading until ``unpin``, whatever the budget says; pins count."""
@@ -287,8 +291,7 @@ class SegmentStore:
         return freed
 
     def _note_lost(self, reading: Reading) -> None:
-        if reading.run:
-            self._lost.setdefault(reading.run, set()).update(span.key for span in reading.spans)
+        self._lost.setdefault(reading.run, set()).update(span.key for span in reading.spans)
 
     def _room_beside(self, kept: _Kept, need: int) -> bool:
         kept.pins += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import final
@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from agentmesh.backend import Completion, Listener
-from agentmesh.communicator import Plan, Preset, make
+from agentmesh.communicator import Preset, make
 from agentmesh.communicator.learner import Learner, Taught
 from agentmesh.communicator.persistence import Persistence, Scope
 from agentmesh.communicator.saved import load as load_states
@@ -22,8 +22,6 @@ from agentmesh.communicator.saved import save
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec, StoreSpec
-from agentmesh.engine.admission import Admission
-from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.generation import FirstTokenReport
@@ -32,10 +30,8 @@ from agentmesh.engine.loop import BATCH, Engine
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import UsageError
-from agentmesh.kv.arena import Arena
-from agentmesh.metering import Audit
+from agentmesh.planned import LiveKV, PlannedPrompt
 from agentmesh.prompt import Content, Prompt, Reader, neutral_header
-from agentmesh.sharing.budget import Worth
 from agentmesh.sharing.tier.disk import DiskStore
 
 RUNS_A_CORE = 8
@@ -60,7 +56,7 @@ class LocalBackend:
     def __init__(self, engine: Engine, communicator: CommunicatorSpec) -> None:
         self.engine = engine
         self.communicator: Preset = make(communicator, engine.support, engine.loaded)
-        self.communicator.budget.join(_LiveKV(engine.admission))
+        self.communicator.budget.join(LiveKV(engine.admission))
         self.peak_bytes = 0
         self._spec = communicator
         self._preset = communicator.preset
@@ -146,7 +142,9 @@ class LocalBackend:
         Raises:
             RequestTooLongError: the prompt does not fit the model's context, or can never fit the budget.
         """
-        source = _Planned(self, prompt)
+        runner = self.engine.support.runner
+        a_token = runner.shape.bytes_per_token if isinstance(runner, ArenaRunner) else 0
+        source = PlannedPrompt(self.communicator, prompt, a_token, self.since(prompt.reader.run), self.note_bytes)
         sampling = Sampling(
             generate.max_tokens, generate.temperature, generate.top_p, generate.top_k, generate.stop, seed
         )
@@ -299,84 +297,3 @@ class LocalBackend:
             self.engine.thread.do(self.communicator.settle)
             kept.close()
         self.engine.close()
-
-
-@dataclass(frozen=True)
-class _LiveKV:
-    """Live sequences as a store of the budget: they are never evicted, arenas that wait to be used again are."""
-
-    admission: Admission
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arenas."""
-        return self.admission.live_bytes
-
-    def evict(self, wanted: int, worth: Worth) -> int:  # noqa: ARG002  # all that wait, or none
-        """Free the arenas that wait; see ``budget.Store``."""
-        return self.admission.drop_spare() if worth is Worth.IDLE else 0
-
-
-class _Planned:
-    """A prompt whose plan is made when the engine begins it."""
-
-    def __init__(self, backend: LocalBackend, prompt: Prompt) -> None:
-        self._backend = backend
-        self._preset = backend.communicator
-        self._prompt = prompt
-        self._plan: Plan | None = None
-        self.since = backend.since(prompt.reader.run)
-        self.audit: Audit | None = None
-
-    @property
-    def decided(self) -> Plan:
-        """The plan; made by now."""
-        assert self._plan is not None, "the engine composes a prompt before it reports on it"
-        return self._plan
-
-    @property
-    def limit(self) -> int:
-        """The whole budget."""
-        return self._preset.budget.limit
-
-    def room(self, need: int, *, alone: bool) -> bool:
-        """Make room in the budget; what running agents wait for is given up only where nothing else is live.
-
-        What will be kept of the prompt for later visits counts, too: else it would push out what others wait for.
-        """
-        if alone:
-            return self._preset.budget.room(need, Worth.AWAITED)
-        runner = self._backend.engine.support.runner
-        a_token = runner.shape.bytes_per_token if isinstance(runner, ArenaRunner) else 0
-        return self._preset.budget.room(need + a_token * self._preset.keeps(self._prompt), Worth.LATER)
-
-    def compose(self) -> tuple[Composition, Parts]:
-        """Plan the prompt now."""
-        self._plan = self._preset.plan(self._prompt)
-        return self._plan.composition, self._plan.parts
-
-    def prefilled(self, arena: Arena) -> None:
-        """Let the preset keep what later prompts may use."""
-        if self._prompt.reader.aside:
-            return
-        self._preset.prefilled(self._prompt, self.decided, arena)
-        self._settle()
-        self._backend.note_bytes()
-
-    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
-        """Let the preset keep the message, learn, and check the call."""
-        if self._prompt.reader.aside:
-            return
-        self.audit = self._preset.finished(self._prompt, self.decided, arena, tokens, logits)
-        self._settle()
-        self._backend.note_bytes()
-
-    def closed(self) -> None:
-        """Let the preset let go of the call, where it was begun at all."""
-        if self._plan is not None:
-            self._preset.closed(self._plan)
-            self._settle()
-
-    def _settle(self) -> None:
-        """Give up arenas that looks and checks used and that go beyond the budget."""
-        self._preset.budget.room(0, Worth.IDLE)

@@ -1,6 +1,7 @@
 """The same mesh over llama.cpp: questions a minute of one of the fastest engines for one sequence, beside our own.
 
     pip install llama-cpp-python                # builds from source; the project itself does not need it
+                                                # (CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON …" where AMX dies)
     python tests/beside_llama.py math-fully-connected --data questions.jsonl --warmup 8 --limit 48
 
 llama.cpp answers the mesh's calls greedily and one after the other, from the quantised file that the embedded model is
@@ -18,6 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,7 +46,7 @@ CONTEXT = 4096
 
 @dataclass
 class LlamaBackend:
-    """Answers calls with llama.cpp, one after the other."""
+    """Answers calls with llama.cpp, one after the other, on a thread of its own (see ``engine/thread.py`` for why)."""
 
     model: Llama
     tokenizer: HubTokenizer
@@ -55,7 +57,7 @@ class LlamaBackend:
     decode_s: float = 0.0
     decoded: int = 0
     prefill_s: float = 0.0
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def describe(self) -> dict[str, str]:
         """The engine's name."""
@@ -65,9 +67,8 @@ class LlamaBackend:
         self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener
     ) -> Completion:  # greedy
         """Generate, when it is this call's turn."""
-        async with self._turn:
-            work = partial(self._generate, prompt.tokens, generate.max_tokens)
-            tokens, first, last = await asyncio.get_running_loop().run_in_executor(None, work)
+        work = partial(self._generate, prompt.tokens, generate.max_tokens)
+        tokens, first, last = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         self.decode_s += last
         self.prefill_s += first
         self.decoded += len(tokens) - 1
@@ -101,7 +102,8 @@ class LlamaBackend:
         """Nothing is kept for a run."""
 
     def close(self) -> None:
-        """Freed with the process."""
+        """The model is freed with the process."""
+        self._thread.shutdown()
 
 
 def quantised(folder: Path, name: str) -> Path:
@@ -135,7 +137,7 @@ def main() -> None:
         model = Llama(str(file), n_ctx=CONTEXT, n_threads=torch.get_num_threads(), verbose=False)
     backend = LlamaBackend(model, HubTokenizer(loaded.tokenizer), loaded.stop_token_ids)
     mesh = Mesh.from_loaded(mesh_of(1), model=backend)
-    samples = [{mesh.blueprint.main_input: question.text} for question in questions[asked.warmup :]]
+    samples = [{mesh.blueprint.main_input: question.text} for question in questions[asked.warmup :][: asked.limit]]
     begun = time.perf_counter()
     results = asyncio.run(mesh.arun_all(samples))
     wall = time.perf_counter() - begun

@@ -33,6 +33,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "executors",
             "mesh",
             "models",
+            "planned",
             "remote",
             "record",
             "testing",
@@ -42,7 +43,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"cli", "__main__"}),
 )
 HALVES = ({"kv"}, {"topology", "prompt"})
-TORCH_ALLOWED = {"kv", "sharing", "engine", "communicator", "local", "bench"}
+TORCH_ALLOWED = {"kv", "sharing", "engine", "communicator", "local", "planned", "bench"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
 MODULE_LIMIT, FUNCTION_LIMIT = 400, 80
 

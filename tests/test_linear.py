@@ -74,6 +74,23 @@ def test_one_observation_gives_the_closed_form_of_weighted_ridge_regression() ->
     torch.testing.assert_close(known._solutions()[1][row].double(), wanted, atol=1e-3, rtol=1e-3)
 
 
+def test_tokens_unlike_all_that_was_seen_have_the_largest_leverage() -> None:
+    known, base = learned(4), random_kv(1000, 12)
+    base.keys[1:, :, 7] *= 6.0
+    base.values[1:, :, 7] *= 6.0
+
+    found = known.leverage(base, range(30, 42))
+
+    rows, gram = features(base, range(30, 42)).double(), known.gram.double()
+    strength = 0.1 * gram.diagonal(dim1=1, dim2=2).mean(dim=1) + 1e-6
+    whole = gram + strength[:, None, None] * torch.eye(gram.shape[1])
+    wanted = torch.einsum("rtf,rfg,rtg->rt", rows, torch.linalg.inv(whole), rows)[2:].mean(dim=0)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-3)
+    assert int(found.argmax()) == 7
+    assert float(found.max()) > 5 * float(found.median())
+    assert float(learned(8).leverage(base, range(30, 42)).max()) < float(found.max()), "more was seen"
+
+
 def test_layers_can_be_made_in_parts() -> None:
     known, base = learned(6), random_kv(50)
 

@@ -14,14 +14,16 @@ import torch
 from agentmesh import Mesh, agent
 from agentmesh.agents.base import Turn
 from agentmesh.backend import Completion
-from agentmesh.communicator.kvcomm import KVComm, NewAnchor, Slot
+from agentmesh.communicator.kvcomm import KVComm, Slot
 from agentmesh.communicator.learner import Learner, LinkState
 from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.picks import Picker
+from agentmesh.communicator.pools import NewAnchor
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.presets import PRESETS, CommunicatorSpec, Recompute, choices
 from agentmesh.engine.composition import Parts
-from agentmesh.errors import NodeError, RequestTooLongError, SharingError
+from agentmesh.engine.scout import Scout
+from agentmesh.errors import ConfigError, NodeError, RequestTooLongError, SharingError
 from agentmesh.events import CallRecord, Event, ModelFinished, Reason, Treatment
 from agentmesh.kv.arena import Arena, KVShape
 from agentmesh.kv.values import KV, Frame
@@ -616,6 +618,34 @@ def test_what_a_look_has_placed_is_not_made_again(monkeypatch: pytest.MonkeyPatc
     assert 0 < one < two
     assert [m.text for m in answers[0].messages] == [m.text for m in answers[1].messages]
     assert Reason.PICKED in reasons(answers[0].calls[1])
+
+
+def test_a_share_is_picked_by_what_the_realigner_has_not_seen_the_like_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scout, "deviation", None)
+    monkeypatch.setattr(Scout, "attention", None)
+    unlike: list[int] = []
+    leverage = Linear.leverage
+
+    def noted(self: Linear, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        found = leverage(self, base, numbers)
+        unlike.append(int(found.argmax()))
+        return found
+
+    monkeypatch.setattr(Linear, "leverage", noted)
+    recompute = {"first": 0, "ratio": 0.1, "by": "leverage"}
+    with mesh({"preset": "linear", "max_kl": 1e6, "recompute": recompute, "repeats": False}, agents=2) as one:
+        call = ask(one, range(7))[-1].calls[1]
+
+    picked, at = set(), 0
+    for row in call.plan:
+        picked |= set(range(at, at + row.tokens)) if row.reason is Reason.PICKED else set()
+        at += row.tokens
+    start = next(sum(r.tokens for r in call.plan[:i]) for i, r in enumerate(call.plan) if r.segment == "question")
+    assert len(picked) == round(0.1 * (call.placed_slots + len(picked)))
+    assert start + unlike[-2] in picked or start + unlike[-1] in picked
+
+    with pytest.raises(ConfigError, match=r"`by: leverage` asks what `realigner: linear` has seen"):
+        mesh({"preset": "epic", "recompute": recompute})
 
 
 def test_the_last_line_breaks_of_a_block_are_computed() -> None:

@@ -14,7 +14,8 @@ from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
-from agentmesh.engine.step import Step, recognise
+from agentmesh.engine.recognise import recognise
+from agentmesh.engine.step import Step
 
 ZOO = tiny.zoo()
 BUILT_OTHERWISE = {

@@ -1,8 +1,9 @@
 """Which tokens of placed blocks are computed all the same, besides their heads and line breaks.
 
-Of what an agent has read or written, a look at the cache picks a share. Passages of a corpus, which nobody in the run
-has read, are the hard case: there it is a larger share, and no look. What a token means to the rest of its passage is
-known since the passage was ingested; what it means to the question is told by the words that both have.
+Of what an agent has read or written, a look at the cache picks a share, or the realigner by what it has never seen the
+like of. Passages of a corpus, which nobody in the run has read, are the hard case: there it is a larger share, and no
+look. What a token means to the rest of its passage is known since the passage was ingested; what it means to the
+question is told by the words that both have.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ class Picker:
         others = [number for number in placed if number not in passages]
         if not others or not self.recompute.ratio:
             return None
+        if self.recompute.by is Picking.LEVERAGE:
+            paint_best(labels, others, self.recompute.ratio, unlike(labels.prompt, [decisions[n] for n in others]))
+            return None
         look = self._look(labels, lead, decisions)
         paint_best(labels, others, self.recompute.ratio, look.scores)
         return look.arena
@@ -74,6 +78,17 @@ class Picker:
         last = max(low for low, _, label in labels.runs() if label.match >= 0)
         asking = [p for low, high, label in labels.runs(last) for p in range(low, high) if label.match < 0]
         return self.scout.attention(compose_whole(labels, lead, decisions), asking)
+
+
+def unlike(prompt: Prompt, placed: Sequence[Decision]) -> torch.Tensor:
+    """How unlike all that their realigners have seen the tokens of placed matches are, fp32 ``[T]``."""
+    scores = torch.zeros(len(prompt.tokens))
+    for decision in placed:
+        match, realigner = decision.match, decision.verdict.realigner
+        assert realigner is not None, "a placed match has a realigner"
+        found = realigner.leverage(match.cut(match.start, match.stop), range(match.tokens))
+        scores[match.start : match.stop] = found.cpu()
+    return scores
 
 
 def weigh(prompt: Prompt, passages: Sequence[Match]) -> torch.Tensor:

@@ -281,8 +281,10 @@ class RunSpec(Frozen):
     """How a mesh runs. ``retry`` and ``timeout`` hold for each node that does not say otherwise.
 
     ``deterministic``: what is shared, and so every token, depends on seed, inputs and the runs' order alone. A run
-    then uses what was learned eight runs before it and earlier (at most eight may overlap), and gates that depend on
-    measured time are off.
+    then uses what was learned eight runs before it and earlier (at most eight may overlap), gates that depend on
+    measured time are off, and a run fails where how full memory is would decide what it shares.
+
+    ``concurrency``: runs at once; ``auto`` takes what cores and free memory (of the model's device) serve well.
     """
 
     concurrency: Annotated[Integer, Field(ge=1)] | Literal["auto"] = "auto"

@@ -6,7 +6,7 @@ A preset is three choices, and a mesh file may change any of them:
 |------------------------|-------------------------------------------------------------------------------------|
 | ``share``              | nothing, exact prefixes, or prefixes and slots                                       |
 | ``realigner``          | none (position only), linear (learned), anchors (the paper's, with its own gate)     |
-| ``recompute``          | the first tokens of each placed block, and a share of its tokens picked by a look    |
+| ``recompute``          | the first tokens of each placed block, and a share of its tokens that is picked      |
 """
 
 from __future__ import annotations
@@ -47,16 +47,19 @@ class Picking(Choice):
     ATTENTION = "attention"
     """By the attention that the text behind them pays them (METHOD 5, documents)."""
 
+    LEVERAGE = "leverage"
+    """By how unlike everything they are that the ``linear`` realigner has seen (METHOD 4); takes no look."""
+
 
 class Recompute(Frozen):
     """Which tokens of a placed block are computed all the same.
 
     ``first`` tokens of each block, at most a share ``most_first`` of it; its last ``breaks`` tokens with a line break,
     at most a share ``most_breaks`` of it, whose offsets are the largest and the least predictable (docs/method.md); and
-    ``ratio`` of the others, picked ``by`` a look at the cache. Of passages that are known from the corpus alone it is
-    ``documents_first`` tokens, and a share ``documents`` that their own later text and the prompt's words make most of
-    (``communicator.picks``). ``fixed`` says whether fixed text between blocks is computed; only the ``anchors``
-    realigner can place it.
+    ``ratio`` of the others, picked ``by`` a look at the cache, or by what the realigner knows. Of passages that are
+    known from the corpus alone it is ``documents_first`` tokens, and a share ``documents`` that their own later text
+    and the prompt's words make most of (``communicator.picks``). ``fixed`` says whether fixed text between blocks is
+    computed; only the ``anchors`` realigner can place it.
     """
 
     first: Annotated[Integer, Field(ge=0)] = 0
@@ -197,6 +200,11 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
         raise ValueError(
             "`realigner: anchors` computes a call whole or nothing of its slots and fixed text; expected "
             "`repeats: false` and no other `recompute` than {fixed: false}"
+        )
+    if found.recompute.by is Picking.LEVERAGE and found.realigner is not RealignerKind.LINEAR:
+        raise ValueError(
+            f"`by: leverage` asks what `realigner: linear` has seen; found `realigner: {found.realigner}`, expected "
+            "`linear`, or `by: attention` or `deviation`"
         )
     if not anchors and not found.recompute.fixed:
         raise ValueError(f"`fixed: false` places fixed text, which `realigner: {found.realigner}` cannot; use anchors")

@@ -20,7 +20,8 @@ from agentmesh.engine.attention import use_grouped_heads
 from agentmesh.engine.catalog import FAMILIES, KNOWN, SEED, byte_tokenizer, quiet, random_config, random_model, sha256
 from agentmesh.engine.embedded import Progress, digests, ensure
 from agentmesh.engine.products import quicken
-from agentmesh.engine.step import Step, recognise
+from agentmesh.engine.recognise import recognise
+from agentmesh.engine.step import Step
 from agentmesh.engine.tuning import check_copies, tuned
 from agentmesh.errors import ModelError, NotFoundError, UnsupportedModelError, did_you_mean, listing
 

@@ -4,9 +4,7 @@ A step of a small model is some two thousand operations, most of them so small t
 are the same sums in half of the calls: queries, keys and values come from one product and turn together, a gated
 MLP begins with one product, and a norm takes three operations. Prefills run the model's own code.
 
-Layers are read off the model's modules, by the names that most families give them (RMS norms, attention with grouped
-heads and rotary embeddings, a gated MLP). Nothing is assumed of what the modules compute: whether a step is used is
-decided by comparing it with the model's own forward (``recognise``).
+Where its layers come from: ``engine/recognise.py``.
 """
 
 from __future__ import annotations
@@ -20,20 +18,13 @@ from typing import Any, final
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.cache_utils import DynamicCache
 
 from agentmesh.engine.batch import NextRows
 from agentmesh.engine.copies import COPIES, filled
-from agentmesh.engine.masks import UNLIMITED, windows_of
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.products import Product, Tuning, halved, joined
 from agentmesh.engine.spans import Spans
 from agentmesh.kv.arena import Arena, KVShape
-
-LENGTHS = (3, 30)
-"""Tokens of the sequences that a step is tried on."""
-
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -239,117 +230,3 @@ def _spread(numbers: Sequence[int], rows: Sequence[int], count: int) -> torch.Te
     for row, number in zip(rows, numbers, strict=True):
         spread[row] = number
     return torch.tensor(spread)
-
-
-def recognise(model: Any) -> Step | None:
-    """A step for a model, if one computes what the model computes.
-
-    Weights that are multiplied together are joined in memory; the model's own modules keep views of them.
-
-    Args:
-        model: a transformers causal language model in eval mode.
-
-    Returns:
-        ``None`` where the model is built differently, or differs in its numbers.
-    """
-    try:
-        step = _read(model)
-        return step if _error(model, step) <= TOLERANCE[step.shape.dtype] else None
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        return None
-
-
-def _read(model: Any) -> Step:
-    """A step made of a model's modules.
-
-    Raises:
-        AttributeError, KeyError, RuntimeError, TypeError, ValueError: some part is missing or of another kind.
-    """
-    body, head = model.model, model.lm_head
-    attention = body.layers[0].self_attn
-    weight, dims = attention.k_proj.weight, attention.head_dim
-    windows = windows_of(model.config.get_text_config())
-    layers, last = tuple(_layer(*one) for one in zip(body.layers, windows, strict=True)), Norm.of(body.norm)
-    if any(norm.epsilon != last.epsilon for layer in layers for norm in (layer.first, layer.second)):
-        raise ValueError("norms of several epsilons")
-    return Step(
-        shape=KVShape(len(layers), weight.shape[0] // dims, dims, weight.dtype, weight.device),
-        queries=attention.q_proj.weight.shape[0] // dims,
-        embed=body.embed_tokens,
-        rotary=body.rotary_emb,
-        layers=layers,
-        last=last,
-        head=_joined(head),
-        tuning=Tuning(),
-    )
-
-
-def _layer(module: Any, window: int | None) -> Layer:
-    attention, mlp = module.self_attn, module.mlp
-    return Layer(
-        first=Norm.of(module.input_layernorm),
-        second=Norm.of(module.post_attention_layernorm),
-        heads=_head_norm(attention),
-        mixed=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=_joined(attention.o_proj),
-        gated=_joined(mlp.gate_proj, mlp.up_proj),
-        down=_joined(mlp.down_proj),
-        activation=mlp.act_fn.forward,
-        turns=bool(getattr(attention, "use_rope", True)),
-        window=window or UNLIMITED,
-        scale=attention.scaling,
-    )
-
-
-def _head_norm(attention: Any) -> Norm | None:
-    """One norm for query and key heads, with weights ``[Hq + H, D]``; ``None`` where there is none."""
-    if not hasattr(attention, "q_norm"):
-        return None
-    dims, weights = attention.head_dim, []
-    for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
-        weights.append(norm.weight.expand(projection.weight.shape[0] // dims, dims))
-    return Norm(torch.cat(weights), Norm.of(attention.q_norm).epsilon)
-
-
-def _joined(*layers: Any) -> Product:
-    """One product for linear layers of the same rows; the weights of several become views of what is joined."""
-    if any(type(layer) is not nn.Linear for layer in layers):
-        raise TypeError("only plain linear layers can be joined")
-    if len(layers) == 1:
-        return Product(layers[0].weight, layers[0].bias)
-    whole = torch.cat([layer.weight for layer in layers])
-    begin = 0
-    for layer in layers:
-        end = begin + len(layer.weight)
-        layer.weight.data = whole[begin:end]
-        begin = end
-    return Product(whole, None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]))
-
-
-@torch.inference_mode()
-def _error(model: Any, step: Step) -> float:
-    """Largest relative error of a step's logits and KV, over sequences of different lengths."""
-    found = [_own(model, step.shape, length) for length in LENGTHS]
-    logits = step.run([arena for arena, _, _ in found], LENGTHS, LENGTHS, Spans())
-    errors = []
-    for (arena, own_logits, own_rows), row in zip(found, logits, strict=True):
-        errors += [_relative(row, own_logits), _relative(arena.both[:, :, :, arena.length - 1], own_rows)]
-    return max(errors)
-
-
-def _own(model: Any, shape: KVShape, length: int) -> tuple[Arena, torch.Tensor, torch.Tensor]:
-    """What the model computes for the token ``length`` behind others: an arena before it, logits, and KV of its row."""
-    generator = torch.Generator().manual_seed(0)
-    known = model.config.get_text_config().vocab_size
-    ids = torch.cat((torch.randint(known, (length,), generator=generator), torch.tensor([length])))
-    cache = DynamicCache()
-    logits = model(input_ids=ids[None].to(shape.device), past_key_values=cache, use_cache=True).logits[0, -1]
-    arena = Arena(shape, length + 1)
-    both = torch.stack([torch.cat((layer.keys, layer.values)) for layer in cache.layers], dim=1)
-    arena.both[:, :, :, :length] = both[:, :, :, :length]
-    arena.aim(slice(length, length + 1), length + 1)
-    return arena, logits, both[:, :, :, length]
-
-
-def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).float().norm() / wanted.float().norm())

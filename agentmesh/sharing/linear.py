@@ -261,16 +261,24 @@ class Linear(Realigner[LinearFinding]):
         """KV that the map makes when it is placed."""
         return Realigned(base, numbers, self.map)
 
+    @torch.inference_mode()
+    def leverage(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        """``xᵀ(A + λI)⁻¹x`` of each token, mean over layers and heads; layer 0 has no offset and does not count."""
+        rows = features(base, numbers)[self.heads :]
+        factor = self._factor(RIDGES[len(RIDGES) // 2])[self.heads :]
+        halves: torch.Tensor = torch.linalg.solve_triangular(factor, rows.mT, upper=False)
+        return halves.square().sum(dim=1).mean(dim=0)
+
     def _solutions(self) -> list[torch.Tensor]:
         """Ridge solutions ``[L·H, F, 2D]``, one for each strength."""
+        return [torch.cholesky_solve(self.cross, self._factor(ridge)) for ridge in RIDGES]
+
+    def _factor(self, ridge: float) -> torch.Tensor:
+        """The Cholesky factor of ``A + λI``, ``[L·H, F, F]``, for one strength."""
         diagonal = self.gram.diagonal(dim1=1, dim2=2).mean(dim=1)
         eye = torch.eye(self.gram.shape[1], device=self.gram.device)
-        found = []
-        for ridge in RIDGES:
-            strength = (ridge * diagonal + 1e-6)[:, None, None]
-            factor = torch.linalg.cholesky(self.gram + strength * eye)
-            found.append(torch.cholesky_solve(self.cross, factor))
-        return found
+        factor: torch.Tensor = torch.linalg.cholesky(self.gram + (ridge * diagonal + 1e-6)[:, None, None] * eye)
+        return factor
 
     @cached_property
     def chosen(self) -> torch.Tensor:

@@ -75,6 +75,10 @@ class Realigner(ABC, Generic[Finding]):
         """Work out what ``realign`` needs, if that was not done yet."""
 
     @abstractmethod
+    def leverage(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        """How unlike all that it has seen tokens with these numbers are, fp32 ``[T]``; 0 where it has seen nothing."""
+
+    @abstractmethod
     def realign(self, base: KV, numbers: Sequence[int]) -> KVSource:
         """KV of the tokens with these numbers in a block, as the consumer's context would have made it."""
 
@@ -122,6 +126,10 @@ class NoOffset(Realigner[None]):
 
     def prepare(self) -> None:
         """Nothing is needed."""
+
+    def leverage(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        """Nothing was learned of any token."""
+        return torch.zeros(len(numbers), device=base.keys.device)
 
     def realign(self, base: KV, numbers: Sequence[int]) -> KVSource:  # noqa: ARG002  # nothing depends on it
         """The base itself."""

@@ -13,7 +13,7 @@ from agentmesh.errors import InputError
 from agentmesh.events import Reason
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV, Frame
-from agentmesh.sharing.anchors import Anchor, AnchoredSlot, AnchorPool, Weighing, offset
+from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
 from agentmesh.sharing.linear import Linear, features, robust_weights
 
 SHAPE = KVShape(3, 2, 8, torch.float32, torch.device("cpu"))
@@ -187,6 +187,27 @@ def test_an_anchor_predicts_its_own_content() -> None:
 
 def _rest(pool: AnchorPool) -> tuple[KV, None]:
     return pool.anchors[1].slot, None
+
+
+def test_fixed_text_behind_a_slot_takes_the_weighed_offsets_of_its_anchors() -> None:
+    """Equation 7: weights for each layer, head and dim, from the distance of the tokens next to the fixed text."""
+    slot, fixed = random_kv(50, 10), random_kv(60, 6)
+    anchors = tuple(Anchor(random_kv(n, 10 + n), random_kv(100 + n, 10 + n), random_kv(200 + n, 6)) for n in range(3))
+
+    found = AnchoredFixed(fixed, slot, anchors, tokens=4).fetch()
+
+    for kind in ("keys", "values"):
+        for at in ((1, 0, 3), (2, 1, 7)):
+            layer, head, dim = at
+            near = getattr(slot, kind)[layer, head, :, dim]
+            distances = [(getattr(a.base, kind)[layer, head, -10:, dim] - near).norm() for a in anchors]
+            weights = (-torch.stack(distances)).softmax(dim=0)
+            offsets = torch.stack([getattr(a.fixed, kind)[layer, head, :4, dim] for a in anchors])
+            wanted = getattr(fixed, kind)[layer, head, :4, dim] + weights @ offsets
+            torch.testing.assert_close(getattr(found, kind)[layer, head, :, dim], wanted)
+    one = AnchoredFixed(fixed, slot, anchors[:1], tokens=6).fetch()
+    assert anchors[0].fixed is not None
+    torch.testing.assert_close(one.keys, fixed.keys + anchors[0].fixed.keys)
 
 
 def test_the_least_used_of_the_oldest_anchors_makes_room() -> None:

@@ -1,0 +1,84 @@
+"""The same on a CUDA device as on the CPU: prefills from placed and computed tokens, steps, shared slots."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from agentmesh import Mesh
+from agentmesh.config.mesh import ModelSpec
+from agentmesh.engine.composition import Composition, Placement
+from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.loading import load
+from agentmesh.engine.probe import Level, Support, probe
+from agentmesh.events import Treatment
+from agentmesh.local import LocalBackend
+
+DEVICE = os.environ.get("AGENTMESH_TEST_DEVICE", "cuda")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(),
+    reason="there is no CUDA device; AGENTMESH_TEST_DEVICE=cpu runs them here",
+)
+TOKENS = tuple(torch.randint(3, 250, (90,), generator=torch.Generator().manual_seed(3)).tolist())
+LENGTHS = (5, 30, 89)
+
+
+def supported(device: str) -> Support:
+    loaded = load(ModelSpec(name="random:tiny-llama", device=device))
+    return probe(loaded.model, loaded.step)
+
+
+def found(device: str) -> tuple[Level, bool, torch.Tensor, torch.Tensor]:
+    """Level, whether it has a step, logits of a sparse prefill, and logits of a step of several sequences."""
+    support = supported(device)
+    runner = support.runner
+    assert isinstance(runner, ArenaRunner)
+    caches = [runner.open(length + 1) for length in LENGTHS]
+    for cache, length in zip(caches, LENGTHS, strict=True):
+        runner.prefill(cache, Composition(TOKENS[:length]))
+    step = runner.decode(caches, [TOKENS[length] for length in LENGTHS], LENGTHS)
+    sparse = runner.open(len(TOKENS))
+    assert runner.rope is not None
+    moved = caches[-1].arena.read_free(20, 60, runner.rope)
+    logits = runner.prefill(sparse, Composition(TOKENS, (Placement(20, moved),), cuts=(15,)))
+    return support.level, support.steps, logits.cpu(), step.cpu()
+
+
+def test_prefills_and_steps_are_those_of_the_cpu() -> None:
+    level, steps, sparse, step = found(DEVICE)
+    own_level, own_steps, own_sparse, own_step = found("cpu")
+
+    assert (level, steps) == (own_level, own_steps)
+    torch.testing.assert_close(sparse, own_sparse, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(step, own_step, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("preset", ["prefix", "linear", "kvcomm", "blend"])
+def test_agents_share(preset: str) -> None:
+    agents = {
+        f"agent.{number}": {
+            "system": f"You are number {number}. " * 6,
+            "prompt": "{{ question }}\n{% for m in inbox %}\n{{ m }}\n{% endfor %}\nGo on.",
+            "generate": {"max_tokens": 40},
+        }
+        for number in (1, 2, 3)
+    }
+    about = {"preset": preset, "cost_gate": False, "max_kl": 1e6, "min_tokens": 8, "anchors": {"gamma": 1.0}}
+    with Mesh(
+        agents=agents,
+        topology={"use": "fully-connected", "agents": 3},
+        model={"name": "random:tiny-llama", "device": DEVICE},
+        communicator=about,
+    ) as one:
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        assert str(backend.engine.loaded.model.device).startswith(DEVICE)
+        assert one.width >= 1
+        results = [one.run(question=f"How many pears are in {n} boxes of seven? " * 3) for n in range(8)]
+
+    rows = [row for call in results[-1].calls for row in call.plan if row.tokens]
+    wanted = Treatment.PLACED_EXACT if preset == "prefix" else Treatment.PLACED_REALIGNED
+    assert any(row.kind is wanted for row in rows)
+    assert all(len(result.messages) == 3 for result in results)

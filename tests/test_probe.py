@@ -144,7 +144,7 @@ def test_a_refused_model_still_runs_whole() -> None:
     runner = probe(model).runner
     cache = runner.open(90)
 
-    found = runner.prefill(cache, Composition(TOKENS[:40]))
+    found = runner.begin(cache, Composition(TOKENS[:40])).finish()
     found = runner.forward(cache, (TOKENS[40],), (40,))
 
     with torch.inference_mode():

@@ -48,7 +48,7 @@ class Report:
     Args:
         path: its folder.
         results: its figures.
-        rows: what each sample gave.
+        rows: what each sample gave, in the order in which they ended.
     """
 
     def __init__(self, path: Path, results: Results, rows: Sequence[Row]) -> None:

@@ -76,7 +76,7 @@ class Reason(Choice):
         "echo",
         "Repeats a text ahead of it that its writer had not seen: computed, because nobody has made such KV.",
     )
-    PICKED = "picked", "Tokens of a placed block that a look at the cache picked to be computed."
+    PICKED = "picked", "Tokens of a placed block that were picked to be computed (`recompute.ratio`, `documents`)."
     NO_KV = "no-kv", "The last token of a message has no KV, because nothing was decoded after it."
     NOT_WARM = "not-warm", "Too few observations of this slot: the whole call is computed, and observed."
     OBSERVING = (

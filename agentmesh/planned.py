@@ -76,13 +76,21 @@ class PlannedPrompt:
         What will be kept of the prompt for later visits counts, too: else it would push out what others wait for.
         """
         if alone:
-            return self._preset.budget.room(need, Worth.AWAITED)
+            found = self._preset.budget.room(need, Worth.AWAITED)
+            if not found:
+                self._preset.starved(self._prompt.reader)
+            return found
         return self._preset.budget.room(need + self._token_bytes * self._preset.keeps(self._prompt), Worth.LATER)
 
     def compose(self) -> tuple[Composition, Parts]:
         """Plan the prompt now."""
         self._plan = self._preset.plan(self._prompt)
         return self._plan.composition, self._plan.parts
+
+    def placed(self) -> None:
+        """Let the preset give back what it made for the plan alone."""
+        self._preset.placed(self.decided)
+        self._settle()
 
     def prefilled(self, arena: Arena) -> None:
         """Let the preset keep what later prompts may use."""

@@ -370,6 +370,8 @@ def soak(plan: Plan, report: float = 60.0) -> Tally:
                     tally.live = tally.stored = 0
             check_growth(tally.rss)
     print(tally.line(time.monotonic() - begun), flush=True)
+    if tally.ends["short"] > tally.ends["done"]:
+        raise SoakError(f"memory was too short for most runs: {dict(tally.ends)}; expected it for some")
     return tally
 
 

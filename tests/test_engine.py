@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ class Whole:
 
     def compose(self) -> tuple[Composition, Parts]:
         return Composition(self.tokens), Parts()
+
+    def placed(self) -> None: ...
 
     def prefilled(self, arena: Arena) -> None:
         self.seen.append(arena.length)
@@ -355,38 +358,108 @@ def test_live_sequences_get_their_turn_between_prompts(tiny_engine: Engine, monk
 
 
 def test_a_long_prompt_takes_several_turns(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """500 tokens in forwards of 50: after every 100 there is a step, and who comes meanwhile waits behind it."""
+    """500 tokens in forwards of 50: after every 100 there is a step; an earlier run's prompt waits behind it."""
     monkeypatch.setattr(loop, "TURN_TOKENS", 100)
     monkeypatch.setattr(composition, "AT_ONCE", 50)
-    long, short = Whole([7] * 500), Whole([9] * 20)
-    began: dict[str, tuple[int, list[int]]] = {}
+    seen: list[tuple[str, int]] = []
 
-    def noting(name: str) -> Callable[[FirstTokenReport], None]:
-        return lambda _report: began.update({name: (tiny_engine.spent.decoded, list(short.seen))})
+    class Noting(Whole):
+        def __init__(self, name: str, tokens: int, since: float) -> None:
+            super().__init__([7] * tokens)
+            self.name, self.since = name, since
 
-    async def beside_a_live_one() -> None:
+        def compose(self) -> tuple[Composition, Parts]:
+            seen.append((f"{self.name} begins", tiny_engine.spent.decoded))
+            return super().compose()
+
+        def prefilled(self, arena: Arena) -> None:
+            seen.append((f"{self.name} is in", tiny_engine.spent.decoded))
+
+    async def beside_a_live_one() -> Generation:
         begun = asyncio.Event()
         live = asyncio.ensure_future(
             tiny_engine.generate(Whole([5] * 50), 50, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)
         )
         await begun.wait()
-        began["live"] = tiny_engine.spent.decoded, []
+        reports: list[FirstTokenReport] = []
         asked = [
-            asyncio.ensure_future(tiny_engine.generate(long, 500, Sampling(1), noting("long"), None)),
-            asyncio.ensure_future(tiny_engine.generate(short, 20, Sampling(1), noting("short"), None)),
+            asyncio.ensure_future(
+                tiny_engine.generate(source, len(source.tokens), Sampling(1), reports.append, lambda _piece: None)
+            )
+            for source in (Noting("long", 500, 2.0), Noting("short", 20, 1.0))
         ]
-        await asyncio.gather(*asked)
+        found, _ = await asyncio.gather(*asked)
         live.cancel()
         await asyncio.wait({live})
         await tiny_engine.do(lambda: None)
+        return found
 
-    asyncio.run(beside_a_live_one())
+    found = asyncio.run(beside_a_live_one())
 
-    assert began["long"][0] - began["live"][0] >= 4, "steps went in between"
-    assert began["long"][1] == [], "the other prompt did not overtake"
-    assert short.seen[0] == 20, "and it came when the long one was done"
+    assert [name for name, _ in seen] == ["long begins", "long is in", "short begins", "short is in"]
+    assert seen[1][1] - seen[0][1] >= 4, "steps went in between"
+    assert found.queue_ms > 0.2 * found.ttft_ms, "waiting for steps is waiting"
     assert not tiny_engine.admission.held
     assert not tiny_engine.admission.waiting
+
+
+def test_who_gives_up_while_others_are_swept_away_does_not_begin(tiny_engine: Engine) -> None:
+    gone, given_up = Whole([7] * 9), threading.Event()
+
+    async def one_after_another() -> None:
+        event_loop, begun, busy = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+        class Slow(Whole):
+            def closed(self) -> None:
+                event_loop.call_soon_threadsafe(following.cancel)
+                given_up.wait(20)
+
+        live = asyncio.ensure_future(
+            tiny_engine.generate(Slow([5] * 50), 50, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)
+        )
+        await begun.wait()
+        blocked = asyncio.ensure_future(tiny_engine.do(lambda: busy.wait(20)))
+        await asyncio.sleep(0.05)
+        following = asyncio.ensure_future(quiet_source(tiny_engine, gone))
+        following.add_done_callback(lambda _done: given_up.set())
+        await asyncio.sleep(0.05)
+        live.cancel()
+        await asyncio.wait({live})
+        busy.set()
+        await asyncio.wait({blocked, following})
+        await tiny_engine.do(lambda: None)
+
+    asyncio.run(one_after_another())
+
+    assert gone.seen == [-1]
+    assert not tiny_engine.admission.held
+    assert not tiny_engine._live
+
+
+def test_an_engine_that_is_closed_computes_no_further_forward_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composition, "AT_ONCE", 50)
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    engine, reached = Engine(loaded, probe(loaded.model, loaded.step)), threading.Event()
+    go_on, count = forward.Prefill.go_on, 0
+
+    def closing(prefill: forward.Prefill) -> int:
+        nonlocal count
+        count += 1
+        if count == 2:
+            reached.set()
+            while not engine._closing:
+                time.sleep(0.01)
+        return go_on(prefill)
+
+    monkeypatch.setattr(forward.Prefill, "go_on", closing)
+    closer = threading.Thread(target=lambda: (reached.wait(20), engine.close()))
+    closer.start()
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(asyncio.wait_for(quiet_source(engine, Whole([7] * 500)), 30))
+    closer.join()
+
+    assert count == 2
 
 
 def test_who_gives_up_in_the_middle_of_a_long_prompt_is_let_go_after_the_next_forward(

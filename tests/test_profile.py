@@ -64,6 +64,8 @@ class Whole:
     def compose(self) -> tuple[Composition, Parts]:
         return Composition(self.tokens), Parts()
 
+    def placed(self) -> None: ...
+
     def prefilled(self, arena: Arena) -> None:
         pass
 

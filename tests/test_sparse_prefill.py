@@ -137,3 +137,23 @@ def test_a_long_prompt_is_computed_in_several_forwards(behind: int, monkeypatch:
 
     assert torch.allclose(found, wanted, atol=1e-4)
     assert torch.allclose(cut.arena.both, whole.arena.both, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_prefix_hit_is_bit_equal_to_the_same_prompt_computed_cold(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies between two cuts is in the same forwards, whether or not what lies ahead of them was placed."""
+    monkeypatch.setattr(composition, "AT_ONCE", 16)
+    runner = probe(tiny.llama(dtype)).runner
+    assert isinstance(runner, ArenaRunner)
+    tokens = tuple(torch.randint(320, (100,), generator=torch.Generator().manual_seed(5)).tolist())
+    cold, warm = runner.open(100), runner.open(100)
+    wanted = runner.prefill(cold, Composition(tokens, cuts=(40,)))
+
+    hit = Composition(tokens, (Placement(0, cold.arena.read(0, 40).owned()),), cuts=(40,))
+    found = runner.prefill(warm, hit)
+
+    assert [len(chunk) for chunk in hit.chunks()] == [16, 16, 16, 12]
+    assert torch.equal(found, wanted)
+    assert torch.equal(warm.arena.both, cold.arena.both)

@@ -98,6 +98,7 @@ class Rig:
         first = int(logits.argmax())
         done = time.perf_counter()
         assert first >= 0, "picking the token is part of the time to it"
+        preset.placed(plan)
         preset.prefilled(call.prompt, plan, cache.arena)
         kept = time.perf_counter()
         said = self._say(call, cache, logits)
@@ -128,6 +129,7 @@ def median_parts(timed: Sequence[Timed]) -> dict[str, float]:
 
 def keep(preset: Preset, call: Call, plan: Plan, said: Said) -> None:
     """Give a preset what a call made."""
+    preset.placed(plan)
     preset.prefilled(call.prompt, plan, said.arena)
     preset.finished(call.prompt, plan, said.arena, call.message, said.logits[0])
     preset.closed(plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from agentmesh.kv.arena import Arena
 from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Content, Prompt, Reader
 from agentmesh.sharing.budget import Budget
+from agentmesh.sharing.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Preset(ABC):
 
     Everything that it keeps counts in ``budget``, and so do live sequences.
 
-    ``begin`` is called when a run begins and ``release`` when it ends. For each call ``plan``, ``prefilled`` and
-    ``finished`` are called in this order, and ``closed`` at last, whatever happened. A call that is no part of its run
-    (``Reader.aside``) is planned and closed only: it is shared as any other, and leaves no trace.
+    ``begin`` is called when a run begins and ``release`` when it ends. For each call ``plan``, ``placed``,
+    ``prefilled`` and ``finished`` are called in this order, and ``closed`` at last, whatever happened. A call that is
+    no part of its run (``Reader.aside``) is planned and closed only: it is shared as any other, and leaves no trace.
     """
 
     budget: Budget
@@ -63,6 +65,9 @@ class Preset(ABC):
         Raises:
             SharingError: something that must be shared cannot be.
         """
+
+    def placed(self, plan: Plan) -> None:  # noqa: B027  # most presets make nothing for a plan alone
+        """What a plan places has been copied to where it is used."""
 
     @abstractmethod
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
@@ -84,6 +89,9 @@ class Preset(ABC):
     def keeps(self, prompt: Prompt) -> int:  # noqa: ARG002  # most presets keep nothing for a run
         """Tokens of a prompt whose KV is kept until its run has read them, at most."""
         return 0
+
+    def starved(self, reader: Reader) -> None:  # noqa: B027  # most presets learn nothing
+        """A call of a run was refused, because there was no room for its KV."""
 
     def closed(self, plan: Plan) -> None:  # noqa: B027  # most presets hold nothing for a call
         """Let go of what the call held; it may have been cancelled at any point."""
@@ -121,20 +129,26 @@ class Preset(ABC):
         """Bytes that the preset keeps now."""
 
 
-def demand_memory(reader: Reader, *, lost: bool, forgotten: bool) -> None:
+def demand_memory(reader: Reader, ledger: Ledger[Any, Any], *, lost: bool) -> None:
     """Let a deterministic run fail where memory would decide what it shares, and so what it says.
+
+    Runs that see what a failed one has taught fail, too: it would have taught more.
 
     Args:
         reader: whose prompt is planned.
-        lost: whether KV that the prompt could use was evicted.
-        forgotten: whether something that runs have taught was not kept.
+        ledger: what runs have taught.
+        lost: whether there was no room for KV that the run has made, or for a passage that the prompt reads.
 
     Raises:
-        SharingError: a deterministic run that shares, and either is so.
+        SharingError: a deterministic run that shares, and it lost KV, or an earlier run did, or taught in vain.
     """
-    if reader.sees is None or reader.exact or not (lost or forgotten):
+    if reader.sees is None or reader.exact:
         return
-    found = "KV that this prompt reads was evicted" if lost else "there was no room for what earlier runs taught"
+    if lost:
+        ledger.missed(reader.order)
+    elif not ledger.is_spoilt(reader.sees):
+        return
+    found = "there was no room for KV that this run reads" if lost else "memory was too short for earlier runs"
     raise SharingError(
         f"{found}, so what is shared would depend on how full memory was, which `deterministic` rules out. Raise "
         "communicator.budget, or lower run.concurrency, or run without `deterministic`"

@@ -74,18 +74,34 @@ class Keeper:
         self.segments = SegmentStore(self.budget, fingerprint.encode())
         self.beginnings = Beginnings(PrefixStore(self.budget), fingerprint)
         self._kept: Persistence | None = None
+        self._made: dict[str, set[tuple[int, ...]]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of prefixes and segments."""
         return self.segments.nbytes + self.beginnings.store.nbytes
 
-    def lead(self, prompt: Prompt) -> list[Placement]:
-        """The longest exact prefix of a prompt, piece by piece."""
+    def lead(self, prompt: Prompt) -> tuple[list[Placement], bool]:
+        """The longest exact prefix of a prompt, piece by piece, and whether a longer one of its run found no room.
+
+        A prefix decides what is placed exactly and what is realigned. So deterministic runs, beyond fixed text, take
+        those alone that they have made themselves: what other runs have left depends on when they ran.
+        """
         placed: list[Placement] = []
         for kv in self.beginnings.match(prompt):
             placed.append(Placement(placed[-1].stop if placed else 0, kv))
-        return placed
+        if prompt.reader.sees is None:
+            return placed, False
+        made = self._made.get(prompt.reader.run, set())
+        own = max((point for point in prompt.points if prompt.tokens[:point] in made), default=0)
+        until = max(own, _first_slot(prompt))
+        kept = [piece for piece in placed if piece.stop <= until]
+        return kept, own > (kept[-1].stop if kept else 0)
+
+    def release(self, run: str) -> None:
+        """Free what a finished run needed."""
+        self.segments.release(run)
+        self._made.pop(run, None)
 
     def pin(self, plan: KeptPlan) -> None:
         """Hold what a plan places until ``let_go``."""
@@ -138,6 +154,8 @@ class Keeper:
         """Keep the KV that the message got while it was decoded, where a later visit reads it."""
         reader, begin = prompt.reader, len(prompt.tokens)
         wanted = reader.writes in reader.awaited or prompt.continues
+        if message and not plan.kept and reader.writes in reader.awaited:
+            self.segments.note_lost(message, reader.run, reader.tenant)
         if not message or not plan.kept or not wanted:
             return
         stop = min(arena.length, begin + len(message))
@@ -204,7 +222,16 @@ class Keeper:
         whole = prompt.continues and plan.exact_until == end
         if whole and end - (points[-1] if points else 0) >= self._min_tokens:
             points = (*points, end)
+        if prompt.reader.sees is not None and prompt.reader.run:
+            begin, made = _first_slot(prompt), self._made.setdefault(prompt.reader.run, set())
+            made.update(prompt.tokens[:point] for point in points if point > begin)
         self.beginnings.keep(prompt, points, arena)
+
+
+def _first_slot(prompt: Prompt) -> int:
+    """Where the fixed text at a prompt's beginning ends."""
+    starts = (at for segment, at in zip(prompt.segments, prompt.starts, strict=True) if segment.content is not None)
+    return min(starts, default=len(prompt.tokens))
 
 
 def exact_reading(prompt: Prompt, depths: bytes, segments: SegmentStore) -> Reading | None:

@@ -113,10 +113,10 @@ class KVComm(Preset):
         """All slots and the fixed text behind them, or nothing but the prefix."""
         parts = Parts()
         with self._spans.part(Part.MATCH), parts.timed("match"):
-            lead = self.keeper.lead(prompt)
+            lead, lost = self.keeper.lead(prompt)
             at = lead[-1].stop if lead else 0
             found = self._matcher.match(prompt, at)
-            demand_memory(prompt.reader, lost=found.lost, forgotten=self.pools.forgetful)
+            demand_memory(prompt.reader, self.pools.ledger, lost=lost or found.lost)
             pools = self._pools(prompt.reader)
             slots = tuple(self._weighed(prompt, match, pools) for match in found.matches)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
@@ -168,6 +168,10 @@ class KVComm(Preset):
         """As in ``Preset``."""
         return self.keeper.awaited_tokens(prompt)
 
+    def starved(self, reader: Reader) -> None:
+        """What the run would have taught is missing: deterministic runs that come later must not go on without it."""
+        self.pools.ledger.missed(reader.order)
+
     def closed(self, plan: Plan) -> None:
         """Unpin what the call read and wrote."""
         assert isinstance(plan, AnchoredPlan), "a preset gets its own plans back"
@@ -175,7 +179,7 @@ class KVComm(Preset):
 
     def release(self, run: str) -> None:
         """Free a run's segments, commit its anchors."""
-        self.keeper.segments.release(run)
+        self.keeper.release(run)
         with self._spans.part(Part.LEARN):
             self.pools.ledger.end(run)
         self._bases.pop(run, None)
@@ -190,12 +194,12 @@ class KVComm(Preset):
 
     def freeze(self) -> None:
         """Keep the anchors as they are."""
-        self._frozen = True
+        self._frozen = self.pools.ledger.fixed = True
 
     def adopt(self, other: Preset) -> None:
         """Begin with the other's anchors; they are shared, not copied."""
         assert isinstance(other, KVComm), "presets adopt from their own kind"
-        self.pools.ledger.states = dict(other.pools.ledger.states)
+        self.pools.ledger.adopt(other.pools.ledger)
 
     def _pools(self, reader: Reader) -> Mapping[str, AnchorPool]:
         return self.pools.ledger.view(reader.run, reader.order, reader.sees)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.config.presets import CommunicatorSpec, Picking, choices
 from agentmesh.errors import InputError
 from agentmesh.events import Reason
 from agentmesh.kv.values import KV
@@ -62,10 +62,15 @@ class LinkState:
         enough = first.observations >= warmup or first.observations >= second.observations
         return first if enough else second
 
-    def shown(self, warmup: int) -> LinkState:
-        """What a run sees of it: of a realigner that is not warm yet, the outline alone."""
-        exact, deep = (_shown(one, warmup) for one in (self.exact, self.deep))
-        return self if exact is self.exact and deep is self.deep else replace(self, exact=exact, deep=deep)
+    def shown(self, warmup: int, *, sums: bool) -> LinkState:
+        """What a run sees of it: of a realigner that is not warm yet the outline, of others what realigns.
+
+        Args:
+            warmup: observations from which it is warm.
+            sums: whether a run needs the statistics themselves.
+        """
+        exact, deep = (_shown(one, warmup, sums=sums) for one in (self.exact, self.deep))
+        return replace(self, exact=exact, deep=deep)
 
     @property
     def observations(self) -> int:
@@ -137,7 +142,7 @@ class Learner:
         budget: where its statistics count.
 
     While ``observing`` is set, no slot counts as warm. Once ``frozen``, nothing is learned any more. An ``archive``
-    keeps what is learned beyond the process. It is ``forgetful`` once there was no room for something that was taught.
+    keeps what is learned beyond the process.
     """
 
     def __init__(self, spec: CommunicatorSpec, empty: Callable[[], Realigner[Any]], budget: Budget) -> None:
@@ -148,16 +153,16 @@ class Learner:
         self._given: Mapping[str, LinkState] = {}
         self.observing = False
         self.frozen = False
-        self.forgetful = False
         self.archive: Archive | None = None
-        self.ledger: Ledger[LinkState, Finding] = Ledger(self._learn, lambda state: state.shown(spec.warmup))
+        self.ledger: Ledger[LinkState, Finding] = Ledger(self._learn, self._shown)
         budget.join(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all statistics, also of older ones that runs still see, and of findings whose run has not ended."""
         waiting = sum(isinstance(finding, Observed) for finding in self.ledger.pending())
-        realigners = (one for state in self.ledger.held() for one in (state.exact, state.deep))
+        states = (*self.ledger.held(), *self._given.values())
+        realigners = (one for state in states for one in (state.exact, state.deep))
         held = {id(one): one.nbytes for one in realigners if one.observations}
         return sum(held.values()) + waiting * self.fresh.exact.nbytes
 
@@ -250,7 +255,7 @@ class Learner:
 
     def freeze(self) -> None:
         """Learn nothing from now on."""
-        self.frozen = True
+        self.frozen = self.ledger.fixed = True
         self._prepare()
 
     def end(self, run: str) -> None:
@@ -300,16 +305,21 @@ class Learner:
                 return replace(state, audits=audits)
             return replace(self.fresh, wait=self._spec.warmup)
         old = state.deep if finding.deep else state.exact
-        if self._grows(old) and not self._budget.room(old.nbytes):
-            self.forgetful = True
+        if self._grows(name, old) and not self._budget.room(old.nbytes, most=Worth.LATER):
+            self.ledger.spoil()
             return None
         new = old.learn(finding.finding)
         wait = max(state.wait - 1, 0)
         return replace(state, deep=new, wait=wait) if finding.deep else replace(state, exact=new, wait=wait)
 
-    def _grows(self, old: Realigner[Any]) -> bool:
-        """Whether one observation more takes up memory: the first one, and those of a state that runs may still see."""
-        return old.nbytes > 0 and (not old.observations or old.observations >= self._spec.warmup)
+    def _grows(self, name: str, old: Realigner[Any]) -> bool:
+        """Whether one observation more takes up memory: the first one, and those of a state that runs still see."""
+        seen = (one for state in self.ledger.seen(name) for one in (state.exact, state.deep))
+        shown = old.observations >= self._spec.warmup and any(one.observations == old.observations for one in seen)
+        return old.nbytes > 0 and (not old.observations or shown)
+
+    def _shown(self, state: LinkState) -> LinkState:
+        return state.shown(self._spec.warmup, sums=choices(self._spec).recompute.by is Picking.LEVERAGE)
 
     def _too_far(self, audits: Sequence[Audited]) -> bool:
         """Whether the moving averages of a link's audits pass a limit."""
@@ -337,9 +347,12 @@ def shares(relation: Relation) -> bool:
     return relation not in (Relation.HISTORY, Relation.COPIED)
 
 
-def _shown(realigner: Realigner[Any], warmup: int) -> Realigner[Any]:
-    cold = realigner.needs_warmup and 0 < realigner.observations < warmup
-    return realigner.outline() if cold else realigner
+def _shown(realigner: Realigner[Any], warmup: int, *, sums: bool) -> Realigner[Any]:
+    if not realigner.observations:
+        return realigner
+    if realigner.needs_warmup and realigner.observations < warmup:
+        return realigner.outline()
+    return realigner if sums else realigner.ready()
 
 
 def _bytes(state: LinkState) -> int:

@@ -32,7 +32,7 @@ Finding = NewAnchor | tuple[int, ...]
 
 
 class Pools:
-    """Owns the anchor pools, inside a byte budget; ``forgetful`` once that had no room for an anchor.
+    """Owns the anchor pools, inside a byte budget.
 
     Args:
         spec: size of a pool, and how it evicts.
@@ -42,17 +42,21 @@ class Pools:
     def __init__(self, spec: AnchorSpec, budget: Budget) -> None:
         self._spec = spec
         self._budget = budget
-        self.forgetful = False
+        self._counted = -1, 0
         self.ledger: Ledger[AnchorPool, Finding] = Ledger(self._learn, lambda pool: pool)
         budget.join(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all anchors that are in pools, that runs still see, or that wait for their run to end; each once."""
+        if self._counted[0] == self.ledger.changes:
+            return self._counted[1]
         waiting = (finding for finding in self.ledger.pending() if isinstance(finding, NewAnchor))
         held = [t for pool in self.ledger.held() for t in pool.tensors]
         held += [t for finding in waiting for t in finding.tensors]
-        return sum({t.data_ptr(): t.nbytes for t in {id(t): t for t in held}.values()}.values())
+        found = sum({t.data_ptr(): t.nbytes for t in {id(t): t for t in held}.values()}.values())
+        self._counted = self.ledger.changes, found
+        return found
 
     @property
     def held(self) -> int:
@@ -65,7 +69,7 @@ class Pools:
         while worth is Worth.LATER and self.held and before - self.nbytes < wanted:
             name = max(states, key=lambda name: len(states[name].anchors))
             self.ledger.change(name, partial(AnchorPool.without, one=states[name].anchors[0]))
-            self.forgetful = True
+            self.ledger.spoil(order=-1)
         return before - self.nbytes
 
     def _learn(self, name: str, pool: AnchorPool | None, finding: Finding) -> AnchorPool | None:
@@ -73,8 +77,8 @@ class Pools:
         if isinstance(finding, tuple):
             return pool.used(finding)
         if not self._budget.room(sum(tensor.nbytes for tensor in finding.tensors)):
-            self.forgetful = True
-            return pool
+            self.ledger.spoil()
+            return None
         pool = self.ledger.states.get(name, pool)  # the budget may have dropped anchors of this very pool
         grown = replace(pool, fixed=finding.fixed if pool.fixed is None else pool.fixed)
         return grown.add(finding.anchor, self._spec.pool, self._spec.window)

@@ -113,11 +113,11 @@ class Slots(Preset):
         """Prefix, matches, gates, and the choice of computed tokens; see ``Preset.plan``."""
         parts = Parts()
         with self._spans.part(Part.MATCH), parts.timed("match"):
-            lead = self.keeper.lead(prompt)
+            lead, lost = self.keeper.lead(prompt)
             at = lead[-1].stop if lead else 0
             self.keeper.recall(prompt, at)
             found = self._matcher.match(prompt, at)
-            demand_memory(prompt.reader, lost=found.lost, forgotten=self.learner.forgetful)
+            demand_memory(prompt.reader, self.learner.ledger, lost=lost or found.lost)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             decisions = self._decide(prompt, found.matches)
             decisions += tuple(self._copies(prompt, decisions))
@@ -131,12 +131,16 @@ class Slots(Preset):
             composition = replace(compose(labels, lead, decisions), ready=ready)
             return self._plan(labels, composition, decisions, poor, parts)
 
+    def placed(self, plan: Plan) -> None:
+        """Give the arena of a look back."""
+        assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
+        self._give_back(plan)
+
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
         placed = plan.composition.placed_tokens
         self._costs.see(plan.parts, len(plan.composition.tokens) - placed, placed)
-        self._give_back(plan)
         self.keeper.keep_prompt(prompt, plan, arena)
 
     def finished(
@@ -160,6 +164,10 @@ class Slots(Preset):
         """As in ``Preset``."""
         return self.keeper.awaited_tokens(prompt)
 
+    def starved(self, reader: Reader) -> None:
+        """What the run would have taught is missing: deterministic runs that come later must not go on without it."""
+        self.learner.ledger.missed(reader.order)
+
     def closed(self, plan: Plan) -> None:
         """Unpin what the call read and wrote, give the arena of its look back."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
@@ -168,7 +176,7 @@ class Slots(Preset):
 
     def release(self, run: str) -> None:
         """Free a run's segments, commit what it taught."""
-        self.keeper.segments.release(run)
+        self.keeper.release(run)
         with self._spans.part(Part.LEARN):
             self.learner.end(run)
 
@@ -198,7 +206,7 @@ class Slots(Preset):
     def adopt(self, other: Preset) -> None:
         """Begin with the other's links."""
         assert isinstance(other, Slots), "presets adopt from their own kind"
-        self.learner.ledger.states = dict(other.learner.ledger.states)
+        self.learner.ledger.adopt(other.learner.ledger)
 
     def attach(self, kept: Persistence) -> None:
         """Keep prefixes, readings and what links learn beyond this process."""

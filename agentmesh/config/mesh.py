@@ -282,7 +282,8 @@ class RunSpec(Frozen):
 
     ``deterministic``: what is shared, and so every token, depends on seed, inputs and the runs' order alone. A run
     then uses what was learned eight runs before it and earlier (at most eight may overlap), gates that depend on
-    measured time are off, and a run fails where how full memory is would decide what it shares.
+    measured time are off, and a run fails where how full memory is would decide what it shares, as do later runs that
+    would see what it has taught. (A run that fails otherwise or is cancelled teaches what it has read until then.)
 
     ``concurrency``: runs at once; ``auto`` takes what cores and free memory (of the model's device) serve well.
     """

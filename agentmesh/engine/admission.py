@@ -18,7 +18,7 @@ AHEAD = 128
 
 @final
 class Admission:
-    """The caches of requests that have begun, and the requests that wait for memory. Used on the engine's thread.
+    """The caches of requests that have begun, and the requests that wait for their turn. Used on the engine's thread.
 
     Args:
         runner: opens caches.
@@ -54,7 +54,8 @@ class Admission:
             raise _never_fits(request, need)
         first = all(request.rank <= other.rank for other in self.waiting)
         if first and request.source.room(need, alone=alone):
-            self.go_on(request)
+            if request in self.waiting:
+                self.waiting.remove(request)
             self.wake()
             return True
         if first and alone:
@@ -66,11 +67,6 @@ class Admission:
         """Let a request wait until ``wake``."""
         if request not in self.waiting:
             self.waiting.append(request)
-
-    def go_on(self, request: Request) -> None:
-        """Let a request wait no longer."""
-        if request in self.waiting:
-            self.waiting.remove(request)
 
     def open(self, request: Request) -> Cache:
         """The cache of a request that was admitted; at once, since a look at the store could take its room."""
@@ -86,7 +82,9 @@ class Admission:
 
         It holds nothing any more: what still knows of it, such as callbacks, keeps no memory.
         """
-        self.go_on(request)
+        request.gone = True
+        if request in self.waiting:
+            self.waiting.remove(request)
         if request.cache is not None:
             self.held = [cache for cache in self.held if cache is not request.cache]
             self._runner.close(request.cache)

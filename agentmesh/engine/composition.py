@@ -12,7 +12,7 @@ from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
 
 AT_ONCE = 1024
-"""Tokens that are computed in one forward at most, so that others get their turn between two of them."""
+"""Tokens of a prompt that one forward computes at most, so that others can get their turn behind it."""
 
 
 @dataclass(frozen=True)

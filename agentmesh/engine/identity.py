@@ -9,21 +9,24 @@ from pathlib import Path
 import torch
 import transformers
 
+from agentmesh.engine.composition import AT_ONCE
 from agentmesh.engine.loading import LoadedModel
 
 CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def identity(loaded: LoadedModel) -> str:
-    """The model's fingerprint with all that decides the last bit of its KV: device, threads, instruction set, versions.
+    """The model's fingerprint with all that decides the last bit of its KV.
 
-    KV that one machine has stored is exact on another one of the same identity only.
+    That is device, threads, instruction set, versions, and how many tokens go through one forward. KV that one machine
+    has stored is exact on another one of the same identity only.
     """
     device = loaded.model.device
     facts = (
         loaded.fingerprint,
         torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         str(torch.get_num_threads()),
+        str(AT_ONCE),
         torch.backends.cpu.get_cpu_capability(),
         torch.__version__,
         transformers.__version__,

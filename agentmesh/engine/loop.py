@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TypeVar, final
 
@@ -75,6 +75,8 @@ class Engine:
         self._leaving: deque[Request] = deque()
         self._computed = 0
         self._stepping = False
+        self._paused: Request | None = None
+        self._paused_at = 0.0
         self._closing = False
         self.spent = Spent()
         self.thread = ModelThread() if thread is None else thread
@@ -107,9 +109,13 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread; waits for the forward that is running. What is decoding then is cancelled."""
+        """Stop the thread; waits for the forward that is running. What has begun and what waits then is cancelled."""
         self._closing = True
         self.thread.close()
+        if self._paused is not None:
+            self._paused.first.set_exception(CancelledError())
+        for request in self.admission.waiting:
+            request.wake()
 
     @property
     def spans(self) -> Spans:
@@ -176,11 +182,14 @@ class Engine:
         capacity = min(prompt_tokens + sampling.max_tokens, self.loaded.max_context)
         request = Request(source, prompt_tokens, capacity, sampling, tell, wake, arrived)
         try:
-            while (started := await self._on_thread(lambda: self._start(request))) is None:
+            while not await self._on_thread(lambda: self._start(request)):
                 await request.turn.wait()
                 request.turn.clear()
-            first, sequence = started, request.begun
-            report = FirstTokenReport(queue_ms=(request.began - arrived) * 1e3, ttft_ms=(first - arrived) * 1e3)
+                if self._closing:
+                    raise asyncio.CancelledError
+            first = await asyncio.wrap_future(request.first)
+            sequence = request.begun
+            report = FirstTokenReport(queue_ms=request.waited * 1e3, ttft_ms=(first - arrived) * 1e3)
             on_first(report)
             while (piece := await pieces.get()) is not None and on_text is not None:
                 on_text(piece)
@@ -188,7 +197,8 @@ class Engine:
             learn_ms = await self._on_thread(lambda: self._finish(source, sequence))
         finally:
             self._leaving.append(request)
-            self.thread.submit(self._sweep)
+            with suppress(RuntimeError):  # a closed engine holds nothing any more
+                self.thread.submit(self._sweep)
         text, tokens = self.tokenizer.decode(sequence.tokens), tuple(sequence.tokens)
         decode_ms = (sequence.ended - first) * 1e3
         return Generation(tokens, text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms, learn_ms)
@@ -205,61 +215,69 @@ class Engine:
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.thread.executor, work)
 
-    def _start(self, request: Request) -> float | None:
-        """Begin a prompt or go on with it: when its first token was out; or wait for what goes first.
+    def _start(self, request: Request) -> bool:
+        """Begin a request, unless it has to wait until it is told that it is its turn.
 
         The prompt's KV is kept before any other request can begin: siblings that read the same new text wait for
         one prefill of it, not for its message.
         """
         self._sweep()
+        if request.gone:
+            return False
         with self.spans.part(Part.ADMIT):
-            if self._others_first:
+            if self._paused is not None or self._others_first:
                 self.admission.postpone(request)
-                return None
-            if request.prefill is None and not self.admission.admit(request):
-                return None
-            begun, again = time.perf_counter(), request.prefill is not None
-            prefill = self._opened(request)
-            self._compute(request, prefill)
-            if prefill.done:
-                self._begin(request, prefill)
-            first = time.perf_counter()
-            self.spent.prefill_s += first - begun
-            if not prefill.done:
-                self.admission.postpone(request)
-                return None
-            self._keep(request.source, prefill.cache)
-            if not request.begun.finish:
-                self._live.append(request.begun)
-                self._go_on()
-            if again:
-                self.admission.wake()  # who came meanwhile waits behind it
-            return first
+                return False
+            if not self.admission.admit(request):
+                return False
+            request.waited = time.perf_counter() - request.arrived
+            self.spans.waited(request.waited)
+            begun, cache = time.perf_counter(), self.admission.open(request)
+            with self.spans.part(Part.PLAN):
+                composition, parts = request.source.compose()
+            request.prefill = self.support.runner.begin(cache, composition, parts)
+            request.source.placed()
+            self.spent.prefill_s += time.perf_counter() - begun
+            self._go_on_with(request, request.prefill)
+            return True
 
     @property
     def _others_first(self) -> bool:
         """Whether live sequences get their next token before more of any prompt is computed."""
         return bool(self._live) and self._computed >= TURN_TOKENS
 
-    def _opened(self, request: Request) -> Prefill:
-        """A request's prefill; when it begins, what is placed is in its cache."""
-        if request.prefill is not None:
-            self.admission.go_on(request)
-            return request.prefill
-        request.began = time.perf_counter()
-        self.spans.waited(request.began - request.arrived)
-        cache = self.admission.open(request)
-        with self.spans.part(Part.PLAN):
-            composition, parts = request.source.compose()
-        request.prefill = self.support.runner.begin(cache, composition, parts)
-        return request.prefill
-
-    def _compute(self, request: Request, prefill: Prefill) -> None:
-        """Go on with a prefill, by one forward at least, until it is done, others go first or nobody wants it."""
+    def _go_on_with(self, request: Request, prefill: Prefill) -> None:
+        """Compute a prompt, to its first token or until a step is due; then it goes on behind the step."""
+        begun = time.perf_counter()
+        self._computed += prefill.go_on()
         while not prefill.done:
-            self._computed += prefill.go_on()
-            if self._others_first or request in self._leaving:
+            if self._others_first or self._closing or request in self._leaving:
+                self._paused, self._paused_at = request, time.perf_counter()
+                self.spent.prefill_s += self._paused_at - begun
                 return
+            self._computed += prefill.go_on()
+        self._begin(request, prefill)
+        first = time.perf_counter()
+        self.spent.prefill_s += first - begun
+        self._keep(request.source, prefill.cache)
+        if not request.begun.finish:
+            self._live.append(request.begun)
+            self._go_on()
+        request.first.set_result(first)
+
+    def _resume(self, request: Request) -> None:
+        """Go on with the prompt that has made way for a step; who came meanwhile goes behind it."""
+        self._sweep()
+        if self._paused is not request or request.prefill is None:
+            return
+        self._paused = None
+        request.waited += time.perf_counter() - self._paused_at
+        with self.spans.part(Part.ADMIT):
+            try:
+                self._go_on_with(request, request.prefill)
+            finally:
+                if self._paused is None:
+                    self.admission.wake()
 
     def _begin(self, request: Request, prefill: Prefill) -> None:
         """Begin a request's sequence with its first token."""
@@ -298,7 +316,7 @@ class Engine:
             self._live = [sequence for sequence in self._live if not sequence.finish]
         self.spent.decode_s += time.perf_counter() - begun
         postponed, self._computed = self._computed >= TURN_TOKENS, 0
-        if postponed:
+        if postponed and self._paused is None:
             self.admission.wake()
 
     def _next(self, group: list[Sequence]) -> None:
@@ -317,6 +335,9 @@ class Engine:
     def _stepped(self, step: Future[None]) -> None:
         """Go on after a step; if it failed, so did every sequence that was in it."""
         self._stepping = False
+        paused = self._paused
+        if paused is not None and not self._closing:
+            self.thread.submit(partial(self._resume, paused)).add_done_callback(partial(_pass_on, paused))
         error = CancelledError() if self._closing or step.cancelled() else step.exception()
         if error is not None:
             failed, self._live = self._live, []
@@ -331,6 +352,8 @@ class Engine:
             with self.spans.part(Part.KEEP):
                 request = self._leaving.popleft()
                 request.source.closed()
+                if self._paused is request:
+                    self._paused = None
                 self._live = [sequence for sequence in self._live if sequence is not request.sequence]
                 self.admission.close(request)
 
@@ -344,6 +367,13 @@ class Engine:
         took = time.perf_counter() - begun
         self.spent.keep_s += took
         return took * 1e3
+
+
+def _pass_on(request: Request, work: Future[None]) -> None:
+    """If going on with a prompt failed, so did its request."""
+    error = None if work.cancelled() else work.exception()
+    if error is not None:
+        request.first.set_exception(error)
 
 
 def _loaded(model: ModelSpec, progress: Progress | None, *, trials: bool) -> tuple[LoadedModel, Support]:

@@ -40,6 +40,9 @@ class Source(Protocol):
     def compose(self) -> tuple[Composition, Parts]:
         """Decide what to place, right before the prefill, and say how long that took."""
 
+    def placed(self) -> None:
+        """What is placed has been copied; what was made for it alone is needed no more."""
+
     def prefilled(self, arena: Arena) -> None:
         """Look at the arena when the first token is out; what is kept now, the next prompt can use."""
 
@@ -55,7 +58,8 @@ class Request:
     """One call of ``Engine.generate``, which arrived at a second.
 
     Its event loop hears of pieces of text, and at last of ``None``, through ``tell``, and of its turn through ``call``.
-    It has a cache and a prefill from the second at which it began, and a sequence from its first token.
+    It has a cache and a prefill from the second at which it began, and a sequence from its first token, whose time (or
+    the error that came before it) is what ``first`` resolves to. Once ``gone``, nobody wants it any more.
     """
 
     source: Source
@@ -65,17 +69,22 @@ class Request:
     tell: Callable[[str | None], None]
     call: Callable[[asyncio.Event], None]
     arrived: float
-    began: float = 0.0
+    waited: float = 0.0
+    gone: bool = False
     cache: Cache | None = None
     prefill: Prefill | None = None
     sequence: Sequence | None = None
     turn: asyncio.Event = field(default_factory=asyncio.Event)
+    first: Future[float] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        self.first.set_running_or_notify_cancel()  # who awaits it may go, the engine resolves it all the same
 
     @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Who goes first: who has begun already; then runs that began earlier, whose memory is freed when they end."""
+    def rank(self) -> tuple[float, float]:
+        """Where memory is short, runs that began earlier go first: what they hold is freed when they end."""
         since = self.source.since
-        return self.cache is None, self.arrived if since is None else since, self.arrived
+        return self.arrived if since is None else since, self.arrived
 
     def wake(self) -> None:
         """Tell the event loop that it is this one's turn."""

@@ -30,20 +30,27 @@ class Ledger(Generic[State, Finding]):
             none.
         show: what a run needs to see of a state; the state itself, or something smaller.
         states: what is committed now.
+        fixed: whether nothing will be taught any more.
+        changes: how often what it holds has changed.
     """
 
     learn: Callable[[str, State | None, Finding], State | None]
     show: Callable[[State], State]
     states: dict[str, State] = field(default_factory=dict)
+    fixed: bool = False
+    changes: int = 0
     _active: dict[str, _Active[State, Finding]] = field(default_factory=dict)
     _ended: dict[int, _Active[State, Finding]] = field(default_factory=dict)
     _versions: dict[int, dict[str, State]] = field(default_factory=dict)
     _reach: int = 0
     _base: dict[str, State] | None = None
+    _spoilt: int | None = None
+    _committing: int | None = None
 
     def view(self, run: str, order: int, sees: int | None) -> Mapping[str, State]:
         """The states that a run sees; its first call begins it."""
         if run not in self._active:
+            self.changes += 1
             self._reach = max(self._reach, 0 if sees is None else order - sees)
             self._active[run] = _Active(order, dict(self._version(sees)))
         return self._active[run].states
@@ -52,8 +59,13 @@ class Ledger(Generic[State, Finding]):
         """Every state that is committed, or that some run sees or may see later, once."""
         yield from {id(state): state for version in self._all() for state in version.values()}.values()
 
+    def seen(self, name: str) -> Iterator[State]:
+        """A state as some run sees it, or may see it later."""
+        return (version[name] for version in self._all()[1:] if name in version)
+
     def change(self, name: str, changed: Callable[[State], State]) -> None:
         """Change a state in every version that there is."""
+        self.changes += 1
         for version in self._all():
             if name in version:
                 version[name] = changed(version[name])
@@ -74,8 +86,34 @@ class Ledger(Generic[State, Finding]):
         earlier = [version for version in self._versions if version <= sees]
         return self._versions[max(earlier)] if earlier else self._base
 
+    def spoil(self, order: int | None = None) -> None:
+        """Note that states are not what they would be with more memory, from a run on.
+
+        Args:
+            order: of that run; without one, the run that is being committed, or all of them.
+        """
+        found = order if order is not None else -1 if self._committing is None else self._committing
+        self._spoilt = found if self._spoilt is None else min(self._spoilt, found)
+
+    def missed(self, order: int) -> None:
+        """Note that a run could not teach all that it would have taught with more memory."""
+        if not self.fixed:
+            self.spoil(order)
+
+    def is_spoilt(self, sees: int) -> bool:
+        """Whether a run that sees what was there when another one had been committed sees something spoilt."""
+        return self._spoilt is not None and sees >= self._spoilt
+
+    def adopt(self, other: Ledger[State, Finding]) -> None:
+        """Begin with what another one has committed; what is spoilt there is so here for all runs."""
+        self.changes += 1
+        self.states = dict(other.states)
+        if other._spoilt is not None:
+            self.spoil(-1)
+
     def note(self, run: str, name: str, finding: Finding) -> None:
         """Keep a finding until its run is committed."""
+        self.changes += 1
         self._active[run].findings.append((name, finding))
 
     def pending(self) -> Iterator[Finding]:
@@ -89,6 +127,8 @@ class Ledger(Generic[State, Finding]):
         active = self._active.pop(run, None)
         if active is None:
             return
+        self.changes += 1
+        active.states = {}
         self._ended[active.order] = active
         earliest = min((other.order for other in self._active.values()), default=None)
         for order in sorted(self._ended):
@@ -97,12 +137,18 @@ class Ledger(Generic[State, Finding]):
             self._commit(order, self._ended.pop(order))
 
     def _commit(self, order: int, ended: _Active[State, Finding]) -> None:
-        for name, finding in ended.findings:
-            state = self.learn(name, self.states.get(name), finding)
-            if state is not None:
-                self.states[name] = state
+        self._committing = order
+        self.changes += 1
+        try:
+            for name, finding in ended.findings:
+                state = self.learn(name, self.states.get(name), finding)
+                if state is not None:
+                    self.changes += 1
+                    self.states[name] = state
+        finally:
+            self._committing = None
         if self._reach:
             self._versions[order] = self._shown()
-            for old in [version for version in self._versions if version <= order - 2 * self._reach]:
+            for old in sorted(version for version in self._versions if version <= order - 2 * self._reach)[:-1]:
                 del self._versions[old]
-                self._base = {}  # no later run sees what was before the first one
+                self._base = {}  # the version that is left serves who sees so early a one

@@ -208,14 +208,25 @@ class Linear(Realigner[LinearFinding]):
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all sums, and of the map that they give."""
+        """Bytes of all sums, and of the map that they give; of the map alone where the sums are not there."""
         trial = self.trial
-        tensors = (self.gram, self.cross, self.cross, trial.cross, trial.square, trial.energy, trial.scale)
+        own = vars(self)["map"].weights if not self.gram.numel() and "map" in vars(self) else self.cross
+        tensors = (self.gram, self.cross, own, trial.cross, trial.square, trial.energy, trial.scale)
         return sum(tensor.nbytes for tensor in tensors)
 
     def outline(self) -> Linear:
         """The prequential sums and the count alone; see ``Realigner.outline``."""
         return replace(self, gram=self.gram.new_empty(0), cross=self.cross.new_empty(0))
+
+    def ready(self) -> Linear:
+        """The map, and what ``outline`` has."""
+        return self._ready
+
+    @cached_property
+    def _ready(self) -> Linear:
+        found = self.outline()
+        vars(found)["map"] = self.map  # as if it had been worked out there
+        return found
 
     @torch.inference_mode()
     def study(self, base: KV, truth: KV, numbers: Sequence[int]) -> LinearFinding:

@@ -90,7 +90,8 @@ class Match:
 class Found:
     """Matches of a prompt in order, and why its other slots have none (by segment).
 
-    ``lost``: whether there was KV of some slot for which the budget had no room; looked for in deterministic runs only.
+    ``lost``: whether there was KV for which the budget had no room, of the run or of a passage that the prompt reads;
+    passages are looked for in deterministic runs only.
     """
 
     matches: tuple[Match, ...]
@@ -116,13 +117,14 @@ class Matcher:
         """All matches of a prompt from token ``begin`` on, left to right, the longest first at each slot."""
         matches: list[Match] = []
         missing: dict[int, Reason] = {}
-        index, segments, lost = 0, prompt.segments, False
+        index, segments = 0, prompt.segments
+        exact, lost = prompt.reader.sees is not None, self.store.has_lost(prompt.reader.run)
         while index < len(segments):
             segment = segments[index]
             if segment.content is None or prompt.starts[index] < begin or not segment.tokens:
                 index += 1
                 continue
-            lost = lost or (prompt.reader.sees is not None and self._lost(prompt, index))
+            lost = lost or (exact and self._lost(prompt, index))
             found, reason = self._best(prompt, index)
             if found is None:
                 missing[index] = reason
@@ -133,7 +135,7 @@ class Matcher:
         return Found(tuple(matches), missing, lost)
 
     def _lost(self, prompt: Prompt, index: int) -> bool:
-        """Whether there was KV of a slot for which the budget had no room."""
+        """Whether there was KV of what a slot holds for which the budget had no room."""
         segment, reader = prompt.segments[index], prompt.reader
         assert segment.content is not None, "asked of slots"
         return segment.content.deliver != "text" and self.store.was_evicted(segment.tokens, reader.run, reader.tenant)

@@ -44,6 +44,10 @@ class Realigner(ABC, Generic[Finding]):
         """What tells how much it has seen and how well it does, without what it has learned; it cannot realign."""
 
     @abstractmethod
+    def ready(self) -> Realigner[Finding]:
+        """What realigns, without what it was worked out from; it cannot learn. Always the same object."""
+
+    @abstractmethod
     def study(self, base: KV, truth: KV, numbers: Sequence[int]) -> Finding:
         """What an observation teaches, whatever is known so far.
 
@@ -76,7 +80,7 @@ class Realigner(ABC, Generic[Finding]):
 
     @abstractmethod
     def leverage(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
-        """How unlike all that it has seen tokens with these numbers are, fp32 ``[T]``; 0 where it has seen nothing."""
+        """How unlike all that it has seen tokens with these numbers are, fp32 ``[T]``."""
 
     @abstractmethod
     def realign(self, base: KV, numbers: Sequence[int]) -> KVSource:
@@ -107,6 +111,10 @@ class NoOffset(Realigner[None]):
 
     def outline(self) -> NoOffset:
         """There is nothing else to it."""
+        return self
+
+    def ready(self) -> NoOffset:
+        """As above."""
         return self
 
     def study(self, base: KV, truth: KV, numbers: Sequence[int]) -> None:

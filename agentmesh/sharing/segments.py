@@ -176,8 +176,7 @@ class SegmentStore:
         """
         if not self.budget.room(reading.nbytes):
             self.stats.refused += 1
-            if reading.run:
-                self._note_lost(reading)
+            self._note_lost(reading)
             return None
         number, self._count = self._count, self._count + 1
         origins = {span.origin for span in reading.spans}
@@ -249,6 +248,14 @@ class SegmentStore:
         key = self.key(tokens, tenant)
         return key in self._lost.get(run, ()) or key in self._lost.get("", ())
 
+    def note_lost(self, tokens: Sequence[int], run: str, tenant: str) -> None:
+        """Note that there was no room for the KV of a content that a run's agent wrote."""
+        self._lost.setdefault(run, set()).add(self.key(tokens, tenant))
+
+    def has_lost(self, run: str) -> bool:
+        """Whether the budget had no room for any KV that a run has made."""
+        return bool(self._lost.get(run))
+
     def pin(self, number: int) -> None:
         """Keep a reading until ``unpin``, whatever the budget says; pins count."""
         self._kept[number].pins += 1
@@ -291,7 +298,8 @@ class SegmentStore:
         return freed
 
     def _note_lost(self, reading: Reading) -> None:
-        self._lost.setdefault(reading.run, set()).update(span.key for span in reading.spans)
+        if reading.run or not reading.reader:  # of a store's readings nothing is lost: they can be read again
+            self._lost.setdefault(reading.run, set()).update(span.key for span in reading.spans)
 
     def _room_beside(self, kept: _Kept, need: int) -> bool:
         kept.pins += 1

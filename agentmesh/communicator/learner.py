@@ -161,10 +161,14 @@ class Learner:
     def nbytes(self) -> int:
         """Bytes of all statistics, also of older ones that runs still see, and of findings whose run has not ended."""
         waiting = sum(isinstance(finding, Observed) for finding in self.ledger.pending())
-        states = (*self.ledger.held(), *self._given.values())
-        realigners = (one for state in states for one in (state.exact, state.deep))
-        held = {id(one): one.nbytes for one in realigners if one.observations}
-        return sum(held.values()) + waiting * self.fresh.exact.nbytes
+        states = (*self.ledger.states.values(), *self._given.values())
+        held = [one for state in states for one in (state.exact, state.deep)]
+        for name, mine in self.ledger.states.items():
+            for state in self.ledger.seen(name):
+                pairs = ((state.exact, mine.exact), (state.deep, mine.deep))
+                held += [seen for seen, known in pairs if seen.observations != known.observations]
+        found = {id(one): one.nbytes for one in held if one.observations}
+        return sum(found.values()) + waiting * self.fresh.exact.nbytes
 
     def evict(self, wanted: int, worth: Worth) -> int:  # noqa: ARG002  # the interface of a store
         """Statistics are small and dear: none is given up."""

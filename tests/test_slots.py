@@ -65,6 +65,30 @@ def mesh(communicator: Any, agents: int = 3, **run: Any) -> Mesh:
     )
 
 
+def team_mesh(communicator: str, **run: Any) -> Mesh:
+    """Three agents whose prompts begin with the same text."""
+    texts = {
+        f"agent.{number}": member(
+            f"Role {number}", system="You are a team. " * 4, prompt=f"{PROMPT} As number {number}."
+        )
+        for number in (1, 2, 3)
+    }
+    topology = {"use": "fully-connected", "agents": 3}
+    return Mesh(agents=texts, topology=topology, model="random:tiny-llama", communicator=communicator, run=run)
+
+
+def reading_mesh(folder: Path, **run: Any) -> Mesh:
+    """An agent that reads two of four passages of a corpus."""
+    lines = [json.dumps({"title": f"Pier {n}", "text": f"Pier {n} holds boats. " * 6}) for n in range(4)]
+    (folder / "docs.jsonl").write_text("\n".join(lines))
+    agents = {
+        "finder": {"kind": "retriever", "documents": str(folder / "docs.jsonl"), "top_k": 2},
+        "reader": member("Reader"),
+    }
+    nodes = {"nodes": {"finder": {}, "reader": {}}, "edges": [{"from": "finder", "to": "reader"}], "output": "reader"}
+    return Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="epic", run=run)
+
+
 def question(number: int) -> str:
     return f"Question {number}: " + " ".join(f"word{number * 7 + i}" for i in range(12))
 
@@ -321,21 +345,8 @@ def test_a_deterministic_run_gives_the_same_tokens_or_fails_where_memory_is_shor
 
 def test_what_other_runs_left_of_a_question_changes_no_deterministic_run() -> None:
     """Agents with one beginning read the question as an exact prefix, which depends on what is still kept of it."""
-    texts = {
-        f"agent.{number}": member(
-            f"Role {number}", system="You are a team. " * 4, prompt=f"{PROMPT} As number {number}."
-        )
-        for number in (1, 2, 3)
-    }
-    topology = {"use": "fully-connected", "agents": 3}
     for forgets in (False, True):
-        with Mesh(
-            agents=texts,
-            topology=topology,
-            model="random:tiny-llama",
-            communicator="rotate",
-            run={"deterministic": True},
-        ) as one:
+        with team_mesh("rotate", deterministic=True) as one:
             first = one.run(question=question(1)).calls
             backend = one.load()
             assert isinstance(backend, LocalBackend)
@@ -356,16 +367,8 @@ def test_what_other_runs_left_of_a_question_changes_no_deterministic_run() -> No
 
 
 def test_a_corpus_that_was_pushed_out_of_memory_is_told_from_one_that_nobody_knew(tmp_path: Path) -> None:
-    lines = [json.dumps({"title": f"Pier {n}", "text": f"Pier {n} holds boats. " * 6}) for n in range(4)]
-    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
-    agents = {
-        "finder": {"kind": "retriever", "documents": str(tmp_path / "docs.jsonl"), "top_k": 2},
-        "reader": member("Reader"),
-    }
-    nodes = {"nodes": {"finder": {}, "reader": {}}, "edges": [{"from": "finder", "to": "reader"}], "output": "reader"}
     for exact in (False, True):
-        run = {"deterministic": exact}
-        with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="epic", run=run) as one:
+        with reading_mesh(tmp_path, deterministic=exact) as one:
             assert one.ingest() == 4
             backend = one.load()
             assert isinstance(backend, LocalBackend)
@@ -426,14 +429,7 @@ def test_audits_are_reported_and_teach() -> None:
 
 @pytest.mark.parametrize("preset", ["prefix", "rotate"])
 def test_agents_with_one_beginning_share_what_they_all_read_as_an_exact_prefix(preset: str) -> None:
-    texts = {
-        f"agent.{number}": member(
-            f"Role {number}", system="You are a team. " * 4, prompt=f"{PROMPT} As number {number}."
-        )
-        for number in (1, 2, 3)
-    }
-    topology = {"use": "fully-connected", "agents": 3}
-    with Mesh(agents=texts, topology=topology, model="random:tiny-llama", communicator=preset) as one:
+    with team_mesh(preset) as one:
         calls = one.run(question=question(1)).calls
 
     exact = [[row.segment for row in call.plan if row.reason is Reason.IDENTICAL_PREFIX] for call in calls]
@@ -618,16 +614,9 @@ def test_what_running_agents_wait_for_is_not_pushed_out_by_runs_that_begin() -> 
 
 
 def test_a_corpus_that_was_ingested_is_shared_by_its_first_reader(tmp_path: Path) -> None:
-    lines = [json.dumps({"title": f"Pier {n}", "text": f"Pier {n} holds boats. " * 6}) for n in range(4)]
-    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
-    agents = {
-        "finder": {"kind": "retriever", "documents": str(tmp_path / "docs.jsonl"), "top_k": 2},
-        "reader": member("Reader"),
-    }
-    nodes = {"nodes": {"finder": {}, "reader": {}}, "edges": [{"from": "finder", "to": "reader"}], "output": "reader"}
     found = []
     for ingested in (False, True):
-        with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator="epic") as one:
+        with reading_mesh(tmp_path) as one:
             if ingested:
                 assert one.ingest() == 4
                 assert one.ingest() == 0

@@ -49,7 +49,8 @@ class Picker:
         """Whether what a match's picks go by is to be had with this model."""
         if self._by_weights(match):
             return match.reading.weights is not None
-        return not self.recompute.ratio or self.scout.can(self.recompute.by)
+        looks = self.recompute.ratio > 0 and self.recompute.by is not Picking.LEVERAGE
+        return not looks or self.scout.can(self.recompute.by)
 
     def pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Arena | None:
         """Label what is picked of placed blocks; the arena that a look has seen, if there was one."""

@@ -21,7 +21,7 @@ class Generation:
         tokens: generated ids without the stop token.
         text: their text.
         finish: ``stop``, ``length`` (the asked maximum) or ``context`` (the model's context is full).
-        queue_ms: waiting for the engine before the prefill.
+        queue_ms: waiting for the engine, before the prefill and for steps in the middle of it.
         ttft_ms: from the request to the first token, waiting included.
         decode_ms: from the first token to the last.
         learn_ms: keeping KV, learning and checking after the message.

@@ -52,13 +52,10 @@ class Scout:
     runner: ArenaRunner
 
     def can(self, by: Picking) -> bool:
-        """Whether the model allows what is picked by.
-
-        An attention must be one that can be watched, a deviation one of more than two layers; leverage takes no look.
-        """
+        """Whether the model allows a look: at an attention that can be watched, or at one of more than two layers."""
         if by is Picking.ATTENTION:
             return is_grouped(self.runner.model)
-        return by is Picking.LEVERAGE or self.runner.shape.layers > LOOK_LAYERS
+        return self.runner.shape.layers > LOOK_LAYERS
 
     @contextmanager
     def dense(self, tokens: Sequence[int]) -> Iterator[tuple[torch.Tensor, Arena]]:

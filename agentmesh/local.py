@@ -133,7 +133,7 @@ class LocalBackend:
             "device": str(loaded.model.device),
             "reuse": support.level.value,
             "reuse_limit": support.reason,
-            "steps": "few operations" if support.steps else "the model's own code",
+            "steps": support.decoding(loaded.unrecorded),
         }
 
     async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:

@@ -30,6 +30,24 @@ def supported(device: str) -> Support:
     return probe(loaded.model, loaded.step)
 
 
+def test_steps_are_replayed_from_graphs_unless_that_is_switched_off() -> None:
+    logits = []
+    for graphs in (True, False):
+        loaded = load(ModelSpec(name="random:tiny-llama", device=DEVICE, graphs=graphs))
+        support = probe(loaded.model, loaded.step)
+        assert support.replays == (graphs and DEVICE == "cuda"), loaded.unrecorded
+        runner = support.runner
+        assert isinstance(runner, ArenaRunner)
+        for count in (1, 3, 2, 3):  # a tape is used again
+            caches = [runner.open(length + 1) for length in LENGTHS[:count]]
+            for cache, length in zip(caches, LENGTHS, strict=False):
+                runner.prefill(cache, Composition(TOKENS[:length]))
+            logits.append(runner.decode(caches, [TOKENS[length] for length in LENGTHS[:count]], LENGTHS[:count]))
+
+    for replayed, plain in zip(logits[:4], logits[4:], strict=True):
+        torch.testing.assert_close(replayed, plain, atol=2e-3, rtol=2e-3)
+
+
 def found(device: str) -> tuple[Level, bool, torch.Tensor, torch.Tensor]:
     """Level, whether it has a step, logits of a sparse prefill, and logits of a step of several sequences."""
     support = supported(device)

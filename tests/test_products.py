@@ -16,6 +16,7 @@ from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
 from agentmesh.engine.products import SPLIT_ROWS, Product, QuickLinear, Switch, Tuning, Way, quicken, switch_of
+from agentmesh.engine.step import Step
 from agentmesh.engine.tuning import ALWAYS_CUT, check_copies
 from agentmesh.errors import UnsupportedModelError
 
@@ -143,7 +144,7 @@ def test_without_trials_nothing_depends_on_a_moments_speed(monkeypatch: pytest.M
 
     for asked, used in ((Decode.AUTO, Decode.SAME), (Decode.INT8, Decode.INT8)):
         loaded = load(ModelSpec(name="random:tiny-llama", decode=asked), trials=False)
-        assert loaded.step is not None
+        assert isinstance(loaded.step, Step)
         assert loaded.step.tuning == Tuning(used)
 
 

@@ -15,6 +15,7 @@ from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
 from agentmesh.engine.recognise import recognise
+from agentmesh.engine.recorded import AnyStep
 from agentmesh.engine.step import Step
 
 ZOO = tiny.zoo()
@@ -29,7 +30,7 @@ TOKENS = tuple(torch.randint(3, 320, (90,), generator=torch.Generator().manual_s
 LENGTHS = (3, 8, 30, 89)  # below and above the tiny models' windows of 8
 
 
-def runners(model: Any, step: Step | None) -> tuple[ArenaRunner, ArenaRunner]:
+def runners(model: Any, step: AnyStep | None) -> tuple[ArenaRunner, ArenaRunner]:
     """One that decodes in few operations, and one that runs the model's own code."""
     found = probe(model, step).runner, probe(model).runner
     assert isinstance(found[0], ArenaRunner) and isinstance(found[1], ArenaRunner)  # noqa: PT018  # for the types
@@ -139,8 +140,8 @@ def test_layers_that_are_not_plain_are_left_alone() -> None:
 def test_a_step_multiplies_by_the_copies_that_were_asked_for(decode_with: Decode) -> None:
     plain, copied = (load(ModelSpec(name="random:tiny-llama", decode=one)) for one in (Decode.SAME, decode_with))
 
-    assert plain.step is not None
-    assert copied.step is not None
+    assert isinstance(plain.step, Step)
+    assert isinstance(copied.step, Step)
     assert plain.step.tuning.decode is Decode.SAME
     logits = [decode(runners(one.model, one.step)[0])[0] for one in (plain, copied)]
     error = float((logits[1] - logits[0]).norm() / logits[0].norm())

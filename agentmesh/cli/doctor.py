@@ -66,7 +66,7 @@ def _support(model: str) -> dict[str, Any]:
         "source": loaded.source,
         "context": f"{loaded.max_context:,} tokens",
         "KV reuse": support.level.value + (f" (no more, because {support.reason})" if support.reason else ""),
-        "decoding": "in few operations" if support.steps else "by the model's own code",
+        "decoding": support.decoding(loaded.unrecorded),
         "layers": ", ".join(f"{count} {label}" for label, count in layers.items()),
         "chat template": "yes" if loaded.tokenizer.chat_template else "no (plain paragraphs)",
         "fingerprint": loaded.fingerprint[:16],

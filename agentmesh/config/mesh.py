@@ -76,13 +76,17 @@ class Reads(Choice):
 
 
 class ModelSpec(Frozen):
-    """Which model: a known name, a Hub repo id, a local folder, a ``.gguf`` file or ``random:<family>``."""
+    """Which model: a known name, a Hub repo id, a local folder, a ``.gguf`` file or ``random:<family>``.
+
+    On a CUDA device decoding steps are replayed from CUDA graphs, unless ``graphs`` is false.
+    """
 
     name: Annotated[str, Field(min_length=1)] = "smollm2-135m"
     revision: str | None = None
     dtype: Dtype = Dtype.FLOAT32
     device: str = "auto"
     decode: Decode = Decode.AUTO
+    graphs: bool = True
 
 
 class Order(Choice):

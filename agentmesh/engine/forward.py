@@ -22,8 +22,8 @@ from agentmesh.engine.group import side_by_side
 from agentmesh.engine.masks import MaskPlan, Masks
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.products import Switch
+from agentmesh.engine.recorded import AnyStep
 from agentmesh.engine.spans import Part, Spans
-from agentmesh.engine.step import Step
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.pool import ArenaPool
 from agentmesh.kv.rope import Rope
@@ -114,7 +114,7 @@ class ArenaRunner:
     rope: Rope | None
     batches: bool = False
     switch: Switch | None = None
-    step: Step | None = None
+    step: AnyStep | None = None
     pool: ArenaPool = field(default_factory=ArenaPool)
     spans: Spans = field(default_factory=Spans)
 

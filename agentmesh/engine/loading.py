@@ -21,6 +21,7 @@ from agentmesh.engine.catalog import FAMILIES, KNOWN, SEED, byte_tokenizer, quie
 from agentmesh.engine.embedded import Progress, digests, ensure
 from agentmesh.engine.products import quicken
 from agentmesh.engine.recognise import recognise
+from agentmesh.engine.recorded import AnyStep, CUDAGraphs, recorded
 from agentmesh.engine.step import Step
 from agentmesh.engine.tuning import check_copies, tuned
 from agentmesh.errors import ModelError, NotFoundError, UnsupportedModelError, did_you_mean, listing
@@ -55,6 +56,7 @@ class LoadedModel:
         decode: which weights decode messages.
         config: the text model's transformers configuration.
         step: decodes in fewer operations than the model's own code; ``None`` where none computes the same.
+        unrecorded: why a step on a CUDA device is not replayed from CUDA graphs; empty where it is, and elsewhere.
     """
 
     name: str
@@ -68,7 +70,8 @@ class LoadedModel:
     source: str
     config: Any
     decode: Decode = Decode.SAME
-    step: Step | None = None
+    step: AnyStep | None = None
+    unrecorded: str = ""
 
     @property
     def has_chat_template(self) -> bool:
@@ -247,7 +250,8 @@ def _finished(spec: ModelSpec, parts: _Parts, *, trials: bool) -> LoadedModel:
         raise UnsupportedModelError(f"{spec.name} has no fast tokenizer, which agentmesh needs for exact slot borders")
     use_grouped_heads(model)
     check_copies(model, spec.name, spec.decode)
-    tuning, step = tuned(model, spec.decode, trials=trials), recognise(model)
+    tuning, read = tuned(model, spec.decode, trials=trials), recognise(model)
+    step, unrecorded = (None, "") if read is None else _stepping(model, read.tuned(tuning), graphs=spec.graphs)
     quicken(model, tuning if step is None else replace(tuning, decode=Decode.SAME))
     config = model.config.get_text_config()
     control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -263,8 +267,16 @@ def _finished(spec: ModelSpec, parts: _Parts, *, trials: bool) -> LoadedModel:
         source=parts.source,
         config=config,
         decode=tuning.decode,
-        step=None if step is None else step.tuned(tuning),
+        step=step,
+        unrecorded=unrecorded,
     )
+
+
+def _stepping(model: Any, step: Step, *, graphs: bool) -> tuple[AnyStep, str]:
+    """How a model decodes, and why not from CUDA graphs on a CUDA device."""
+    if step.shape.device.type != "cuda":
+        return step, ""
+    return recorded(model, step, CUDAGraphs(step.shape.device)) if graphs else (step, "`model.graphs` is false")
 
 
 def _stops(name: str, model: Any, tokenizer: Any) -> frozenset[int]:

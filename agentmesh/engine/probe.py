@@ -19,7 +19,7 @@ from agentmesh.engine.composition import Composition, Placement
 from agentmesh.engine.forward import ArenaRunner, PlainRunner, Runner
 from agentmesh.engine.masks import MaskPlan, windows_of
 from agentmesh.engine.products import switch_of
-from agentmesh.engine.step import Step
+from agentmesh.engine.recorded import AnyStep, RecordedStep
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.rope import Rope
 
@@ -64,12 +64,25 @@ class Support:
         return isinstance(self.runner, ArenaRunner) and self.runner.step is not None
 
     @property
+    def replays(self) -> bool:
+        """Whether its steps are replayed from CUDA graphs."""
+        return isinstance(self.runner, ArenaRunner) and isinstance(self.runner.step, RecordedStep)
+
+    def decoding(self, unrecorded: str) -> str:
+        """How it decodes, in words; ``unrecorded`` says why it has no CUDA graphs where it might."""
+        if not self.steps:
+            return "the model's own code"
+        if self.replays:
+            return "few operations, replayed from CUDA graphs"
+        return f"few operations (no CUDA graphs: {unrecorded})" if unrecorded else "few operations"
+
+    @property
     def rope(self) -> Rope | None:
         """How keys are rotated; ``None`` where KV cannot be moved."""
         return self.runner.rope if isinstance(self.runner, ArenaRunner) else None
 
 
-def probe(model: Any, step: Step | None = None) -> Support:
+def probe(model: Any, step: AnyStep | None = None) -> Support:
     """Establish what ``model`` (a transformers causal language model in eval mode) supports; ``step`` decodes it."""
     config = model.config.get_text_config()
     refusal = refused_by_config(config)

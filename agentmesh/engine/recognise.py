@@ -7,7 +7,8 @@ it with the model's own forward, logits and KV.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,6 +26,19 @@ LENGTHS = (3, 30)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+class Runs(Protocol):
+    """What computes the next token of some sequences; see ``Step``."""
+
+    @property
+    def shape(self) -> KVShape:
+        """Of one token's KV."""
+
+    def run(
+        self, arenas: Sequence[Arena], tokens: Sequence[int], positions: Sequence[int], spans: Spans
+    ) -> torch.Tensor:
+        """As ``Step.run``."""
+
+
 def recognise(model: Any) -> Step | None:
     """A step for a model, if one computes what the model computes.
 
@@ -38,7 +52,7 @@ def recognise(model: Any) -> Step | None:
     """
     try:
         step = _read(model)
-        return step if _error(model, step) <= TOLERANCE[step.shape.dtype] else None
+        return step if error_of(model, step) <= TOLERANCE[step.shape.dtype] else None
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return None
 
@@ -111,8 +125,8 @@ def _joined(*layers: Any) -> Product:
 
 
 @torch.inference_mode()
-def _error(model: Any, step: Step) -> float:
-    """Largest relative error of a step's logits and KV, over sequences of different lengths."""
+def error_of(model: Any, step: Runs) -> float:
+    """Largest relative error of a step's logits and KV to a model's own, over sequences of different lengths."""
     found = [_own(model, step.shape, length) for length in LENGTHS]
     logits = step.run([arena for arena, _, _ in found], LENGTHS, LENGTHS, Spans())
     errors = []

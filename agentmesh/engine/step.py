@@ -22,9 +22,12 @@ from torch.nn import functional
 from agentmesh.engine.batch import NextRows
 from agentmesh.engine.copies import COPIES, filled
 from agentmesh.engine.operations import Mark
-from agentmesh.engine.products import Product, Tuning, halved, joined
+from agentmesh.engine.products import Product, Tuning, Way, halved, joined
 from agentmesh.engine.spans import Spans
 from agentmesh.kv.arena import Arena, KVShape
+
+Turn = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and signed sines ``[B, Hq + 2 H, D]`` that turn queries and keys and leave values as they are."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,18 @@ class Stream:
     more number, whose square is ``N`` times epsilon, so the length of the whole is all that its norm divides by.
 
     Args:
-        rows: ``[B, N]``.
-        epsilon: of all norms.
+        whole: the rows with one more number each, ``[B, N + 1]``.
     """
 
-    def __init__(self, rows: torch.Tensor, epsilon: float) -> None:
-        size = rows.shape[1]
-        self._whole = functional.pad(rows, (0, 1), value=math.sqrt(size * epsilon))
-        self._rows = self._whole[:, :size]
+    def __init__(self, whole: torch.Tensor) -> None:
+        self.whole = whole
+        self._rows = whole[:, :-1]
         self._cut: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, epsilon: float) -> Stream:
+        """A stream of rows ``[B, N]``, with the epsilon of all norms."""
+        return cls(functional.pad(rows, (0, 1), value=math.sqrt(rows.shape[1] * epsilon)))
 
     def add(self, product: torch.Tensor) -> None:
         """Add a product ``[B, N]``, in pieces or not."""
@@ -84,7 +90,7 @@ class Stream:
         """The rows behind a norm, ``[B, N]``."""
         if self._rows.dtype is not torch.float32:
             return norm(self._rows)
-        length = torch.linalg.vector_norm(self._whole, dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(self.whole, dim=-1, keepdim=True)
         return (self._rows * norm.stretched).div_(length)
 
 
@@ -175,27 +181,56 @@ class Step:
         Returns:
             Logits ``[B, V]``.
         """
-        device, count, way = self.shape.device, len(tokens), self.tuning.way(len(tokens))
+        count, way = len(tokens), self.tuning.way(len(tokens))
         full = self.head.full(count, way)
         cached = NextRows(arenas, spans, full - count)
-        ids, index = (_spread(one, cached.rows, full).to(device) for one in (tokens, positions))
+        ids, index = (self.spread(one, cached.rows, full) for one in (tokens, positions))
         with spans.mark(Mark.MODEL):
-            rows = self.embed(ids)
-            turn, stream = self._turn(rows, index), Stream(rows, self.last.epsilon)
+            stream, turn = self.begin(ids, index)
             for number, layer in enumerate(self.layers):
-                mixed = joined(layer.mixed.multiply_full(stream.normed(layer.first), way))
-                heads = self._heads(layer, mixed, turn)
+                heads = self.enter(layer, stream, turn, way)
                 cached.write(number, heads)
-                seen = cached.attend(number, self._queries(heads), layer.window, layer.scale)
-                stream.add(layer.out.multiply_full(seen.reshape(full, -1), way))
-                gate, entered = halved(layer.gated.multiply_full(stream.normed(layer.second), way))
-                stream.add(layer.down.multiply_full(joined(layer.activation(gate) * entered), way))
+                seen = cached.attend(number, self.queries_of(heads), layer.window, layer.scale)
+                self.leave(layer, stream, seen.reshape(full, -1), way)
             last = stream.normed(self.last)
             if full > count:
                 last = filled(last[cached.rows], full)
-            return joined(self.head.multiply_full(last, way))[:count]
+            return self.end(last, way)[:count]
 
-    def _heads(self, layer: Layer, mixed: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def begin(self, ids: torch.Tensor, index: torch.Tensor) -> tuple[Stream, Turn]:
+        """What layers add to for tokens ``[B]`` at positions ``[B]``, and how their heads turn."""
+        rows = self.embed(ids)
+        return Stream.of(rows, self.last.epsilon), self._turn(rows, index)
+
+    def enter(self, layer: Layer, stream: Stream, turn: Turn, way: Way) -> torch.Tensor:
+        """What a layer has to do before it attends: all heads ``[B, Hq + 2 H, D]``, normed and turned."""
+        mixed = joined(layer.mixed.multiply_full(stream.normed(layer.first), way))
+        return self._heads(layer, mixed, turn)
+
+    def leave(self, layer: Layer, stream: Stream, seen: torch.Tensor, way: Way) -> None:
+        """What a layer has to do when its queries have seen ``[B, Hq D]``: it adds that, and its MLP."""
+        stream.add(layer.out.multiply_full(seen, way))
+        gate, entered = halved(layer.gated.multiply_full(stream.normed(layer.second), way))
+        stream.add(layer.down.multiply_full(joined(layer.activation(gate) * entered), way))
+
+    def end(self, last: torch.Tensor, way: Way) -> torch.Tensor:
+        """Logits ``[B, V]`` of normed rows ``[B, N]``."""
+        return joined(self.head.multiply_full(last, way))
+
+    def queries_of(self, heads: torch.Tensor) -> torch.Tensor:
+        """Queries ``[B, H, Hq / H, D]`` of all heads ``[B, Hq + 2 H, D]``, in one call: a slice and a view are two."""
+        group, dims = self.queries // self.shape.heads, self.shape.head_dim
+        size = len(heads), self.shape.heads, group, dims
+        return heads.as_strided(size, (heads.stride(0), group * dims, dims, 1))
+
+    def spread(self, numbers: Sequence[int], rows: Sequence[int], count: int) -> torch.Tensor:
+        """One number for each of ``count`` rows, zeros for spare ones."""
+        spread = [0] * count
+        for row, number in zip(rows, numbers, strict=True):
+            spread[row] = number
+        return torch.tensor(spread, device=self.shape.device)
+
+    def _heads(self, layer: Layer, mixed: torch.Tensor, turn: Turn) -> torch.Tensor:
         """Queries, keys and values ``[B, Hq + 2 H, D]``, normed and turned as the layer does."""
         heads = mixed.view(mixed.shape[0], -1, self.shape.head_dim)
         if layer.heads is not None:
@@ -205,14 +240,8 @@ class Step:
         cosines, sines = turn
         return torch.addcmul(heads * cosines, heads.roll(self.shape.head_dim // 2, -1), sines)
 
-    def _queries(self, heads: torch.Tensor) -> torch.Tensor:
-        """Queries ``[B, H, Hq / H, D]`` of all heads ``[B, Hq + 2 H, D]``, in one call: a slice and a view are two."""
-        group, dims = self.queries // self.shape.heads, self.shape.head_dim
-        size = len(heads), self.shape.heads, group, dims
-        return heads.as_strided(size, (heads.stride(0), group * dims, dims, 1))
-
-    def _turn(self, rows: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines ``[B, Hq + 2 H, D]`` that turn queries and keys and leave values as they are."""
+    def _turn(self, rows: torch.Tensor, positions: torch.Tensor) -> Turn:
+        """How the heads of rows at ``positions [B]`` turn."""
         cosines, sines = (found[:, 0] for found in self.rotary(rows[:, None], positions[:, None]))
         half = self.shape.head_dim // 2
         sines = torch.cat((-sines[:, :half], sines[:, half:]), dim=-1)
@@ -222,11 +251,3 @@ class Step:
             torch.cat((cosines[:, None].expand(turning), still), dim=1),
             torch.cat((sines[:, None].expand(turning), torch.zeros_like(still)), dim=1),
         )
-
-
-def _spread(numbers: Sequence[int], rows: Sequence[int], count: int) -> torch.Tensor:
-    """One number for each of ``count`` rows, zeros for spare ones."""
-    spread = [0] * count
-    for row, number in zip(rows, numbers, strict=True):
-        spread[row] = number
-    return torch.tensor(spread)

@@ -56,7 +56,7 @@ class LocalBackend:
     def __init__(self, engine: Engine, communicator: CommunicatorSpec) -> None:
         self.engine = engine
         self.communicator: Preset = make(communicator, engine.support, engine.loaded)
-        self.communicator.budget.join(LiveKV(engine.admission))
+        self.communicator.budget.join(LiveKV(engine.core.admission))
         self.peak_bytes = 0
         self._spec = communicator
         self._preset = communicator.preset
@@ -261,7 +261,7 @@ class LocalBackend:
 
         def free() -> None:
             self.communicator.release(run)
-            self.engine.admission.wake()
+            self.engine.core.admission.wake()
 
         await self.engine.do(free)
 

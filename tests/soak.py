@@ -236,7 +236,7 @@ async def leg(mesh: Mesh, work: Iterator[Job], alone: Mapping[Job, tuple[str, ..
             await one(mesh, next(work), alone, tally)
 
     def look() -> None:
-        tally.live = max(tally.live, backend.engine.admission.live_bytes)
+        tally.live = max(tally.live, backend.engine.core.admission.live_bytes)
         tally.stored = max(tally.stored, backend.communicator.nbytes)
         budget = backend.communicator.budget
         tally.over = max(tally.over, budget.used - budget.limit)
@@ -246,7 +246,7 @@ async def leg(mesh: Mesh, work: Iterator[Job], alone: Mapping[Job, tuple[str, ..
             await backend.engine.do(look)
             await asyncio.sleep(0.05)
 
-    await backend.engine.do(backend.engine.admission.drop_spare)  # another mesh's, whose budget may be larger
+    await backend.engine.do(backend.engine.core.admission.drop_spare)  # another mesh's, whose budget may be larger
     watching = asyncio.ensure_future(watch())
     workers = [asyncio.ensure_future(worker()) for _ in range(plan.concurrency)]
     try:
@@ -270,9 +270,9 @@ def rest(mesh: Mesh) -> None:
     backend = backend_of(mesh)
     engine, preset = backend.engine, backend.communicator
     left: dict[str, Any] = {
-        "live sequences": engine._live,
-        "arenas in use": engine.admission.held,
-        "waiting requests": engine.admission.waiting,
+        "live sequences": engine.core.live,
+        "arenas in use": engine.core.admission.held,
+        "waiting requests": engine.core.admission.waiting,
         "turns": mesh._turns._ends,
     }
     if isinstance(preset, Slots | KVComm):

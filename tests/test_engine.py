@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.engine import composition, forward, loop, outbox
+from agentmesh.engine import composition, core, forward, loop, outbox
 from agentmesh.engine.admission import AHEAD
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
@@ -316,7 +316,7 @@ def test_what_a_request_held_is_free_when_it_is_over_whether_or_not_anybody_look
 
     async def one() -> None:
         await tiny_engine.generate(Noting([5] * 9), 9, Sampling(6), lambda _report: None, lambda _piece: None)
-        await tiny_engine.do(tiny_engine.admission.drop_spare)
+        await tiny_engine.do(tiny_engine.core.admission.drop_spare)
 
     gc.disable()
     try:
@@ -328,12 +328,12 @@ def test_what_a_request_held_is_free_when_it_is_over_whether_or_not_anybody_look
 
 def test_live_sequences_get_their_turn_between_prompts(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two prompts of 60 tokens are beyond 100, so the third one waits for a step."""
-    monkeypatch.setattr(loop, "TURN_TOKENS", 100)
+    monkeypatch.setattr(core, "TURN_TOKENS", 100)
     steps: list[int] = []
 
     class Noting(Whole):
         def compose(self) -> tuple[Composition, Parts]:
-            steps.append(tiny_engine.spent.decoded)
+            steps.append(tiny_engine.core.spent.decoded)
             return super().compose()
 
     async def beside_a_live_one() -> None:
@@ -359,7 +359,7 @@ def test_live_sequences_get_their_turn_between_prompts(tiny_engine: Engine, monk
 
 def test_a_long_prompt_takes_several_turns(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 tokens in forwards of 50: after every 100 there is a step; an earlier run's prompt waits behind it."""
-    monkeypatch.setattr(loop, "TURN_TOKENS", 100)
+    monkeypatch.setattr(core, "TURN_TOKENS", 100)
     monkeypatch.setattr(composition, "AT_ONCE", 50)
     seen: list[tuple[str, int]] = []
     begun: dict[str, float] = {}
@@ -370,12 +370,12 @@ def test_a_long_prompt_takes_several_turns(tiny_engine: Engine, monkeypatch: pyt
             self.name, self.since = name, since
 
         def compose(self) -> tuple[Composition, Parts]:
-            seen.append((f"{self.name} begins", tiny_engine.spent.decoded))
+            seen.append((f"{self.name} begins", tiny_engine.core.spent.decoded))
             begun.setdefault(self.name, time.perf_counter())
             return super().compose()
 
         def prefilled(self, arena: Arena) -> None:
-            seen.append((f"{self.name} is in", tiny_engine.spent.decoded))
+            seen.append((f"{self.name} is in", tiny_engine.core.spent.decoded))
 
     async def beside_a_live_one() -> Generation:
         ready = asyncio.Event()
@@ -402,8 +402,8 @@ def test_a_long_prompt_takes_several_turns(tiny_engine: Engine, monkeypatch: pyt
     assert [name for name, _ in seen] == ["long begins", "long is in", "short begins", "short is in"]
     assert seen[1][1] - seen[0][1] >= 4, "steps went in between"
     assert found.queue_ms > (begun["long"] - begun["asked"]) * 1e3, "waiting for steps is waiting"
-    assert not tiny_engine.admission.held
-    assert not tiny_engine.admission.waiting
+    assert not tiny_engine.core.admission.held
+    assert not tiny_engine.core.admission.waiting
 
 
 def test_who_gives_up_while_others_are_swept_away_does_not_begin(tiny_engine: Engine) -> None:
@@ -435,8 +435,8 @@ def test_who_gives_up_while_others_are_swept_away_does_not_begin(tiny_engine: En
     asyncio.run(one_after_another())
 
     assert gone.seen == [-1]
-    assert not tiny_engine.admission.held
-    assert not tiny_engine._live
+    assert not tiny_engine.core.admission.held
+    assert not tiny_engine.core.live
 
 
 def test_an_engine_that_is_closed_computes_no_further_forward_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +450,7 @@ def test_an_engine_that_is_closed_computes_no_further_forward_of_a_long_prompt(m
         count += 1
         if count == 2:
             reached.set()
-            while not engine._closing:
+            while not engine.core.closing:
                 time.sleep(0.01)
         return go_on(prefill)
 
@@ -494,8 +494,8 @@ def test_who_gives_up_in_the_middle_of_a_long_prompt_is_let_go_after_the_next_fo
 
     assert forwards <= 2
     assert gone.seen == [-1]
-    assert not tiny_engine.admission.held
-    assert not tiny_engine.admission.waiting
+    assert not tiny_engine.core.admission.held
+    assert not tiny_engine.core.admission.waiting
 
 
 @pytest.mark.parametrize("how", ["cancelled", "timed out"])
@@ -505,7 +505,7 @@ def test_who_has_given_up_is_let_go_before_the_next_prompt_begins(tiny_engine: E
 
     class Noting(Whole):
         def compose(self) -> tuple[Composition, Parts]:
-            seen.append((list(gone.seen), len(tiny_engine.admission.held)))
+            seen.append((list(gone.seen), len(tiny_engine.core.admission.held)))
             return super().compose()
 
     async def one_after_another() -> None:
@@ -576,7 +576,7 @@ def test_requests_wait_for_memory_in_the_order_of_their_arrival(tiny_engine: Eng
     assert max(source.peak for source in sources) == 2
     assert [number for number in order if number != 4] == [0, 1, 2, 3, 5, 6]
     assert not live
-    assert not tiny_engine.admission.waiting  # nobody was forgotten
+    assert not tiny_engine.core.admission.waiting  # nobody was forgotten
 
 
 def test_where_memory_is_short_the_requests_of_earlier_runs_go_first(tiny_engine: Engine) -> None:
@@ -617,7 +617,7 @@ def test_a_request_beyond_the_whole_budget_does_not_wait_for_others_to_end(tiny_
         await begun.wait()
         large = Whole([7] * 9)
         large.limit = 2**10
-        await tiny_engine.do(tiny_engine.admission.drop_spare)
+        await tiny_engine.do(tiny_engine.core.admission.drop_spare)
         with pytest.raises(RequestTooLongError, match=r"may take 11 tokens, .* the budget of 0\.0 MiB"):
             await quiet_source(tiny_engine, large)
         assert not live.done()

@@ -101,12 +101,12 @@ def seconds(seen: Recorded, *parts: Part) -> float:
 
 
 def test_the_parts_add_up_to_the_wall_time_and_to_what_the_engine_counts_itself(engine: Engine) -> None:
-    engine.spent = Spent()
+    engine.core.spent = Spent()
     begun = time.perf_counter()
     engine.begin_profile()
     done = answer(engine)
     seen = engine.end_profile()
-    wall, spent, found = time.perf_counter() - begun, engine.spent, figures(seen)
+    wall, spent, found = time.perf_counter() - begun, engine.core.spent, figures(seen)
 
     assert found.wall_s <= wall
     assert sum(part.seconds for part in found.parts if not part.of) == pytest.approx(found.wall_s, rel=1e-6)

@@ -592,7 +592,7 @@ def test_live_sequences_and_stores_share_one_budget(preset: str) -> None:
 
         assert len(results) == 12
         assert 0 < backend.peak_bytes <= budget
-        assert backend.engine.admission.live_bytes == backend.engine.admission.drop_spare()
+        assert backend.engine.core.admission.live_bytes == backend.engine.core.admission.drop_spare()
 
     small = {"preset": preset, "budget": 50_000}
     with mesh(small) as one, pytest.raises(NodeError, match=r"the budget of .* has no room"):

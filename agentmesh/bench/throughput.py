@@ -125,11 +125,11 @@ def _load(
 ) -> Load:
     mesh, engine = Mesh.from_loaded(loaded, model=backend), backend.engine
     _answer(mesh, warm, tick)
-    engine.spent, backend.peak_bytes = Spent(), 0
+    engine.core.spent, backend.peak_bytes = Spent(), 0
     title = f"{name}, {width} at once"
     with profiles.of(engine, title) if profiles else nullcontext():
         results, wall = _answer(mesh, timed, tick)
-    spent, calls = engine.spent, [call for result in results for call in result.calls]
+    spent, calls = engine.core.spent, [call for result in results for call in result.calls]
     placed, slots = sum(call.placed_slots for call in calls), sum(call.slot_tokens for call in calls)
     return Load(
         preset=name,

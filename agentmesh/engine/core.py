@@ -1,0 +1,251 @@
+"""What a model's thread does in turn: prompts, steps, and letting go of requests that are over.
+
+A step decodes one token of every live sequence, in one pass over the weights, and queues behind the prompts that came
+meanwhile, up to ``TURN_TOKENS`` of them; the others wait for the step, and so does the rest of a long one. Requests
+that are over are let go before anything else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from functools import partial
+from typing import final
+
+import torch
+from transformers.cache_utils import Cache
+
+from agentmesh.engine.admission import Admission, arena_of
+from agentmesh.engine.forward import Prefill
+from agentmesh.engine.generation import Spent
+from agentmesh.engine.loading import LoadedModel
+from agentmesh.engine.outbox import Outbox
+from agentmesh.engine.probe import Support
+from agentmesh.engine.request import Request, Source
+from agentmesh.engine.sampling import Sampler
+from agentmesh.engine.sequence import Sequence
+from agentmesh.engine.spans import Part
+from agentmesh.engine.thread import ModelThread
+from agentmesh.engine.tokenizer import HubTokenizer
+
+TURN_TOKENS = 2048
+"""Prompt tokens that may be computed before sequences that are live get their next token."""
+
+
+@final
+class EngineCore:
+    """Who computes next on a model's thread. Used on that thread, but for ``leave`` and ``close``.
+
+    Args:
+        loaded: the model.
+        support: what the probe found of it.
+        tokenizer: the model's.
+        batch: how many sequences may decode in one forward.
+        thread: the model's.
+
+    Attributes:
+        admission: who may begin, and what holds memory.
+        live: sequences that get their next token in each step.
+        outbox: what event loops are told.
+        spent: where the time went.
+        closing: whether nothing more will be done.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, support: Support, tokenizer: HubTokenizer, batch: int, thread: ModelThread
+    ) -> None:
+        self.admission = Admission(support.runner)
+        self.live: list[Sequence] = []
+        self.outbox = Outbox()
+        self.spent = Spent()
+        self.closing = False
+        self._loaded = loaded
+        self._runner = support.runner
+        self._spans = support.runner.spans
+        self._tokenizer = tokenizer
+        suppressed = sorted(loaded.special_token_ids - loaded.stop_token_ids)
+        self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=loaded.model.device)
+        self._batch = batch
+        self._thread = thread
+        self._leaving: deque[Request] = deque()
+        self._computed = 0
+        self._stepping = False
+        self._paused: Request | None = None
+        self._paused_at = 0.0
+
+    def close(self) -> None:
+        """Stop the thread; waits for the forward that is running. What has begun and what waits then is cancelled."""
+        self.closing = True
+        self._thread.close()
+        if self._paused is not None:
+            self._paused.first.set_exception(CancelledError())
+        for request in self.admission.waiting:
+            request.wake()
+
+    def leave(self, request: Request) -> None:
+        """A request is over, whatever happened: let go of it before anything else is done. Called on any thread."""
+        self._leaving.append(request)
+        with suppress(RuntimeError):  # a closed thread holds nothing any more
+            self._thread.submit(self._sweep)
+
+    def start(self, request: Request) -> bool:
+        """Begin a request, unless it has to wait until it is told that it is its turn.
+
+        The prompt's KV is kept before any other request can begin: siblings that read the same new text wait for
+        one prefill of it, not for its message.
+        """
+        self._sweep()
+        if request.gone:
+            return False
+        with self._spans.part(Part.ADMIT):
+            if self._paused is not None or self._others_first:
+                self.admission.postpone(request)
+                return False
+            if not self.admission.admit(request):
+                return False
+            request.waited = time.perf_counter() - request.arrived
+            self._spans.waited(request.waited)
+            begun, cache = time.perf_counter(), self.admission.open(request)
+            with self._spans.part(Part.PLAN):
+                composition, parts = request.source.compose()
+            request.prefill = self._runner.begin(cache, composition, parts)
+            request.source.placed()
+            self.spent.prefill_s += time.perf_counter() - begun
+            self._go_on_with(request, request.prefill)
+            return True
+
+    @property
+    def _others_first(self) -> bool:
+        """Whether live sequences get their next token before more of any prompt is computed."""
+        return bool(self.live) and self._computed >= TURN_TOKENS
+
+    def _go_on_with(self, request: Request, prefill: Prefill) -> None:
+        """Compute a prompt, to its first token or until a step is due; then it goes on behind the step."""
+        begun = time.perf_counter()
+        self._computed += prefill.go_on()
+        while not prefill.done:
+            if self._others_first or self.closing or request in self._leaving:
+                self._paused, self._paused_at = request, time.perf_counter()
+                self.spent.prefill_s += self._paused_at - begun
+                return
+            self._computed += prefill.go_on()
+        self._begin(request, prefill)
+        first = time.perf_counter()
+        self.spent.prefill_s += first - begun
+        self._keep(request.source, prefill.cache)
+        if not request.begun.finish:
+            self.live.append(request.begun)
+            self._go_on()
+        request.first.set_result(first)
+
+    def _resume(self, request: Request) -> None:
+        """Go on with the prompt that has made way for a step; who came meanwhile goes behind it."""
+        self._sweep()
+        if self._paused is not request or request.prefill is None:
+            return
+        self._paused = None
+        request.waited += time.perf_counter() - self._paused_at
+        with self._spans.part(Part.ADMIT):
+            try:
+                self._go_on_with(request, request.prefill)
+            finally:
+                if self._paused is None:
+                    self.admission.wake()
+
+    def _begin(self, request: Request, prefill: Prefill) -> None:
+        """Begin a request's sequence with its first token."""
+        with self._spans.part(Part.FIRST):
+            sampling, logits = request.sampling, prefill.logits
+            sampler, text = Sampler(sampling, self._suppressed), self._tokenizer.stream()
+            sequence = Sequence(prefill.cache, request.tokens, logits, sampler, text, sampling, request.tell)
+            sequence.done.add_done_callback(request.over)
+            request.sequence = sequence
+            sequence.accept(logits, self._loaded.stop_token_ids, self._loaded.max_context)
+
+    def _keep(self, source: Source, cache: Cache) -> None:
+        """Let the source look at the prompt's KV."""
+        arena, begun = arena_of(cache), time.perf_counter()
+        if arena is not None:
+            with self._spans.part(Part.KEEP):
+                source.prefilled(arena)
+            self.spent.keep_s += time.perf_counter() - begun
+
+    def _go_on(self) -> None:
+        """See to it that the live sequences get their next token, after whatever has begun to wait for the thread."""
+        if self.live and not self._stepping:
+            self._stepping = True
+            self._thread.submit(self._step).add_done_callback(self._stepped)
+
+    def _step(self) -> None:
+        """The next token of every live sequence, as many at once as may be."""
+        self._sweep()
+        begun = time.perf_counter()
+        self.spent.decoded += len(self.live)
+        with self._spans.part(Part.STEP), self.outbox.gathering():
+            order = self._runner.side_by_side([sequence.cache for sequence in self.live])
+            self.live = [self.live[index] for index in order]
+            for low in range(0, len(self.live), self._batch):
+                self._next(self.live[low : low + self._batch])
+            self.live = [sequence for sequence in self.live if not sequence.finish]
+        self.spent.decode_s += time.perf_counter() - begun
+        postponed, self._computed = self._computed >= TURN_TOKENS, 0
+        if postponed and self._paused is None:
+            self.admission.wake()
+
+    def _next(self, group: list[Sequence]) -> None:
+        """The next token of some sequences, in one forward."""
+        with self._spans.forward(Part.DECODE, len(group)), self._spans.part(Part.DECODE):
+            logits = self._runner.decode(
+                [sequence.cache for sequence in group],
+                [sequence.tokens[-1] for sequence in group],
+                [sequence.length for sequence in group],
+            )
+        with self._spans.part(Part.SAMPLE):
+            for sequence, row in zip(group, logits, strict=True):
+                sequence.length += 1
+                sequence.accept(row, self._loaded.stop_token_ids, self._loaded.max_context)
+
+    def _stepped(self, step: Future[None]) -> None:
+        """Go on after a step; if it failed, so did every sequence that was in it."""
+        self._stepping = False
+        paused = self._paused
+        if paused is not None and not self.closing:
+            self._thread.submit(partial(self._resume, paused)).add_done_callback(partial(_pass_on, paused))
+        error = CancelledError() if self.closing or step.cancelled() else step.exception()
+        if error is not None:
+            failed, self.live = self.live, []
+            for sequence in failed:
+                if not sequence.done.done():
+                    sequence.done.set_exception(error)
+        self._go_on()
+
+    def _sweep(self) -> None:
+        """Let go of requests that are over, before anything else is done: sources, sequences, arenas."""
+        while self._leaving:
+            with self._spans.part(Part.KEEP):
+                request = self._leaving.popleft()
+                request.source.closed()
+                if self._paused is request:
+                    self._paused = None
+                self.live = [sequence for sequence in self.live if sequence is not request.sequence]
+                self.admission.close(request)
+
+    def finish(self, source: Source, sequence: Sequence) -> float:
+        """Let the source look at the whole sequence; the milliseconds that takes."""
+        begun = time.perf_counter()
+        arena = arena_of(sequence.cache)
+        if arena is not None:
+            with self._spans.part(Part.KEEP):
+                source.finished(arena, tuple(sequence.tokens), sequence.first_logits)
+        took = time.perf_counter() - begun
+        self.spent.keep_s += took
+        return took * 1e3
+
+
+def _pass_on(request: Request, work: Future[None]) -> None:
+    """If going on with a prompt failed, so did its request."""
+    error = None if work.cancelled() else work.exception()
+    if error is not None:
+        request.first.set_exception(error)

@@ -19,6 +19,7 @@ from agentmesh.config.mesh import Decode, ModelSpec
 from agentmesh.engine.attention import use_grouped_heads
 from agentmesh.engine.catalog import FAMILIES, KNOWN, SEED, byte_tokenizer, quiet, random_config, random_model, sha256
 from agentmesh.engine.embedded import Progress, digests, ensure
+from agentmesh.engine.probe import refused_by_config
 from agentmesh.engine.products import quicken
 from agentmesh.engine.recognise import recognise
 from agentmesh.engine.recorded import AnyStep, CUDAGraphs, recorded
@@ -276,7 +277,8 @@ def _stepping(model: Any, step: Step, *, graphs: bool) -> tuple[AnyStep, str]:
     """How a model decodes, and why not from CUDA graphs on a CUDA device."""
     if step.shape.device.type != "cuda":
         return step, ""
-    return recorded(model, step, CUDAGraphs(step.shape.device)) if graphs else (step, "`model.graphs` is false")
+    reason = refused_by_config(model.config.get_text_config()) if graphs else "`model.graphs` is false"
+    return (step, reason) if reason else recorded(model, step, CUDAGraphs(step.shape.device))
 
 
 def _stops(name: str, model: Any, tokenizer: Any) -> frozenset[int]:

@@ -8,6 +8,7 @@ it with the model's own forward, logits and KV.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -125,28 +126,52 @@ def _joined(*layers: Any) -> Product:
 
 
 @torch.inference_mode()
-def error_of(model: Any, step: Runs) -> float:
-    """Largest relative error of a step's logits and KV to a model's own, over sequences of different lengths."""
-    found = [_own(model, step.shape, length) for length in LENGTHS]
-    logits = step.run([arena for arena, _, _ in found], LENGTHS, LENGTHS, Spans())
+def error_of(model: Any, step: Runs, count: int = len(LENGTHS)) -> float:
+    """Largest relative error of a step's logits and KV to a model's own, over sequences of different lengths.
+
+    Args:
+        model: the model.
+        step: what is compared with it.
+        count: of sequences.
+
+    Returns:
+        Not a number where some logits or KV are none.
+    """
+    own, lengths = {length: _own(model, step.shape, length) for length in LENGTHS}, (LENGTHS * count)[:count]
+    arenas = [_before(own[length].kv, step.shape) for length in lengths]
+    logits = step.run(arenas, lengths, lengths, Spans())
     errors = []
-    for (arena, own_logits, own_rows), row in zip(found, logits, strict=True):
-        errors += [_relative(row, own_logits), _relative(arena.both[:, :, :, arena.length - 1], own_rows)]
-    return max(errors)
+    for length, arena, row in zip(lengths, arenas, logits, strict=True):
+        errors += [_relative(row, own[length].logits)]
+        errors += [_relative(arena.both[:, :, :, length], own[length].kv[:, :, :, length])]
+    return float(torch.tensor(errors).max())
 
 
-def _own(model: Any, shape: KVShape, length: int) -> tuple[Arena, torch.Tensor, torch.Tensor]:
-    """What the model computes for the token ``length`` behind others: an arena before it, logits, and KV of its row."""
+@dataclass(frozen=True)
+class _Own:
+    """What a model computes: logits ``[V]`` at the last token, and KV ``[2, L, H, T, D]``."""
+
+    logits: torch.Tensor
+    kv: torch.Tensor
+
+
+def _own(model: Any, shape: KVShape, length: int) -> _Own:
+    """What the model computes for the token ``length`` behind as many others."""
     generator = torch.Generator().manual_seed(0)
     known = model.config.get_text_config().vocab_size
     ids = torch.cat((torch.randint(known, (length,), generator=generator), torch.tensor([length])))
     cache = DynamicCache()
     logits = model(input_ids=ids[None].to(shape.device), past_key_values=cache, use_cache=True).logits[0, -1]
-    arena = Arena(shape, length + 1)
-    both = torch.stack([torch.cat((layer.keys, layer.values)) for layer in cache.layers], dim=1)
-    arena.both[:, :, :, :length] = both[:, :, :, :length]
-    arena.aim(slice(length, length + 1), length + 1)
-    return arena, logits, both[:, :, :, length]
+    return _Own(logits, torch.stack([torch.cat((layer.keys, layer.values)) for layer in cache.layers], dim=1))
+
+
+def _before(kv: torch.Tensor, shape: KVShape) -> Arena:
+    """An arena with all but the last token of some KV, aimed at that."""
+    tokens = kv.shape[3]
+    arena = Arena(shape, tokens)
+    arena.both[:, :, :, :-1] = kv[:, :, :, :-1]
+    arena.aim(slice(tokens - 1, tokens), tokens)
+    return arena
 
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:

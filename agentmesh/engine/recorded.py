@@ -1,8 +1,8 @@
 """A decoding step recorded as CUDA graphs: each stretch between two attentions is launched at once.
 
 On a CUDA device a step of few sequences waits for kernels to be launched, not for what they compute. What lies between
-one attention and the next depends on tensors of fixed sizes alone, so it is recorded once for each number of rows and
-replayed. Writing KV and attending, whose sizes change with every token, stay as they are.
+one attention and the next depends on tensors of fixed sizes alone, so it is recorded when a model is loaded, for some
+numbers of rows, and replayed. Writing KV and attending, whose sizes change with every token, stay as they are.
 
 A recording reads and writes the same memory each time: tokens, positions and what an attention saw are copied in.
 """
@@ -20,11 +20,11 @@ from agentmesh.engine.batch import NextRows
 from agentmesh.engine.operations import Mark
 from agentmesh.engine.recognise import TOLERANCE, error_of
 from agentmesh.engine.spans import Spans
-from agentmesh.engine.step import Layer, Step, Stream, Turn
+from agentmesh.engine.step import Layer, Step, Stream, Turn, spread
 from agentmesh.kv.arena import Arena
 
-MOST_ROWS = 64
-"""Rows up to which steps are recorded; the products of more take longer than launching them."""
+ROWS = (1, 2, 4, 8, 16, 32)
+"""Numbers of rows that are recorded; steps are filled up to the next one, and larger ones are not replayed."""
 
 Tensors = tuple[torch.Tensor, ...]
 Work = Callable[[], Tensors]
@@ -68,14 +68,17 @@ class CUDAGraphs:
         self._memory = torch.cuda.graph_pool_handle()
 
     def record(self, work: Work) -> Recording:
-        """As in ``Recorder``; other threads may use the device meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                work()  # what libraries set up when they are first called cannot be recorded
-            with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
+        """As in ``Recorder``; no other thread may wait for the device meanwhile."""
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            work()  # what libraries set up when they are first called cannot be recorded
+            graph.capture_begin(self._memory, capture_error_mode="thread_local")
+            try:
                 results = work()
+            finally:
+                graph.capture_end()
+        here.wait_stream(self._stream)
         return Recording(results, graph.replay)
 
 
@@ -128,44 +131,41 @@ class Tape:
 
 @final
 class RecordedStep:
-    """The next token of some sequences, as ``Step``, replayed from a tape for so many rows.
-
-    A tape is recorded when a step first has so many rows; numbers of rows are filled up to a power of two.
+    """The next token of some sequences, as ``Step``, replayed from a tape of at least so many rows.
 
     Args:
         step: what is recorded.
         recorder: records it.
+
+    Raises:
+        RuntimeError: it cannot be recorded.
     """
 
+    @torch.inference_mode()
     def __init__(self, step: Step, recorder: Recorder) -> None:
         self.step = step
         self.shape = step.shape
-        self._recorder = recorder
-        self._tapes: dict[int, Tape] = {}
+        self._tapes = {rows: Tape(step, rows, recorder) for rows in ROWS}
 
     @torch.inference_mode()
     def run(
         self, arenas: Sequence[Arena], tokens: Sequence[int], positions: Sequence[int], spans: Spans
     ) -> torch.Tensor:
-        """As ``Step.run``; steps of more than ``MOST_ROWS`` sequences are not recorded."""
-        if len(tokens) > MOST_ROWS:
+        """As ``Step.run``."""
+        rows = next((rows for rows in ROWS if rows >= len(tokens)), None)
+        if rows is None:
             return self.step.run(arenas, tokens, positions, spans)
-        tape = self._tape(1 << (len(tokens) - 1).bit_length())
+        tape = self._tapes[rows]
         cached = NextRows(arenas, spans, tape.rows - len(tokens))
         with spans.mark(Mark.MODEL):
-            tape.tokens.copy_(self.step.spread(tokens, cached.rows, tape.rows))
-            tape.positions.copy_(self.step.spread(positions, cached.rows, tape.rows))
+            tape.tokens.copy_(spread(tokens, cached.rows, tape.rows))
+            tape.positions.copy_(spread(positions, cached.rows, tape.rows))
             for number, layer in enumerate(self.step.layers):
                 heads = tape.play(number)
                 cached.write(number, heads)
                 seen = cached.attend(number, self.step.queries_of(heads), layer.window, layer.scale)
                 tape.seen.copy_(seen.reshape(tape.seen.shape))
             return tape.play(len(self.step.layers))[cached.rows]
-
-    def _tape(self, rows: int) -> Tape:
-        if rows not in self._tapes:
-            self._tapes[rows] = Tape(self.step, rows, self._recorder)
-        return self._tapes[rows]
 
 
 AnyStep = Step | RecordedStep
@@ -182,11 +182,13 @@ def recorded(model: Any, step: Step, recorder: Recorder) -> tuple[AnyStep, str]:
     Returns:
         The step to use, and why it is not a recorded one; empty where it is.
     """
-    replayed = RecordedStep(step, recorder)
     try:
-        error = error_of(model, replayed)
+        replayed = RecordedStep(step, recorder)
+        errors = {rows: error_of(model, replayed, rows) for rows in ROWS}
     except RuntimeError as problem:
-        return step, f"it cannot be recorded: {str(problem).splitlines()[0]}"
-    if error > TOLERANCE[step.shape.dtype]:
-        return step, f"replayed it differs from the model by {error:.1e}"
+        cause = problem.__context__ or problem  # what broke a recording off, not that it was broken off
+        return step, f"it cannot be recorded: {str(cause).splitlines()[0]}"
+    for rows, error in errors.items():
+        if not error <= TOLERANCE[step.shape.dtype]:
+            return step, f"replayed for {rows} sequences it differs from the model by {error:.1e}"
     return replayed, ""

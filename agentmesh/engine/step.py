@@ -184,7 +184,7 @@ class Step:
         count, way = len(tokens), self.tuning.way(len(tokens))
         full = self.head.full(count, way)
         cached = NextRows(arenas, spans, full - count)
-        ids, index = (self.spread(one, cached.rows, full) for one in (tokens, positions))
+        ids, index = (spread(one, cached.rows, full).to(self.shape.device) for one in (tokens, positions))
         with spans.mark(Mark.MODEL):
             stream, turn = self.begin(ids, index)
             for number, layer in enumerate(self.layers):
@@ -223,13 +223,6 @@ class Step:
         size = len(heads), self.shape.heads, group, dims
         return heads.as_strided(size, (heads.stride(0), group * dims, dims, 1))
 
-    def spread(self, numbers: Sequence[int], rows: Sequence[int], count: int) -> torch.Tensor:
-        """One number for each of ``count`` rows, zeros for spare ones."""
-        spread = [0] * count
-        for row, number in zip(rows, numbers, strict=True):
-            spread[row] = number
-        return torch.tensor(spread, device=self.shape.device)
-
     def _heads(self, layer: Layer, mixed: torch.Tensor, turn: Turn) -> torch.Tensor:
         """Queries, keys and values ``[B, Hq + 2 H, D]``, normed and turned as the layer does."""
         heads = mixed.view(mixed.shape[0], -1, self.shape.head_dim)
@@ -251,3 +244,11 @@ class Step:
             torch.cat((cosines[:, None].expand(turning), still), dim=1),
             torch.cat((sines[:, None].expand(turning), torch.zeros_like(still)), dim=1),
         )
+
+
+def spread(numbers: Sequence[int], rows: Sequence[int], count: int) -> torch.Tensor:
+    """One number for each of ``count`` rows, zeros for spare ones; on the CPU."""
+    found = [0] * count
+    for row, number in zip(rows, numbers, strict=True):
+        found[row] = number
+    return torch.tensor(found)

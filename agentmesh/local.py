@@ -175,9 +175,9 @@ class LocalBackend:
         """When a run that goes on began, by ``time.perf_counter``."""
         return self._begun.get(run)
 
-    def observe_only(self, *, on: bool) -> None:
+    def observe_only(self, *, on: bool, checked: bool = False) -> None:
         """While on, every call is computed and observed; see ``Preset.observe_only``."""
-        self.communicator.observe_only(on=on)
+        self.communicator.observe_only(on=on, checked=checked)
 
     @property
     def adds_up(self) -> bool:
@@ -220,10 +220,7 @@ class LocalBackend:
         if not states:
             raise UsageError("nothing was learned: no agent of this mesh reads what another one read or wrote")
         save(path, states, self.engine.loaded.fingerprint, consumers)
-        return [
-            f"{name}: {state.exact.observations} observations, residual {state.exact.residual:.4f}"
-            for name, state in sorted(states.items())
-        ]
+        return [f"{name}: {state.told()}" for name, state in sorted(states.items())]
 
     def load_realigners(self, path: Path, consumers: Mapping[str, str]) -> None:
         """Begin with what ``save_realigners`` wrote.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from inprocess import command
+from safetensors import safe_open
 
 from agentmesh.bench import session, ttft
 from agentmesh.bench.data import Question
@@ -35,6 +37,12 @@ agents:
     generate: {max_tokens: 40}
 communicator: {preset: linear, max_kl: 1000, cost_gate: false}
 """
+
+
+TWO_STEPS = (
+    "A farmer has {} crates of pears with {} pears in each crate. On the way to the market he sells a third of the "
+    "crates and gives two pears away. How many pears does he bring to the market in the end?"
+)
 
 
 @pytest.fixture
@@ -97,6 +105,7 @@ def test_a_calibrated_mesh_shares_in_its_first_run(folder: Path) -> None:
     done = command("calibrate", "mesh.yaml", "--data", "data.jsonl", "--limit", "6", "-o", "r.safetensors", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "agent.3 read input: 6 observations" in done.stdout
+    assert "checks" not in done.stdout, "too few observations to say what sharing costs"
 
     common = ["-i", f"question=Problem 99: {'count the boats. ' * 4}", "--display", "none", "--strict"]
     use = ["--set", "communicator.realigners=r.safetensors"]
@@ -115,6 +124,49 @@ def test_a_calibrated_mesh_shares_in_its_first_run(folder: Path) -> None:
     changed = command("run", "mesh.yaml", *common, *use, cwd=folder)
     assert changed.returncode == 2
     assert "have changed since" in changed.stderr
+
+
+def test_a_calibration_measures_what_sharing_costs_and_saves_it(folder: Path) -> None:
+    options = ["--data", "data.jsonl", "--limit", "24", "-o", "r.safetensors", "--set", "run.concurrency=1"]
+    lines = (folder / "data.jsonl").read_text().splitlines()
+    (folder / "data.jsonl").write_text("\n".join([*lines, *(line.replace("Problem", "Task") for line in lines)]))
+    done = command("calibrate", "mesh.yaml", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    told = next(line for line in done.stdout.splitlines() if line.startswith("agent.3 read input"))
+    assert re.search(r"24 observations, residual \S+, KL \S+ in 19 checks", told), told
+    with safe_open(folder / "r.safetensors", framework="pt") as file:
+        links = json.loads(file.metadata()["agentmesh"])["links"]
+    assert len(links["agent.3 read input"]["audits"]) == 19
+    assert all(abs(kl) < 0.01 and residual > 0 for kl, _, residual in links["agent.3 read input"]["audits"])
+
+
+def test_a_mesh_that_shares_no_slots_is_calibrated_for_linear(folder: Path) -> None:
+    options = ["--data", "data.jsonl", "--limit", "6", "-o", "r.safetensors"]
+    done = command("calibrate", "mesh.yaml", *options, "--set", "communicator=prefix", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "communicator: {preset: linear, realigners: r.safetensors}" in done.stdout
+
+    for preset in ("epic", "kvcomm"):
+        refused = command("calibrate", "mesh.yaml", *options, "--set", f"communicator={preset}", cwd=folder)
+        assert refused.returncode == 2
+        assert f"preset '{preset}' learns nothing that can be saved" in refused.stderr
+
+
+@pytest.mark.model
+def test_a_shipped_mesh_with_the_real_model_is_calibrated_and_shares_in_its_first_run(tmp_path: Path) -> None:
+    """With the gates as they are by default."""
+    lines = [json.dumps({"id": n, "question": TWO_STEPS.format(n + 3, 2 * n + 1)}) for n in range(6)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    shipped = Path(__file__).parents[1] / "configs" / "math-fully-connected.yaml"
+    (tmp_path / "mesh.yaml").write_text(shipped.read_text().replace("max_tokens: 96", "max_tokens: 40"))
+    options = ["--data", "data.jsonl", "--limit", "6", "-o", "r.safetensors"]
+    done = command("calibrate", "mesh.yaml", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    use = ["--set", "communicator={preset: linear, realigners: r.safetensors}", "--strict", "--display", "none"]
+    question = ["-i", f"question={TWO_STEPS.format(19, 23)}"]
+    result = figures("run", "mesh.yaml", *question, *use, cwd=tmp_path)
+    assert [call["placed_slots"] > 0 for call in result["calls"]] == [False, True, True]
 
 
 def test_bad_data_is_refused_before_a_model_is_loaded(folder: Path) -> None:

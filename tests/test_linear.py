@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agentmesh.communicator.learner import LinkState
+from agentmesh.communicator.learner import Audited, LinkState
 from agentmesh.communicator.saved import load, save
 from agentmesh.errors import InputError
 from agentmesh.events import Reason
@@ -133,13 +133,15 @@ def test_a_few_huge_offsets_do_not_lead_the_regression() -> None:
 def test_links_are_saved_and_loaded_for_the_same_model_and_texts(tmp_path: Path) -> None:
     path, fresh = tmp_path / "r.safetensors", LinkState(Linear.empty(SHAPE), Linear.empty(SHAPE))
     known = learned(6)
-    save(path, {"b read input": LinkState(known, Linear.empty(SHAPE))}, "model", {"b": "text"})
+    audits = (Audited(0.01, flip=True, residual=0.2), Audited(0.0, flip=False, residual=0.1))
+    save(path, {"b read input": LinkState(known, Linear.empty(SHAPE), audits, wait=2)}, "model", {"b": "text"})
 
     found = load(path, fresh, "model", {"b": "text"})["b read input"]
 
     base = random_kv(8)
     assert found.exact.observations == 6
     assert found.deep.observations == 0
+    assert (found.audits, found.wait) == (audits, 2)
     loaded, kept = (one.realign(base, range(base.tokens)).fetch() for one in (found.exact, known))
     assert torch.equal(loaded.keys, kept.keys)
     with pytest.raises(InputError, match="another model"):

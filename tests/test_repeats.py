@@ -11,7 +11,7 @@ from agentmesh.bench.rig import Call, Rig, observe
 from agentmesh.communicator import Preset, make
 from agentmesh.communicator.slots import SlotPlan
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.config.presets import CommunicatorSpec, Picking, Recompute
+from agentmesh.config.presets import CommunicatorSpec, Picking, RecomputeSpec
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import Support, probe
 from agentmesh.events import Reason
@@ -121,7 +121,7 @@ def test_their_kv_is_much_nearer_to_a_dense_prefill_than_what_the_writer_had(smo
 
 def test_a_look_at_the_cache_sees_copied_words_where_they_are_placed_from(tiny: tuple[LoadedModel, Support]) -> None:
     loaded, support = tiny
-    rig, looking = Rig(support.runner), Recompute(ratio=0.1, by=Picking.ATTENTION)
+    rig, looking = Rig(support.runner), RecomputeSpec(ratio=0.1, by=Picking.ATTENTION)
     plan = run(make(CommunicatorSpec(preset="rotate", repeats=True, recompute=looking), support, loaded), rig, RANDOM)
 
     looked = rig.composed(RANDOM.calls[2], plan.composition)

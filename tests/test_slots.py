@@ -20,7 +20,7 @@ from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.picks import Picker
 from agentmesh.communicator.pools import NewAnchor
 from agentmesh.communicator.slots import Slots
-from agentmesh.config.presets import PRESETS, CommunicatorSpec, Recompute, choices
+from agentmesh.config.presets import PRESETS, CommunicatorSpec, Recompute, RecomputeSpec, choices
 from agentmesh.engine.composition import Parts
 from agentmesh.engine.scout import Scout
 from agentmesh.errors import ConfigError, NodeError, RequestTooLongError, SharingError
@@ -198,10 +198,20 @@ def test_anchors_that_wait_for_their_run_to_end_count() -> None:
     assert sizes[2] >= committed > 0
 
 
-@pytest.mark.parametrize("changes", [{"recompute": Recompute(first=16)}, {"repeats": True}, {"blocks": True}])
+@pytest.mark.parametrize("changes", [{"recompute": RecomputeSpec(first=16)}, {"repeats": True}, {"blocks": True}])
 def test_what_kvcomm_would_not_heed_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="`realigner: anchors`"):
         choices(CommunicatorSpec(preset="kvcomm", **changes))
+
+
+def test_of_what_is_computed_only_what_is_named_changes() -> None:
+    same = CommunicatorSpec(preset="linear", recompute=RecomputeSpec(first=16, ratio=0.0, fixed=True))
+    more = CommunicatorSpec(preset="linear", recompute=RecomputeSpec(ratio=0.2))
+
+    assert choices(same) == PRESETS["linear"]
+    assert choices(more).recompute == PRESETS["linear"].recompute.model_copy(update={"ratio": 0.2})
+    assert choices(CommunicatorSpec.model_validate(more.model_dump())) == choices(more), "written and read again"
+    assert choices(more.model_copy(update={"recompute": RecomputeSpec.exactly(Recompute())})).recompute == Recompute()
 
 
 def test_a_finished_run_leaves_no_segments_and_the_budget_holds() -> None:
@@ -464,6 +474,18 @@ def test_a_breaker_opens_on_bad_audits_and_closes_after_new_observations() -> No
         learner.end(reader.run)
 
     assert learner.verdict(Reader("run 15", 15, consumer="b"), match).reason is None
+
+
+@pytest.mark.parametrize(("flips", "opens"), [(1, False), (2, True)])
+def test_one_flip_opens_no_breaker_and_two_in_ten_audits_do(flips: int, opens: bool) -> None:
+    learner = Learner(CommunicatorSpec(preset="rotate"), NoOffset, Budget(1000))
+    match = a_match()
+    for order in range(10):
+        reader = Reader(f"run {order}", order, consumer="b")
+        audit = learner.audited(reader, [match], 0.001, flip=order < flips)
+        learner.end(reader.run)
+
+    assert bool(audit.opened) == opens
 
 
 def test_a_slot_whose_breaker_opened_is_computed_and_shared_again_when_it_was_learned_anew(

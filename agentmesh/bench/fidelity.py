@@ -18,7 +18,7 @@ from agentmesh.communicator.base import Plan
 from agentmesh.communicator.keeper import KeptPlan
 from agentmesh.communicator.kvcomm import KVComm
 from agentmesh.communicator.measures import divergence
-from agentmesh.config.presets import CommunicatorSpec, Recompute, settings
+from agentmesh.config.presets import CommunicatorSpec, Recompute, RecomputeSpec, settings
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.kv.values import ALL, KV, Frame, KVSource
@@ -89,7 +89,7 @@ def controls(chosen: Mapping[str, CommunicatorSpec], new: Callable[[Communicator
     if "linear" not in chosen:
         return []
     spec = chosen["linear"].model_copy(update={"max_kl": 1e9, "audit": 0.0})
-    bare = spec.model_copy(update={"recompute": Recompute()})
+    bare = spec.model_copy(update={"recompute": RecomputeSpec.exactly(Recompute())})
     kinds = (("wrong_consumer", spec), ("unrotated", spec), ("nothing_computed", bare))
     found = []
     for name, one in kinds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from agentmesh.blueprint import Blueprint, draft
 from agentmesh.cli.options import Config, Libraries, Sets
 from agentmesh.config.load import load_mesh
+from agentmesh.config.presets import RealignerKind, Share, choices, specs
 from agentmesh.display import fetching
-from agentmesh.errors import InputError
+from agentmesh.errors import ConfigError, InputError
 from agentmesh.mesh import Mesh
 
 
@@ -29,6 +32,10 @@ def calibrate(
 ) -> None:
     """Run a mesh on example questions, computing everything, and save what its realigners learn.
 
+    As soon as a text that agents share is known well enough, each call is also composed as it would be shared, and the
+    KL to what was computed is saved: the gates know then what sharing costs. A mesh that shares no slots (dense,
+    prefix) is calibrated for the preset linear.
+
     Example: agentmesh calibrate math-fully-connected --data gsm8k.jsonl --limit 20 -o math.safetensors
 
     Then in the mesh file: communicator: {preset: linear, realigners: math.safetensors}
@@ -40,7 +47,8 @@ def calibrate(
         raise InputError(f"--output {output}: the folder {output.resolve().parent} does not exist; make it first")
     questions = read_questions(data, limit)
     console = Console(stderr=True)
-    with Mesh.from_loaded(load_mesh(config, overrides=set or (), libraries=library or ())) as mesh:
+    blueprint = _learning(draft(load_mesh(config, overrides=set or (), libraries=library or ())))
+    with Mesh.from_blueprint(blueprint) as mesh:
         mesh.blueprint.local_model()
         with fetching(console, quiet=False) as progress:
             backend = mesh.load(progress)
@@ -48,11 +56,30 @@ def calibrate(
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task("documents", total=None)
             mesh.ingest(lambda done, total: bars.update(task, completed=done, total=total))
-        backend.observe_only(on=True)
+        backend.observe_only(on=True, checked=True)
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task("observing", total=limit)
             samples = [{mesh.blueprint.main_input: question.text} for question in questions[:limit]]
-            asyncio.run(mesh.arun_all(samples, lambda: bars.advance(task)))
+            for wave in (samples[: len(samples) // 2], samples[len(samples) // 2 :]):  # runs see what ended before them
+                asyncio.run(mesh.arun_all(wave, lambda: bars.advance(task)))
         for line in backend.save_realigners(output, mesh.blueprint.digests):
             typer.echo(line)
-    typer.echo(f"saved: {output}; use it with communicator: {{preset: linear, realigners: {output}}}")
+    use = f"preset: {blueprint.communicator.preset}, realigners: {output}"
+    typer.echo(f"saved: {output}; use it with communicator: {{{use}}}")
+
+
+def _learning(blueprint: Blueprint) -> Blueprint:
+    """A mesh whose preset learns something that can be saved: its own, or `linear` where it shares no slots.
+
+    Raises:
+        ConfigError: its preset shares slots and learns nothing that can be saved.
+    """
+    chosen = choices(blueprint.communicator)
+    if chosen.share is not Share.SLOTS:
+        return replace(blueprint, communicator=specs(blueprint.communicator, ["linear"])["linear"])
+    if chosen.realigner is not RealignerKind.LINEAR:
+        raise ConfigError(
+            f"preset {blueprint.communicator.preset!r} learns nothing that can be saved (realigner: "
+            f"{chosen.realigner}); expected `realigner: linear`, as in --set communicator=linear"
+        )
+    return blueprint

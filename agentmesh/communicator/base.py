@@ -103,8 +103,13 @@ class Preset(ABC):
         """Keep passages of a corpus for a tenant, each behind a neutral header; how many were new and kept."""
         return 0
 
-    def observe_only(self, *, on: bool) -> None:  # noqa: B027  # most presets have nothing to learn
-        """While on, every call is computed and observed, however much is known already (``agentmesh calibrate``)."""
+    def observe_only(self, *, on: bool, checked: bool = False) -> None:  # noqa: B027  # most presets learn nothing
+        """While on, every call is computed and observed, however much is known already.
+
+        Args:
+            on: whether it is.
+            checked: whether what sharing would have made of each call is measured, too (``agentmesh calibrate``).
+        """
 
     def freeze(self) -> None:  # noqa: B027  # most presets have nothing to learn
         """Learn nothing from now on: what a run gives depends on no run before it (``agentmesh eval``)."""

@@ -184,7 +184,7 @@ class KVComm(Preset):
             self.pools.ledger.end(run)
         self._bases.pop(run, None)
 
-    def observe_only(self, *, on: bool) -> None:
+    def observe_only(self, *, on: bool, checked: bool = False) -> None:  # noqa: ARG002  # nothing is audited here
         """Make every content an anchor while on, whatever the criterion says of it."""
         self._observing = on
 

@@ -7,7 +7,8 @@ sees one version of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ KL_PER_RESIDUAL = 0.1
 
 AUDITS_KEPT = 50
 AUDITS_NEEDED = 10
+
 OF_TENANT = " of "
 """Between a link's name and its tenant."""
 
@@ -76,6 +78,16 @@ class LinkState:
     def observations(self) -> int:
         """Of both realigners."""
         return self.exact.observations + self.deep.observations
+
+    def told(self) -> str:
+        """What is known, for people."""
+        known = f"{self.exact.observations} observations, residual {self.exact.residual:.4f}"
+        if self.wait:
+            return f"{known}, breaker open: audits found errors above the limits"
+        if not self.audits:
+            return known
+        kl = max(0.0, sum(audit.kl for audit in self.audits) / len(self.audits))
+        return f"{known}, KL {kl:.4f} in {len(self.audits)} checks"
 
     def predicted_kl(self, residual: float) -> float:
         """Nats a token that a residual stands for, as audits have measured it."""
@@ -141,8 +153,8 @@ class Learner:
         empty: makes a realigner that has learned nothing.
         budget: where its statistics count.
 
-    While ``observing`` is set, no slot counts as warm. Once ``frozen``, nothing is learned any more. An ``archive``
-    keeps what is learned beyond the process.
+    While ``observing`` is set, no slot counts as warm, but inside ``rehearsing``. Once ``frozen``, nothing is learned
+    any more. An ``archive`` keeps what is learned beyond the process.
     """
 
     def __init__(self, spec: CommunicatorSpec, empty: Callable[[], Realigner[Any]], budget: Budget) -> None:
@@ -188,6 +200,15 @@ class Learner:
             )
         self.ledger.states.update(states)
         self._given = dict(states)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Inside, slots are as they will be when nothing is only observed any more."""
+        self.observing = False
+        try:
+            yield
+        finally:
+            self.observing = True
 
     def verdict(self, reader: Reader, match: Match) -> Verdict:
         """Whether a match may be placed now."""
@@ -326,12 +347,12 @@ class Learner:
         return state.shown(self._spec.warmup, sums=choices(self._spec).recompute.by is Picking.LEVERAGE)
 
     def _too_far(self, audits: Sequence[Audited]) -> bool:
-        """Whether the moving averages of a link's audits pass a limit."""
+        """Whether the moving averages of a link's audits pass a limit; of flips one says nothing."""
         if len(audits) < AUDITS_NEEDED:
             return False
         kl = sum(audit.kl for audit in audits) / len(audits)
-        flips = sum(audit.flip for audit in audits) / len(audits)
-        return kl > self._spec.max_kl or flips > self._spec.max_flips
+        flips = sum(audit.flip for audit in audits)
+        return kl > self._spec.max_kl or flips > max(1, self._spec.max_flips * len(audits))
 
 
 def link(reader: Reader, match: Match) -> str:

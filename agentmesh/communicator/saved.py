@@ -1,4 +1,4 @@
-"""What links have learned, in a file: safetensors with the model's fingerprint and the agents' templates."""
+"""What links have learned, in a file: safetensors with the model's fingerprint, the agents' templates, and audits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from agentmesh.communicator.learner import LinkState
+from agentmesh.communicator.learner import Audited, LinkState
 from agentmesh.errors import InputError, RecordError
 
-VERSION = 1
+VERSION = 2
 
 
 def save(path: Path, states: Mapping[str, LinkState], fingerprint: str, consumers: Mapping[str, str]) -> None:
@@ -31,10 +31,14 @@ def save(path: Path, states: Mapping[str, LinkState], fingerprint: str, consumer
         RecordError: the file cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
-    links: dict[str, dict[str, int]] = {}
+    links: dict[str, dict[str, Any]] = {}
     for name, state in sorted(states.items()):
         parts = {"exact": state.exact, "deep": state.deep}
-        links[name] = {part: realigner.observations for part, realigner in parts.items()}
+        links[name] = {
+            **{part: realigner.observations for part, realigner in parts.items()},
+            "wait": state.wait,
+            "audits": [[audit.kl, audit.flip, audit.residual] for audit in state.audits],
+        }
         for part, realigner in parts.items():
             if realigner.observations:
                 own = realigner.pack()  # clones: links with one observation share what nothing was learned of yet
@@ -66,7 +70,7 @@ def load(path: Path, fresh: LinkState, fingerprint: str, consumers: Mapping[str,
             about: dict[str, Any] = json.loads((file.metadata() or {})["agentmesh"])
             _check(path, about, fingerprint, consumers)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
-        return {name: _link(name, counts, fresh, tensors) for name, counts in about["links"].items()}
+        return {name: _link(name, known, fresh, tensors) for name, known in about["links"].items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"realigners {path}: cannot be read ({error}); make it with `agentmesh calibrate`") from error
     except (KeyError, ValueError, TypeError) as error:
@@ -89,10 +93,16 @@ def _check(path: Path, about: Mapping[str, Any], fingerprint: str, consumers: Ma
         raise InputError(f"realigners {path}: the texts of {', '.join(changed)} have changed since; {again}")
 
 
-def _link(name: str, counts: Mapping[str, int], fresh: LinkState, tensors: Mapping[str, torch.Tensor]) -> LinkState:
+def _link(name: str, about: Mapping[str, Any], fresh: LinkState, tensors: Mapping[str, torch.Tensor]) -> LinkState:
     def part(which: str, empty: Any) -> Any:
         own = f"{name}/{which}/"
         found = {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
-        return empty.unpack(found, counts[which]) if counts[which] else empty
+        return empty.unpack(found, about[which]) if about[which] else empty
 
-    return replace(fresh, exact=part("exact", fresh.exact), deep=part("deep", fresh.deep))
+    return replace(
+        fresh,
+        exact=part("exact", fresh.exact),
+        deep=part("deep", fresh.deep),
+        audits=tuple(Audited(*audit) for audit in about["audits"]),
+        wait=about["wait"],
+    )

@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 
+from agentmesh.communicator.audits import Auditor
 from agentmesh.communicator.base import Plan, Preset, demand_memory
 from agentmesh.communicator.blocks import (
     Brush,
@@ -26,7 +27,7 @@ from agentmesh.communicator.blocks import (
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Labels
 from agentmesh.communicator.learner import Learner, Verdict, shares
-from agentmesh.communicator.measures import Costs, divergence, draw
+from agentmesh.communicator.measures import Costs, draw
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.communicator.picks import Picker
 from agentmesh.config.presets import CommunicatorSpec, PresetSpec
@@ -94,6 +95,8 @@ class Slots(Preset):
         self._matcher = Matcher(self.keeper.segments, choice.blocks, spec.max_depth)
         self._costs = Costs()
         self._still = NoOffset()
+        self._rehearses = False
+        self._auditor = Auditor(spec, choice, self.learner, scout, self.keeper.rope, self._brush, self._picker)
 
     @property
     def learns(self) -> bool:
@@ -119,8 +122,7 @@ class Slots(Preset):
             found = self._matcher.match(prompt, at)
             demand_memory(prompt.reader, self.learner.ledger, lost=lost or found.lost)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
-            decisions = self._decide(prompt, found.matches)
-            decisions += tuple(self._copies(prompt, decisions))
+            decisions = self._with_copies(prompt, self._decide(prompt, found.matches))
             poor = tuple(without_base(prompt, decisions)) if self._choice.repeats else ()
             labels = Labels(prompt, found.missing, at)
             self._brush.paint(labels, decisions, poor)
@@ -153,12 +155,15 @@ class Slots(Preset):
             return None
         if not plan.approximate:
             with self._spans.part(Part.LEARN):
-                self._observe(prompt, plan, arena)
-            return None
-        if not plan.audited:
+                self._auditor.observe(prompt, plan.decisions, plan.apart, arena)
+        if not (plan.audited or self._rehearses):
             return None
         with self._spans.part(Part.AUDIT, whole=True):
-            return self._audit(prompt, plan, logits)
+            if plan.approximate:
+                return self._auditor.audit(prompt, plan.decisions, plan.apart, logits)
+            with self.learner.rehearsing():
+                decisions = self._decide(prompt, [one.match for one in plan.decisions if shares(one.match.relation)])
+            return self._auditor.rehearse(prompt, self._with_copies(prompt, decisions), logits)
 
     def keeps(self, prompt: Prompt) -> int:
         """As in ``Preset``."""
@@ -195,9 +200,9 @@ class Slots(Preset):
                     kept += self.keeper.keep_passage(content, len(header), arena, weights, tenant)
         return kept
 
-    def observe_only(self, *, on: bool) -> None:
+    def observe_only(self, *, on: bool, checked: bool = False) -> None:
         """Count no slot as warm while on."""
-        self.learner.observing = on
+        self.learner.observing, self._rehearses = on, on and checked
 
     def freeze(self) -> None:
         """Learn nothing from now on; slots that are cold stay so, and keep no other slot from being placed."""
@@ -248,6 +253,10 @@ class Slots(Preset):
             return Verdict(None, Reason.NOT_WORTH_IT)
         return verdict
 
+    def _with_copies(self, prompt: Prompt, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:
+        """Decisions, and behind them those of parts of their matches that have a nearer base."""
+        return decisions + tuple(self._copies(prompt, decisions))
+
     def _copies(self, prompt: Prompt, decisions: Sequence[Decision]) -> Iterator[Decision]:
         """Parts of matches that have a nearer base; placed where their match is."""
         for decision in decisions if self._choice.repeats else ():
@@ -287,25 +296,3 @@ class Slots(Preset):
         )
         self.keeper.pin(plan)
         return plan
-
-    def _observe(self, prompt: Prompt, plan: SlotPlan, arena: Arena) -> None:
-        """Learn from every match whose truth is in an exact arena."""
-        for decision in plan.decisions:
-            match = decision.match
-            if shares(match.relation) and match.tokens >= self._spec.min_tokens:
-                begin = match.start + min(head(self._choice.recompute, match), match.tokens - 1)
-                base = match.cut(begin, match.stop)
-                truth = arena.read_free(begin, match.stop, self.keeper.rope)
-                own = [p for p in range(begin, match.stop) if p not in plan.apart] or [match.stop - 1]
-                index = torch.tensor(own, device=truth.keys.device) - begin
-                numbers = [position - match.start for position in own]
-                self.learner.observe(prompt.reader, match, base.take(index), truth.take(index), numbers)
-
-    def _audit(self, prompt: Prompt, plan: SlotPlan, logits: torch.Tensor) -> Audit:
-        """Check a reusing call against a dense prefill, which is an observation, too."""
-        with self._scout.dense(prompt.tokens) as (wanted, arena):
-            self._observe(prompt, plan, arena)
-        kl = divergence(wanted[None], logits[None])
-        flip = int(wanted.argmax()) != int(logits.argmax())
-        placed = [d.match for d in plan.decisions if d.placed and shares(d.match.relation)]
-        return self.learner.audited(prompt.reader, placed, float(kl[0]), flip=flip)

@@ -21,6 +21,9 @@ from agentmesh.config.base import TENANT, Bytes, Choice, Frozen, Integer, Number
 
 MIB = 2**20
 
+Count = Annotated[Integer, Field(ge=0)]
+Part = Annotated[Number, Field(ge=0, le=1)]
+
 
 class Share(Choice):
     """What a preset may take from a store."""
@@ -62,14 +65,14 @@ class Recompute(Frozen):
     computed; only the ``anchors`` realigner can place it.
     """
 
-    first: Annotated[Integer, Field(ge=0)] = 0
-    breaks: Annotated[Integer, Field(ge=0)] = 0
-    most_first: Annotated[Number, Field(ge=0, le=1)] = 1.0
-    most_breaks: Annotated[Number, Field(ge=0, le=1)] = 1.0
-    ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    first: Count = 0
+    breaks: Count = 0
+    most_first: Part = 1.0
+    most_breaks: Part = 1.0
+    ratio: Part = 0.0
     by: Picking = Picking.DEVIATION
-    documents: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    documents_first: Annotated[Integer, Field(ge=0)] = 8
+    documents: Part = 0.0
+    documents_first: Count = 8
     fixed: bool = True
 
     def head(self, tokens: int, *, corpus: bool = False) -> int:
@@ -80,6 +83,29 @@ class Recompute(Frozen):
     def line_breaks(self, tokens: int) -> int:
         """Line breaks at the end of a block of so many tokens that are computed at most."""
         return min(self.breaks, int(self.most_breaks * tokens))
+
+
+class RecomputeSpec(Frozen):
+    """Changes to what a preset computes of placed blocks; what is not named stays as the preset has it."""
+
+    first: Count | None = None
+    breaks: Count | None = None
+    most_first: Part | None = None
+    most_breaks: Part | None = None
+    ratio: Part | None = None
+    by: Picking | None = None
+    documents: Part | None = None
+    documents_first: Count | None = None
+    fixed: bool | None = None
+
+    @classmethod
+    def exactly(cls, recompute: Recompute) -> RecomputeSpec:
+        """Whatever the preset has."""
+        return cls.model_validate(recompute.model_dump())
+
+    def changed(self, preset: Recompute) -> Recompute:
+        """What a preset computes with these changes."""
+        return preset.model_copy(update=self.model_dump(exclude_none=True))
 
 
 class AnchorSpec(Frozen):
@@ -115,7 +141,7 @@ class CommunicatorSpec(Frozen):
         min_tokens: shorter segments are computed.
         share, realigner, recompute, blocks, repeats: change the preset's choices; ``blocks`` places runs of segments
             that one earlier agent read in the same order as one block, ``repeats`` heeds words that only one of sender
-            and reader has seen before (``sharing.repeats``).
+            and reader has seen before (``sharing.repeats``). Of ``recompute`` only what is named changes.
         warmup: observations of a slot before it is shared.
         max_kl: predicted error, in nats a token, above which a slot is computed; also the audits' limit.
         max_flips: share of audits whose most likely token may differ before a slot's breaker opens.
@@ -133,7 +159,7 @@ class CommunicatorSpec(Frozen):
     min_tokens: Annotated[Integer, Field(ge=1)] = 32
     share: Share | None = None
     realigner: RealignerKind | None = None
-    recompute: Recompute | None = None
+    recompute: RecomputeSpec | None = None
     blocks: bool | None = None
     repeats: bool | None = None
     anchors: AnchorSpec = AnchorSpec()
@@ -189,7 +215,7 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
     found = PresetSpec(
         share=preset.share if spec.share is None else spec.share,
         realigner=preset.realigner if spec.realigner is None else spec.realigner,
-        recompute=preset.recompute if spec.recompute is None else spec.recompute,
+        recompute=preset.recompute if spec.recompute is None else spec.recompute.changed(preset.recompute),
         blocks=preset.blocks if spec.blocks is None else spec.blocks,
         repeats=preset.repeats if spec.repeats is None else spec.repeats,
     )

@@ -66,6 +66,14 @@ class Scout:
         finally:
             self.runner.close(cache)
 
+    def composed(self, composition: Composition) -> torch.Tensor:
+        """Logits ``[V]`` at the last position of a prompt that is placed and computed as a composition says."""
+        cache = self.runner.open(len(composition.tokens))
+        try:
+            return self.runner.prefill(cache, composition)
+        finally:
+            self.runner.close(cache)
+
     @contextmanager
     def passage(self, header: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[torch.Tensor | None, Arena]]:
         """A dense prefill of a passage behind a header.

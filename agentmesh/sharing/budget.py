@@ -1,7 +1,8 @@
 """One hard limit in bytes for everything that is kept for reuse.
 
 Stores join a budget and ask it for room before they keep something; it makes them give up what is worth least. Eviction
-begins when the limit would be passed and goes on down to the low watermark, so that it does not run on every insert.
+begins when the limit would be passed and goes on down to the low watermark, so that it does not run on every insert; of
+what running agents wait for no more is given up than has to be.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Budget:
 
     Args:
         limit: bytes that all stores hold together at most, at any time.
-        low: share of the limit down to which eviction goes once it has begun.
+        low: share of the limit down to which eviction goes once it has begun, but for what is awaited.
     """
 
     def __init__(self, limit: int, low: float = 1.0) -> None:
@@ -63,8 +64,9 @@ class Budget:
         if self.used + need <= self.limit:
             return True
         for worth in (worth for worth in Worth if worth <= most):
+            goal = self.limit if worth is Worth.AWAITED else self._low
             for store in self._stores:
-                over = self.used + need - min(self._low, self.limit)
+                over = self.used + need - goal
                 if over > 0:
                     store.evict(over, worth)
             if self.used + need <= self.limit:

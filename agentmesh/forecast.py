@@ -6,19 +6,31 @@ errors) is left to the run; what depends on graph, templates and settings is dec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from agentmesh.blueprint import Blueprint, Member
 from agentmesh.config.base import Frozen
 from agentmesh.config.mesh import LlmAgentSpec, RetrieverAgentSpec
-from agentmesh.config.presets import Share, choices
+from agentmesh.config.presets import PresetSpec, RealignerKind, Share, choices
 from agentmesh.errors import TemplateError
 from agentmesh.events import Reason
+from agentmesh.foreseen import ANY_DEPTH, Base, Piece, Read, base, beginning
 from agentmesh.prompt import Content, ContentKind, Message, RoleTemplate, Scope, said
-from agentmesh.topology import Visit
+from agentmesh.topology import Delivery, Visit
 
-Piece = str | Content
+COMMON, BEHIND_INBOX = "\ue000", "\ue001"
+"""How prompts begin in the role-last layout: with a text that is known without an inbox, or is known with it only."""
+
+LAYOUT = "with its own text behind the shared text, after a beginning that all agents have in common"
+PROMISES = {
+    Reason.IDENTICAL_PREFIX: "be an exact prefix after {}",
+    Reason.SAME_HISTORY: "have the same history as in {}: placed as it is, not exact",
+}
+
+Bases = Mapping[int, Base]
+"""What a prompt's slots are placed from, by the number of the piece that a block begins with."""
 
 
 class SlotForecast(Frozen):
@@ -35,7 +47,7 @@ class VisitForecast(Frozen):
     """One visit of an agent with a model: its slots in order; ``block`` numbers slots that are placed together.
 
     ``endpoint`` is where its model is, if it is a remote one: then it is sent text, and ``note`` says what the
-    endpoint's own prefix cache can give.
+    endpoint's own prefix cache can give. Elsewhere ``note`` says what is not known ahead.
     """
 
     node: str
@@ -53,135 +65,190 @@ class Forecast(Frozen):
     advice: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What an earlier visit read, its own message, which slots it got realigned, and where its model is."""
-
-    node: str
-    pieces: tuple[Piece, ...]
-    message: str
-    moved: frozenset[str]
-
-
 @dataclass
 class _Walk:
-    """The visits so far. ``read`` has what each model has read: models share nothing with each other."""
+    """The visits so far, in one layout.
+
+    Args:
+        blueprint: the mesh.
+        leads: what the prompts of agents with the mesh's own model begin with, as far as it is known without an inbox.
+        read: what each model has read: models share nothing with each other.
+    """
 
     blueprint: Blueprint
-    read: dict[str, list[_Read]] = field(default_factory=dict)
-    advice: dict[str, str] = field(default_factory=dict)
+    leads: tuple[str, ...]
+    read: dict[str, list[Read]] = field(default_factory=dict)
 
-    def visit(self, visit: Visit) -> VisitForecast | None:
-        """One visit; ``None`` for an agent whose prompts are not known ahead."""
-        member = self.blueprint.members[visit.node]
-        if not isinstance(member.spec, LlmAgentSpec):
-            return None
-        try:
-            pieces = self._pieces(visit, member, member.spec)
-        except TemplateError as error:
-            return VisitForecast(node=visit.node, round=visit.round, slots=(), note=f"not known ahead: {error}")
+    @property
+    def choice(self) -> PresetSpec:
+        """The preset's choices."""
+        return choices(self.blueprint.communicator)
+
+    def visit(self, visit: Visit, pieces: tuple[Piece, ...]) -> tuple[VisitForecast, Bases]:
+        """One visit that reads ``pieces``."""
         remote = self.blueprint.remote_of(visit.node)
         where = "" if remote is None else f"{remote.name} at {remote.remote}"
         earlier = self.read.setdefault(where, [])
         if remote is None:
-            note, slots = "", tuple(self._slots(pieces, earlier, exactly=member.reads_exactly))
+            bases = self._bases(pieces, earlier, exactly=self.blueprint.members[visit.node].reads_exactly)
+            slots, note, endpoint = _slots(pieces, bases), self._doubt(pieces, bases, earlier), ""
         else:
-            note, slots = f"text to {where}{_begins_as(pieces, earlier)}", _as_text(pieces)
-        if remote is not None or choices(self.blueprint.communicator).share is not Share.NOTHING:
-            self._advise(visit.node, pieces, earlier)
-        moved = frozenset(one.slot for one in slots if one.shared and one.reason is not Reason.IDENTICAL_PREFIX)
-        earlier.append(_Read(visit.node, pieces, said(ContentKind.MESSAGE, visit.node, visit.round), moved))
-        endpoint = "" if remote is None else remote.remote
-        return VisitForecast(node=visit.node, round=visit.round, slots=slots, note=note, endpoint=endpoint)
+            exact = beginning(pieces, earlier)
+            bases = {0: exact} if exact.size else {}
+            slots, note, endpoint = _as_text(pieces), f"text to {where}{_begins_as(pieces, exact)}", remote.remote
+        message = said(ContentKind.MESSAGE, visit.node, visit.round)
+        earlier.append(Read(visit.node, pieces, _depths(pieces, bases), message))
+        return VisitForecast(node=visit.node, round=visit.round, slots=slots, note=note, endpoint=endpoint), bases
 
-    def _pieces(self, visit: Visit, member: Member, spec: LlmAgentSpec) -> tuple[Piece, ...]:
+    def _bases(self, pieces: Sequence[Piece], earlier: Sequence[Read], *, exactly: bool) -> dict[int, Base]:
+        """The exact beginning, then blocks; a preset with anchors places all slots behind the beginning, or none."""
+        share, found = self.choice.share, dict[int, Base]()
+        declared = self.leads.count(str(pieces[0])) > 1
+        exact = beginning(pieces, earlier) if declared and share is not Share.NOTHING else Base("", Reason.NOT_SEEN, 0)
+        at = exact.size
+        while at < len(pieces):
+            if isinstance(pieces[at], Content):
+                one = self._base(pieces, at, earlier)
+                found[at] = Base("", Reason.READS_EXACTLY) if exactly and one.source else one
+            at += found[at].size if at in found else 1
+        if self.choice.realigner is RealignerKind.ANCHORS and not all(one.source for one in found.values()):
+            found = {index: Base("", Reason.OBSERVING) if one.source else one for index, one in found.items()}
+        return {0: exact, **found} if exact.size else found
+
+    def _base(self, pieces: Sequence[Piece], index: int, earlier: Sequence[Read], *, limited: bool = True) -> Base:
+        """What a slot behind the exact beginning is placed from; ``limited``: whether ``max_depth`` is heeded."""
+        choice = self.choice
+        if choice.share is not Share.SLOTS:
+            return Base("", Reason.PRESET_DENSE if choice.share is Share.NOTHING else Reason.BEHIND_PREFIX)
+        limited = limited and choice.realigner is not RealignerKind.ANCHORS
+        deepest = self.blueprint.communicator.max_depth if limited else ANY_DEPTH
+        return base(pieces, index, earlier, blocks=choice.blocks, deepest=deepest)
+
+    def _doubt(self, pieces: Sequence[Piece], bases: Bases, earlier: Sequence[Read]) -> str:
+        """What is said of a visit whose slots would be placed from elsewhere if nothing was too deep."""
+        chosen = (Reason.READ_BEFORE, Reason.WRITTEN_BEFORE, Reason.TOO_DEEP)
+        behind = {index: one for index, one in bases.items() if one.reason in chosen}
+        if all(self._base(pieces, index, earlier, limited=False) == one for index, one in behind.items()):
+            return ""
+        limit = self.blueprint.communicator.max_depth
+        return (
+            f"`max_depth: {limit}` decides, if all is placed as shown; what a run computes or copies has another depth"
+        )
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """What visits will read, as far as templates say."""
+
+    blueprint: Blueprint
+
+    def pieces(self, member: Member, spec: LlmAgentSpec, inbox: Sequence[Delivery], round_: int) -> tuple[Piece, ...]:
+        """A prompt with named slots.
+
+        Raises:
+            TemplateError: it cannot be rendered without texts.
+        """
         inputs = {name: Content("", ContentKind.INPUT, name) for name in self.blueprint.inputs}
-        inbox = [self._message(delivery.source, delivery.source_round, delivery.order) for delivery in visit.inbox]
         rounds = self.blueprint.topology.rounds
-        scope = Scope(inputs, inbox, role=member.role, node=member.node, round=visit.round, rounds=rounds)
+        messages = [self._message(delivery) for delivery in inbox]
+        scope = Scope(inputs, messages, role=member.role, node=member.node, round=round_, rounds=rounds)
         system, user = RoleTemplate(spec.system, spec.prompt).render(scope)
         return tuple(scope.split(f"{system}\n{user}"))
 
-    def _message(self, node: str, round_: int, order: int) -> Message:
-        member = self.blueprint.members[node]
-        kind = ContentKind.DOCUMENT if isinstance(member.spec, RetrieverAgentSpec) else ContentKind.MESSAGE
-        deliver = self.blueprint.topology.edges[order].deliver.value
-        return Message(node, member.role, round_, (Content("", kind, said(kind, node, round_), deliver=deliver),))
-
-    def _slots(self, pieces: Sequence[Piece], earlier: Sequence[_Read], *, exactly: bool) -> list[SlotForecast]:
-        share = choices(self.blueprint.communicator).share
-        found: list[SlotForecast] = []
-        index, block = 0, 0
-        while index < len(pieces):
-            piece = pieces[index]
-            if isinstance(piece, str):
-                index += 1
-                continue
-            source, reason, size = _source(pieces, index, earlier)
-            if share is Share.NOTHING:
-                source, reason, size = "", Reason.PRESET_DENSE, 1
-            elif reason is not Reason.IDENTICAL_PREFIX and share is Share.PREFIX:
-                source, reason, size = "", Reason.BEHIND_PREFIX, 1
-            elif exactly and source and reason is not Reason.IDENTICAL_PREFIX:
-                source, reason, size = "", Reason.READS_EXACTLY, 1
-            block += 1
-            found += [
-                SlotForecast(slot=covered.origin, shared=bool(source), source=source, reason=reason, block=block)
-                for covered in pieces[index : index + size]
-                if isinstance(covered, Content)
-            ]
-            index += size
+    def leads(self) -> dict[str, str]:
+        """How the prompts of all agents begin for whom that is known without an inbox."""
+        found = {}
+        for node, member in self.blueprint.members.items():
+            if isinstance(member.spec, LlmAgentSpec):
+                with suppress(TemplateError):
+                    found[node] = str(self.pieces(member, member.spec, (), 0)[0])
         return found
 
-    def _advise(self, node: str, pieces: Sequence[Piece], earlier: Sequence[_Read]) -> None:
-        """Say what the role-last layout would make exact, where an earlier agent reads the same behind another lead."""
-        slots = [index for index, piece in enumerate(pieces) if isinstance(piece, Content)]
-        if not slots or node in self.advice:
-            return
-        first = slots[0]
-        for read in earlier:
-            theirs = [at for at, piece in enumerate(read.pieces) if isinstance(piece, Content)]
-            if theirs and read.pieces[: theirs[0]] != tuple(pieces[:first]) and read.node != node:
-                size = _common(pieces[first:], read.pieces[theirs[0] :])
-                names = [piece.origin for piece in pieces[first : first + size] if isinstance(piece, Content)]
-                if names:
-                    self.advice[node] = (
-                        f"{node}: with its own text behind the shared text, after a beginning that all agents have in "
-                        f"common, {', '.join(names)} would be an exact prefix after {read.node}"
-                    )
+    def _message(self, delivery: Delivery) -> Message:
+        member = self.blueprint.members[delivery.source]
+        kind = ContentKind.DOCUMENT if isinstance(member.spec, RetrieverAgentSpec) else ContentKind.MESSAGE
+        deliver = self.blueprint.topology.edges[delivery.order].deliver.value
+        origin = said(kind, delivery.source, delivery.source_round)
+        content = Content("", kind, origin, deliver=deliver)
+        return Message(delivery.source, member.role, delivery.source_round, (content,))
 
 
 def forecast(blueprint: Blueprint) -> Forecast:
-    """What every slot of a mesh can share.
+    """What every slot of a mesh can share, and what the role-last layout would change.
 
     Args:
         blueprint: the mesh; no model is needed.
     """
-    walk = _Walk(blueprint)
-    visits = [found for visit in blueprint.topology.unroll() if (found := walk.visit(visit)) is not None]
-    return Forecast(preset=blueprint.communicator.preset, visits=tuple(visits), advice=tuple(walk.advice.values()))
+    prompts = _Prompts(blueprint)
+    known = prompts.leads()
+    own = tuple(lead for node, lead in known.items() if blueprint.remote_of(node) is None)
+    written, moved = _Walk(blueprint, own), _Walk(blueprint, (COMMON,) * len(own))
+    visits: list[VisitForecast] = []
+    advice: dict[str, str] = {}
+    for visit in blueprint.topology.unroll():
+        member = blueprint.members[visit.node]
+        if not isinstance(member.spec, LlmAgentSpec):
+            continue
+        try:
+            pieces = prompts.pieces(member, member.spec, visit.inbox, visit.round)
+        except TemplateError as error:
+            visits.append(VisitForecast(node=visit.node, round=visit.round, slots=(), note=f"not known ahead: {error}"))
+            continue
+        found, bases = written.visit(visit, pieces)
+        visits.append(found)
+        lead = COMMON if pieces[0] == known.get(visit.node) else BEHIND_INBOX
+        _, others = moved.visit(visit, (lead, *pieces[1:], pieces[0]))
+        gains = _gains(pieces, bases, others)
+        if gains and visit.node not in advice:
+            advice[visit.node] = f"{visit.node}: {LAYOUT}, {gains}"
+    return Forecast(preset=blueprint.communicator.preset, visits=tuple(visits), advice=tuple(advice.values()))
 
 
-def _source(pieces: Sequence[Piece], index: int, earlier: Sequence[_Read]) -> tuple[str, Reason, int]:
-    """Who gives a slot, why, and how many pieces go with it."""
-    slot = pieces[index]
-    assert isinstance(slot, Content), "asked of slots only"
-    if slot.deliver == "text":
-        return "", Reason.DELIVERED_AS_TEXT, 1
-    best: tuple[int, str, Reason] = (0, "", Reason.FIRST_READER)
-    for read in earlier:
-        for at, piece in enumerate(read.pieces):
-            if isinstance(piece, Content) and piece.origin == slot.origin:
-                same = index == at and read.pieces[:at] == tuple(pieces[:index])
-                size = _common(pieces[index:], read.pieces[at:])
-                if same and slot.origin not in read.moved:
-                    size = _until_moved(pieces[index : index + size], read.moved)
-                if size >= best[0]:
-                    best = (size, read.node, _why(slot, read.moved, same=same))
-        if read.message == slot.origin and not best[0]:
-            best = (1, read.node, Reason.WRITTEN_BEFORE)
-    size, source, reason = best
-    return source, reason, max(size, 1)
+def _each(pieces: Sequence[Piece], bases: Bases) -> dict[int, Base]:
+    """What each slot is placed from, by the slot's piece."""
+    return {
+        at: one
+        for index, one in bases.items()
+        for at in range(index, index + one.size)
+        if isinstance(pieces[at], Content)
+    }
+
+
+def _slots(pieces: Sequence[Piece], bases: Bases) -> tuple[SlotForecast, ...]:
+    """The slots of a prompt, with blocks numbered."""
+    return tuple(
+        SlotForecast(slot=piece.origin, shared=bool(one.source), source=one.source, reason=one.reason, block=block)
+        for block, (index, one) in enumerate(bases.items(), 1)
+        for piece in pieces[index : index + one.size]
+        if isinstance(piece, Content)
+    )
+
+
+def _depths(pieces: Sequence[Piece], bases: Bases) -> tuple[int, ...]:
+    """Depths of a prompt's KV: what is computed is exact behind nothing but exact KV."""
+    found: list[int] = []
+    while len(found) < len(pieces):
+        one = bases.get(len(found))
+        found += one.placed() if one is not None and one.source else [int(any(found))]
+    return tuple(found)
+
+
+def _gains(pieces: Sequence[Piece], bases: Bases, others: Bases) -> str:
+    """What another layout makes exact, and what it makes placeable as it is."""
+    now, then = _each(pieces, bases), _each(pieces, others)
+    kept = {
+        Reason.IDENTICAL_PREFIX: (Reason.IDENTICAL_PREFIX,),
+        Reason.SAME_HISTORY: (Reason.IDENTICAL_PREFIX, Reason.SAME_HISTORY),
+    }
+    found = []
+    for reason, as_good in kept.items():
+        better = [
+            at for at, one in then.items() if one.reason is reason and (at not in now or now[at].reason not in as_good)
+        ]
+        if better:
+            names = ", ".join(piece.origin for at in better if isinstance(piece := pieces[at], Content))
+            found.append(f"{names} would {PROMISES[reason].format(then[better[-1]].source)}")
+    return ", and ".join(found)
 
 
 def _as_text(pieces: Sequence[Piece]) -> tuple[SlotForecast, ...]:
@@ -190,36 +257,7 @@ def _as_text(pieces: Sequence[Piece]) -> tuple[SlotForecast, ...]:
     return tuple(SlotForecast(slot=slot.origin, shared=False, reason=Reason.REMOTE_TEXT) for slot in slots)
 
 
-def _begins_as(pieces: Sequence[Piece], earlier: Sequence[_Read]) -> str:
+def _begins_as(pieces: Sequence[Piece], exact: Base) -> str:
     """Which slots an endpoint's prefix cache can hold, because an earlier prompt begins with them, too."""
-    most, node = max(((_common(pieces, read.pieces), read.node) for read in earlier), default=(0, ""))
-    names = [piece.origin for piece in pieces[:most] if isinstance(piece, Content)]
-    return f", which has read {', '.join(names)} as the beginning of {node}" if names else ""
-
-
-def _why(slot: Content, moved: frozenset[str], *, same: bool) -> Reason:
-    if not same:
-        return Reason.READ_BEFORE
-    return Reason.SAME_HISTORY if slot.origin in moved else Reason.IDENTICAL_PREFIX
-
-
-def _until_moved(pieces: Sequence[Piece], moved: frozenset[str]) -> int:
-    """How many pieces come before the first slot that the source itself got realigned."""
-    for count, piece in enumerate(pieces):
-        if isinstance(piece, Content) and piece.origin in moved:
-            return count
-    return len(pieces)
-
-
-def _common(mine: Sequence[Piece], theirs: Sequence[Piece]) -> int:
-    """How many pieces two lists begin with in common, up to the last slot among them."""
-    size = 0
-    for count, (one, other) in enumerate(zip(mine, theirs, strict=False), 1):
-        if isinstance(one, str) or isinstance(other, str):
-            if one != other:
-                break
-        elif one.origin != other.origin or one.deliver == "text":
-            break
-        else:
-            size = count
-    return size
+    names = [piece.origin for piece in pieces[: exact.size] if isinstance(piece, Content)]
+    return f", which has read {', '.join(names)} as the beginning of {exact.source}" if names else ""

@@ -24,6 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "sandbox",
             "blueprint",
             "forecast",
+            "foreseen",
             "scheduler",
             "turns",
             "calls",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from agentmesh import Mesh
 from agentmesh.blueprint import draft
 from agentmesh.config.load import load_mesh
-from agentmesh.events import Reason
+from agentmesh.events import CallRecord, Reason, Treatment
 from agentmesh.forecast import Forecast, forecast
+from agentmesh.prompt.segments import FIXED
 
 
 def of(root: Path, name: str, *sets: str) -> Forecast:
@@ -63,3 +69,121 @@ def test_passages_are_read_as_a_block_by_the_second_reader(root: Path) -> None:
     found = of(root, "rag-readers", "communicator.preset=linear")
 
     assert slots(found, "answerer")[0] == ("document retriever@0", "reader", Reason.READ_BEFORE)
+
+
+def advised(found: Forecast) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in found.advice)
+
+
+@pytest.mark.parametrize("preset", ["prefix", "linear", "kvcomm"])
+def test_the_advice_is_what_the_role_last_layout_gives(root: Path, preset: str) -> None:
+    """Exact is what it says to be exact, and nothing else; of the rest it names what has the same history."""
+    advice = advised(of(root, "math-fully-connected", f"communicator.preset={preset}"))
+    last = of(root, "math-role-last", f"communicator.preset={preset}")
+
+    for visit in last.visits[1:]:
+        kinds = {reason: [slot for slot in visit.slots if slot.reason is reason] for reason in Reason}
+        exact, same = kinds[Reason.IDENTICAL_PREFIX], kinds[Reason.SAME_HISTORY]
+        promised = [f"{', '.join(slot.slot for slot in exact)} would be an exact prefix after {exact[-1].source}"]
+        if same:
+            names = ", ".join(slot.slot for slot in same)
+            source = same[-1].source
+            promised.append(f"{names} would have the same history as in {source}: placed as it is, not exact")
+        assert advice[visit.node].endswith(f"all agents have in common, {', and '.join(promised)}")
+    assert ("not exact" in advice["agent.3"]) == (preset != "prefix")
+    assert "message agent.1@0" in advice["agent.3"]
+    assert not last.advice
+
+
+TEXTS = "{{ question }}\n{% for m in inbox %}\n{{ m.role }}:\n{{ m }}\n{% endfor %}\nGo on."
+WIDE_OPEN = {"cost_gate": False, "max_kl": 1e6, "warmup": 1, "audit": 0.0, "anchors": {"gamma": 50.0}}
+
+
+def tiny(preset: str, topology: Mapping[str, Any], *, last: bool, **communicator: Any) -> Mesh:
+    """Agents on a tiny random model whose gates let everything pass."""
+
+    def agent(name: str) -> dict[str, Any]:
+        system, prompt = (
+            (f"You are a team. {'Work. ' * 12}", f"{TEXTS} As {name}.") if last else (f"You are {name}. " * 5, TEXTS)
+        )
+        return {"role": name, "system": system, "prompt": prompt, "generate": {"max_tokens": 36, "temperature": 1.0}}
+
+    team = [f"agent.{number + 1}" for number in range(topology.get("agents", 0))]
+    names = team or ["judge", "debater.1", "debater.2"]
+    communicator = {"preset": preset, **WIDE_OPEN, **communicator}
+    agents = {name: agent(name.title()) for name in names}
+    return Mesh(agents=agents, topology=topology, model="random:tiny-llama", communicator=communicator)
+
+
+def happened(call: CallRecord) -> dict[str, tuple[str, str]]:
+    """Slot → who gave most of it and why; what is computed of a placed slot is left out."""
+    found: dict[str, tuple[str, str]] = {}
+    for row in sorted(call.plan, key=lambda row: (row.kind is not Treatment.COMPUTED, row.tokens)):
+        if row.segment != FIXED and row.tokens:
+            found[row.segment] = (row.source, row.reason)
+    return found
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("preset", "topology", "changes"),
+    [
+        ("rotate", {"use": "fully-connected", "agents": 5}, {"max_depth": 2}),
+        ("rotate", {"use": "fully-connected", "agents": 5}, {"max_depth": 0}),
+        ("rotate", {"use": "debate", "debaters": 2, "rounds": 2}, {}),
+        ("linear", {"use": "fully-connected", "agents": 5}, {}),
+        ("linear", {"use": "debate", "debaters": 2, "rounds": 2}, {}),
+        ("kvcomm", {"use": "fully-connected", "agents": 4}, {}),
+        ("kvcomm", {"use": "debate", "debaters": 2, "rounds": 2}, {}),
+    ],
+)
+def test_a_warm_run_with_open_gates_does_what_the_forecast_says(
+    preset: str, topology: dict[str, Any], changes: dict[str, Any], last: bool
+) -> None:
+    with tiny(preset, topology, last=last, **changes) as mesh:
+        told = forecast(mesh.blueprint)
+        for number in (*range(10, 17), 1):
+            result = mesh.run(question=f"Question {number}: " + " ".join(f"word{number * 7 + i}" for i in range(12)))
+
+    for visit in told.visits:
+        call = next(call for call in result.calls if (call.node, call.round) == (visit.node, visit.round))
+        wanted = {
+            slot.slot: ("prefix store" if slot.reason is Reason.IDENTICAL_PREFIX else slot.source, slot.reason)
+            for slot in visit.slots
+        }
+        assert happened(call) == wanted, (visit.node, visit.round)
+
+
+def test_where_the_depth_decides_and_a_run_may_differ_the_forecast_says_so(root: Path) -> None:
+    shallow = of(root, "math-team", "communicator.preset=linear", "communicator.max_depth=1")
+    deep = of(root, "math-team", "communicator.preset=linear")
+
+    assert slots(shallow, "agent.4")[2:] == [
+        ("message agent.2@0", "agent.2", Reason.WRITTEN_BEFORE),
+        ("message agent.3@0", "agent.3", Reason.WRITTEN_BEFORE),
+    ]
+    notes = [visit.note for visit in shallow.visits]
+    assert [bool(note) for note in notes] == [False, False, False, True, True]
+    assert notes[3].startswith("`max_depth: 1` decides")
+    assert not any(visit.note for visit in deep.visits)
+
+
+def test_anchors_place_all_slots_of_a_call_or_none(root: Path) -> None:
+    """The sandbox's output has no KV, so `kvcomm` computes the reporter's other slots, too."""
+    found = of(root, "code-fix", "communicator.preset=kvcomm")
+
+    assert slots(found, "reporter") == [
+        ("question", "", Reason.OBSERVING),
+        ("message coder@0", "", Reason.OBSERVING),
+        ("message runner@0", "", Reason.FIRST_READER),
+    ]
+
+
+def test_what_stands_behind_the_inbox_is_no_beginning_known_ahead(root: Path) -> None:
+    """Reuse points are declared for beginnings that are the same without an inbox, and these prompts begin with it."""
+    linear = advised(of(root, "rag-fully-connected", "communicator.preset=linear"))
+    prefix = of(root, "rag-fully-connected", "communicator.preset=prefix")
+
+    assert "exact prefix" not in linear["agent.3"]
+    assert "document retriever@0, message agent.1@0 would have the same history" in linear["agent.3"]
+    assert not prefix.advice

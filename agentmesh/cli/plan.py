@@ -35,7 +35,7 @@ def plan(
     for name in ("agent", "round", "slot", "KV from", "because"):
         table.add_column(name, no_wrap=True)
     for visit in found.visits:
-        if visit.note and not visit.endpoint:
+        if visit.note and not visit.slots:
             table.add_row(visit.node, str(visit.round), "", "", visit.note)
         for slot in visit.slots:
             block = (
@@ -49,7 +49,7 @@ def plan(
     console = Console()
     console.print(table)
     for visit in found.visits:
-        if visit.endpoint:
+        if visit.note and visit.slots:
             line = f"{visit.node}, round {visit.round}: {visit.note}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in found.advice:

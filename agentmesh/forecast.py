@@ -168,7 +168,8 @@ class _Prompts:
         member = self.blueprint.members[delivery.source]
         kind = ContentKind.DOCUMENT if isinstance(member.spec, RetrieverAgentSpec) else ContentKind.MESSAGE
         deliver = self.blueprint.topology.edges[delivery.order].deliver.value
-        origin = said(kind, delivery.source, delivery.source_round)
+        # passages follow from inputs alone, so they are the same in every round
+        origin = said(kind, delivery.source, 0 if kind is ContentKind.DOCUMENT else delivery.source_round)
         content = Content("", kind, origin, deliver=deliver)
         return Message(delivery.source, member.role, delivery.source_round, (content,))
 

@@ -187,3 +187,25 @@ def test_what_stands_behind_the_inbox_is_no_beginning_known_ahead(root: Path) ->
     assert "exact prefix" not in linear["agent.3"]
     assert "document retriever@0, message agent.1@0 would have the same history" in linear["agent.3"]
     assert not prefix.advice
+
+
+@pytest.mark.parametrize("name", ["math-team", "math-debate", "rag-fully-connected", "rag-debate"])
+def test_a_mesh_and_its_role_last_layout_differ_in_the_order_of_texts_alone(root: Path, name: str) -> None:
+    """The same agents read the same; question and passages are exact from their second reader on."""
+    first, last = (
+        of(root, name, "communicator.preset=prefix"),
+        of(root, f"{name}-role-last", "communicator.preset=prefix"),
+    )
+    seen: set[str] = set()
+
+    for one, other in zip(first.visits, last.visits, strict=True):
+        assert (one.node, one.round) == (other.node, other.round)
+        assert {slot.slot for slot in one.slots} == {slot.slot for slot in other.slots}
+        for slot in other.slots:
+            if slot.slot in seen and not slot.slot.startswith("message"):
+                assert slot.reason is Reason.IDENTICAL_PREFIX, (other.node, other.round, slot.slot)
+        seen |= {slot.slot for slot in other.slots}
+    assert not last.advice
+    specs = [load_mesh(root / "configs" / f"{mesh}.yaml").spec for mesh in (name, f"{name}-role-last")]
+    assert specs[0].topology == specs[1].topology
+    assert [agent.role for agent in specs[0].agents.values()] == [agent.role for agent in specs[1].agents.values()]

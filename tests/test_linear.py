@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,27 @@ def test_an_anchor_predicts_its_own_content() -> None:
 
 def _rest(pool: AnchorPool) -> tuple[KV, None]:
     return pool.anchors[1].slot, None
+
+
+def test_a_slot_takes_the_offsets_of_its_anchors_weighed_for_each_token() -> None:
+    """Equation 6: a softmax of negative distances between bases, over all layers; keys and values have their own."""
+    base = random_kv(50, 10)
+    anchors = tuple(Anchor(random_kv(n, 10 + n), random_kv(100 + n, 10 + n), None) for n in range(3))
+
+    found = AnchoredSlot(base, anchors).fetch()
+
+    for kind in ("keys", "values"):
+        for token in (0, 4, 9):
+            mine = getattr(base, kind)[:, :, token]
+            distances = [(getattr(a.base, kind)[:, :, token] - mine).abs().mean() for a in anchors]
+            powers = [math.exp(-float(distance)) for distance in distances]
+            offsets = [getattr(a.slot, kind)[:, :, token] for a in anchors]
+            parts = [power / sum(powers) * offset for power, offset in zip(powers, offsets, strict=True)]
+            torch.testing.assert_close(getattr(found, kind)[:, :, token], mine + torch.stack(parts).sum(dim=0))
+    part = AnchoredSlot(base, anchors).fetch(slice(1, 3))
+    torch.testing.assert_close(part.keys, found.keys[1:3])
+    one = AnchoredSlot(base, anchors[:1]).fetch()
+    torch.testing.assert_close(one.values, base.values + anchors[0].slot.values[:, :, :10])
 
 
 def test_fixed_text_behind_a_slot_takes_the_weighed_offsets_of_its_anchors() -> None:

@@ -250,6 +250,90 @@ def test_what_nobody_awaits_is_evicted_first_and_then_what_is_read_last() -> Non
     assert kept.was_evicted(content("a", 20).tokens, "r")
 
 
+def keep(kept: SegmentStore, name: str, awaited: int = 0, padding: int = 0) -> int | None:
+    """A reading of two contents of 20 tokens; the text between them takes bytes and saves nothing."""
+    first, second = content(name, 20), content(f"{name}{name}", 20)
+    between = fixed(*range(1, padding + 1))
+    source = prompt(fixed(1), first, between, second, consumer=name)
+    return kept.add(reading(kept, source), {name: awaited} if awaited else {})
+
+
+def evicted_in_turn(kept: SegmentStore) -> str:
+    """Readers in the order in which their readings go, one at a time."""
+    found = ""
+    for worth in Worth:
+        while True:
+            before = {one.reader for _, one in kept.readings("r")}
+            if not kept.evict(1, worth):
+                break
+            found += "".join(before - {one.reader for _, one in kept.readings("r")})
+    return found
+
+
+def test_what_is_read_soon_goes_last_however_old_it_is_and_however_little_it_saves() -> None:
+    kept = store()
+    keep(kept, "a", awaited=1, padding=30)
+    keep(kept, "b", awaited=3, padding=30)
+    keep(kept, "c", awaited=2)
+    keep(kept, "d")
+
+    assert kept.evict(10**9, Worth.LATER) == 0
+    assert evicted_in_turn(kept) == "dbca"
+
+
+def test_of_readings_with_the_same_next_use_the_one_that_saves_least_by_byte_goes_first() -> None:
+    for awaited in (0, 2):
+        kept = store()
+        keep(kept, "a", awaited)
+        keep(kept, "b", awaited, padding=30)
+        keep(kept, "c", awaited, padding=10)
+
+        assert evicted_in_turn(kept) == "bca"
+
+
+def test_of_readings_that_save_as_much_the_oldest_goes_first() -> None:
+    for awaited in (0, 2):
+        kept = store()
+        for name in "bac":
+            keep(kept, name, awaited)
+
+        assert evicted_in_turn(kept) == "bac"
+
+
+def test_what_a_run_still_reads_decides_anew_after_each_visit() -> None:
+    kept = store()
+    for name in "abc":
+        keep(kept, name, awaited=1)
+    kept.pass_on("r", {"a": 2, "b": 1})
+
+    assert evicted_in_turn(kept) == "cab"
+
+
+def test_a_new_reading_pushes_out_only_as_much_as_it_needs_and_nothing_that_is_pinned() -> None:
+    kept = store(3 * 40 * BYTES)
+    numbers = [keep(kept, name, awaited) for name, awaited in (("a", 0), ("b", 5), ("c", 0))]
+    assert numbers[0] is not None
+    assert numbers[1] is not None
+    kept.pin(numbers[0])
+
+    def readers() -> str:
+        return "".join(sorted(one.reader for _, one in kept.readings("r")))
+
+    assert keep(kept, "d", awaited=1) is not None
+    assert readers() == "abd", "c is idle, a would go before it"
+    assert keep(kept, "e", awaited=2) is not None
+    assert readers() == "ade", "b is read last"
+    for number, one in list(kept.readings("r")):
+        if one.reader != "a":
+            kept.pin(number)
+    assert keep(kept, "f") is None
+    assert readers() == "ade"
+    assert kept.was_evicted(content("f", 20).tokens, "r")
+    kept.unpin(numbers[0])
+    assert keep(kept, "f") is not None
+    assert readers() == "def"
+
+
 def test_pinned_readings_stay_and_released_runs_go() -> None:
     kept, q = store(10**9), content("q", 40)
     number = kept.add(reading(kept, prompt(fixed(1), q, consumer="a")), {})
@@ -265,7 +349,10 @@ def test_pinned_readings_stay_and_released_runs_go() -> None:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Appends, forks, evictions, pins and releases in any order keep the budget and never give foreign KV."""
+    """Appends, forks, evictions, pins and releases in any order keep the budget and never give foreign KV.
+
+    A fork is a reading of what an earlier one holds, in another context: each lives as long as it would by itself.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,7 +370,36 @@ class AnyOrder(RuleBasedStateMachine):
     def add(self, run: str, name: str, length: int, awaited: int, message: bool, depth: int) -> None:
         said = content("m", length) if message else None
         source = prompt(fixed(1), content(name, length), run=run, consumer=name)
-        self.store.add(reading(self.store, source, said, depth), {name: awaited} if awaited else {})
+        self._keep(reading(self.store, source, said, depth), {name: awaited} if awaited else {})
+
+    @rule(which=st.integers(0, 9), lead=st.integers(1, 5), depth=st.integers(0, 3), message=st.booleans())
+    def fork(self, which: int, lead: int, depth: int, message: bool) -> None:
+        """Somebody reads all that an earlier reading of the run holds behind another text, and may go on from it."""
+        if not self.store._kept:
+            return
+        old, one = list(self.store._kept.items())[which % len(self.store._kept)]
+        spans, said = one.reading.spans, content("m", 7).tokens if message else ()
+        begin, stop = spans[0].start, spans[-1].stop
+        tokens = (*[9] * lead, *one.reading.tokens[begin:stop], *said)
+        moved = [replace(s, start=s.start + lead - begin, stop=s.stop + lead - begin, written=False) for s in spans]
+        if said:
+            moved.append(Span(self.store.key(said), "m", len(tokens) - len(said), len(tokens), written=True))
+        rows, depths = (Rows(lead, kv(tokens[lead:])),), bytes([depth] * len(tokens))
+        number = self._keep(Reading(one.reading.run, "fork", tokens, tuple(moved), rows, depths), {})
+        for span in moved if number is not None else ():
+            text = tokens[span.start : span.stop]
+            found = {n for n, _, _ in self.store.find(text, one.reading.run)}
+            assert number in found
+            assert (old in found) == (old in self.store._kept) or span.written
+
+    def _keep(self, new: Reading, awaited: dict[str, int]) -> int | None:
+        """Whatever is not pinned makes room, and nothing else."""
+        pinned = {number: kept.reading for number, kept in self.store._kept.items() if kept.pins}
+        held = sum(one.nbytes for one in pinned.values())
+        number = self.store.add(new, awaited)
+        assert (number is None) == (held + new.nbytes > self.store.budget.limit)
+        assert all(self.store._kept[one].reading is kept for one, kept in pinned.items())
+        return number
 
     @rule(length=st.integers(1, 12))
     def extend(self, length: int) -> None:

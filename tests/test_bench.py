@@ -5,19 +5,36 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from inprocess import command
 from safetensors import safe_open
 
 from agentmesh.bench import session, ttft
 from agentmesh.bench.data import Question
+from agentmesh.bench.fidelity import _Unrotated
 from agentmesh.bench.figures import ScalingPoint
+from agentmesh.bench.rig import Rig, observe
 from agentmesh.bench.scaling import Grid, fit_of
 from agentmesh.bench.ttft import Layout, Setting, round_of_calls
+from agentmesh.communicator import make
+from agentmesh.communicator.base import Plan
+from agentmesh.communicator.slots import Slots
 from agentmesh.config.load import load_mesh
+from agentmesh.config.mesh import ModelSpec
+from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.engine.composition import Placement
+from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.loading import LoadedModel, load
+from agentmesh.engine.probe import probe
+from agentmesh.events import Reason
+from agentmesh.metering import Audit
+from agentmesh.testing import ByteTokenizer
 
 MESH = """
 version: 1
@@ -43,6 +60,15 @@ TWO_STEPS = (
     "A farmer has {} crates of pears with {} pears in each crate. On the way to the market he sells a third of the "
     "crates and gives two pears away. How many pears does he bring to the market in the end?"
 )
+FIDELITY = {"model", "dtype", "n", "settings", "presets", "controls"}
+PRESET = {
+    *("kl_mean", "kl_chained", "kl_common", "kl_first", "kl_p99", "ci95", "top1"),
+    *("slot_tokens", "placed_tokens", "computed_tokens"),
+    *("calls", "calls_shareable", "calls_shared", "anchors_held", "by_agent"),
+}
+AGENT = {"kl_mean", "top1", "placed_tokens", "slot_tokens"}
+TIMES = {"by_agent_ms", "sum_ms", "parts_ms", "learn_ms", "kv_bytes", "placed", "computed"}
+PARTS = {"plan", "match", "realign", "compose", "forward"}
 
 
 @pytest.fixture
@@ -63,11 +89,15 @@ def test_fidelity_gives_the_documented_figures_and_a_plot(folder: Path) -> None:
     options = ["--warmup", "6", "--limit", "2", "--presets", "prefix,epic,linear,kvcomm", "--plot", "f.png"]
     found = figures("bench", "fidelity", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
 
-    assert set(found) == {"model", "dtype", "n", "settings", "presets", "minus_linear", "controls"}
+    assert set(found) == FIDELITY | {"minus_linear"}
     assert found["n"] == 2
     assert set(found["controls"]) == {"wrong_consumer", "unrotated", "nothing_computed"}
+    assert set(found["presets"]) == set(found["settings"]) == {"prefix", "epic", "linear", "kvcomm"}
+    for preset in found["presets"].values():
+        assert set(preset) == PRESET | {"reasons", "chained_by_agent"}
+        assert len(preset["ci95"]) == 2
+        assert {frozenset(agent) for agent in preset["by_agent"].values()} == {frozenset(AGENT)}
     linear, prefix = found["presets"]["linear"], found["presets"]["prefix"]
-    assert {"kl_mean", "kl_chained", "kl_common", "kl_first", "kl_p99", "ci95", "top1", "anchors_held"} <= set(linear)
     assert linear["calls"] == 6
     assert linear["calls_shareable"] == linear["calls_shared"] == 4
     assert 0 < linear["placed_tokens"] < linear["slot_tokens"]
@@ -88,10 +118,20 @@ def test_ttft_gives_the_documented_figures_and_a_plot(tmp_path: Path) -> None:
     options = [*sizes, "--presets", presets, "--plot", "t.png", "--model", "random:tiny-llama", "--no-cost-gate"]
     found = figures("bench", "ttft", *options, cwd=tmp_path)
 
+    assert set(found) == {"model", "dtype", "settings", "presets", "speedup"}
+    assert set(found["presets"]) == set(found["speedup"]) == set(presets.split(","))
+    for preset in found["presets"].values():
+        assert set(preset) == TIMES | {"parts_by_agent_ms", "keep_ms", "ingest_ms", "calls_shared"}
+        assert {frozenset(parts) for parts in (preset["parts_ms"], *preset["parts_by_agent_ms"])} == {frozenset(PARTS)}
+        assert [len(preset[key]) for key in ("by_agent_ms", "placed", "computed")] == [3, 3, 3]
+        assert preset["sum_ms"] == pytest.approx(sum(preset["by_agent_ms"]))
+    for speedup in found["speedup"].values():
+        assert set(speedup) == {"by_agent", "sum"}
+        assert len(speedup["by_agent"]) == 3
+    assert {"agents", "question", "prefix", "output", "layout", "warmup", "repeat", "presets"} <= set(found["settings"])
     linear = found["presets"]["linear"]
-    assert set(linear["parts_ms"]) == {"plan", "match", "realign", "compose", "forward"}
     assert linear["calls_shared"] == [0, 1, 1]
-    assert len(found["speedup"]["linear"]["by_agent"]) == 3
+    assert linear["placed"][0] < min(linear["placed"][1:])
     dense = found["presets"]["dense"]
     for name in presets.split(","):
         one = found["presets"][name]
@@ -214,6 +254,78 @@ def word_problem(number: int) -> Question:
     )
 
 
+@pytest.fixture(scope="module")
+def vivid() -> LoadedModel:
+    """A tiny random model with larger weights, so that where its KV comes from shows in what it says."""
+    loaded = load(ModelSpec(name="random:tiny-qwen3"))
+    with torch.no_grad():
+        for name, weight in loaded.model.named_parameters():
+            if "proj" in name:
+                weight.mul_(5)
+            elif "lm_head" in name:
+                weight.mul_(10)
+    return loaded
+
+
+def unrotated(plan: Plan) -> Plan:
+    """Its keys stay as if they stood at the beginning of the prompt."""
+    placed = tuple(Placement(piece.start, _Unrotated(piece.kv)) for piece in plan.composition.placed)
+    return replace(plan, composition=replace(plan.composition, placed=placed, ready=None))
+
+
+def audits_of(
+    vivid: LoadedModel, spoil: Callable[[Plan], Plan] = lambda plan: plan, *, learned_by: str = "agent.2"
+) -> tuple[list[Audit | None], Plan]:
+    """Ten audits of an agent behind a warm-up, and its plan for the question after them.
+
+    A random model has no sure answers, so its first tokens flip by chance: only KL is limited here.
+    """
+    support = probe(vivid.model, vivid.step)
+    assert isinstance(support.runner, ArenaRunner)
+    rig, setting = Rig(support.runner), Setting(3, 60, 40, 40, Layout.ROLE_FIRST)
+    preset = make(CommunicatorSpec(preset="linear", audit=1.0, max_flips=1.0, cost_gate=False), support, vivid)
+    assert isinstance(preset, Slots)
+    rounds = [round_of_calls(ByteTokenizer(), setting, setting.layout, number) for number in range(16)]
+    for number, calls in enumerate(rounds[:5]):
+        for call in calls:
+            observe(preset, call, rig.dense(call))
+        preset.release(f"round {number}")
+    ledger, found = preset.learner.ledger, []
+    known = {name: state for name, state in ledger.states.items() if name.startswith(f"{learned_by} ")}
+    ledger.states = {name.replace(learned_by, "agent.2"): state for name, state in known.items()}
+    for number, (first, call, _) in enumerate(rounds[5:], 5):
+        observe(preset, first, rig.dense(first))
+        plan = preset.plan(call.prompt)
+        if number == 15:
+            return found, plan
+        plan = spoil(plan)
+        said = rig.composed(call, plan.composition)
+        preset.prefilled(call.prompt, plan, said.arena)
+        found.append(preset.finished(call.prompt, plan, said.arena, call.message, said.logits[0]))
+        preset.closed(plan)
+        preset.release(f"round {number}")
+    raise AssertionError("there are sixteen rounds")
+
+
+def test_ten_audits_leave_the_breaker_of_an_honest_slot_closed(vivid: LoadedModel) -> None:
+    audits, after = audits_of(vivid)
+
+    assert all(audit is not None and not audit.opened for audit in audits)
+    assert after.placed_slots > 0
+
+
+@pytest.mark.parametrize(("spoil", "learned_by"), [(unrotated, "agent.2"), (lambda plan: plan, "agent.3")])
+def test_keys_that_are_not_rotated_and_offsets_of_another_consumer_open_a_breaker_within_ten_audits(
+    vivid: LoadedModel, spoil: Callable[[Plan], Plan], learned_by: str
+) -> None:
+    audits, after = audits_of(vivid, spoil, learned_by=learned_by)
+
+    assert "agent.2 wrote message" in {name for audit in audits if audit is not None for name in audit.opened}
+    said = {row.reason for row in after.rows if row.segment == "message agent.1@0"}
+    assert said == {Reason.BREAKER_OPEN, Reason.NO_KV}
+    assert after.placed_slots == 0
+
+
 @pytest.mark.model
 def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not(tmp_path: Path) -> None:
     (tmp_path / "team.yaml").write_text(TEAM)
@@ -243,8 +355,6 @@ def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not(tmp_pat
 
 
 def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from agentmesh.testing import ByteTokenizer
-
     for layout in Layout:
         calls = round_of_calls(ByteTokenizer(), Setting(3, 100, 50, 40, layout), layout, 1)
         again = round_of_calls(ByteTokenizer(), Setting(3, 100, 50, 40, layout), layout, 1)

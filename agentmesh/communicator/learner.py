@@ -24,7 +24,7 @@ from agentmesh.sharing.matching import Match, Relation
 from agentmesh.sharing.realigner import Realigner
 
 KL_PER_RESIDUAL = 0.1
-"""Nats for each unit of relative residual, before audits have measured it (docs/method.md)."""
+"""Nats for each unit of relative residual, before audits or a calibration have measured it; see docs/method.md."""
 
 AUDITS_KEPT = 50
 AUDITS_NEEDED = 10

@@ -69,7 +69,18 @@ def throughput_table(figures: Throughput) -> Table:
     """Presets and concurrencies by their speed."""
     table = _table(
         f"throughput: {figures.model}, {figures.dtype}",
-        ("tokens/s", "decoding", "samples/min", "prefill", "decode", "keep", "placed", "peak MiB", "TTFT p50"),
+        (
+            "tokens/s",
+            "decoding",
+            "samples/min",
+            "prefill",
+            "decode",
+            "keep",
+            "placed",
+            "shared",
+            "peak MiB",
+            "TTFT p50",
+        ),
         leading=("preset", "at once"),
     )
     base = figures.baseline
@@ -85,6 +96,7 @@ def throughput_table(figures: Throughput) -> Table:
             f"{run.decode_tokens_per_s:.1f}",
             f"{run.samples_per_min:.2f}" + (f" ({ratios[1]:.1f}×)" if ratios else ""),
             *(f"{share:.0%}" for share in (run.prefill_share, run.decode_share, run.keep_share, run.placed_share)),
+            f"{run.calls_shared}/{run.calls_shareable}",
             f"{run.peak_bytes / 2**20:.0f}",
             f"{run.ttft_ms.p50:.0f}",
         )

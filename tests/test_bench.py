@@ -381,6 +381,9 @@ def test_throughput_compares_presets_and_concurrencies_with_one_call_at_a_time(f
         assert 0 < run["prefill_share"] + run["decode_share"] + run["keep_share"] <= 1
         assert run["ttft_ms"]["p50"] <= run["ttft_ms"]["p90"]
         assert (run["placed_share"] > 0) == (run["preset"] == "linear")
+        assert (run["calls_shared"] > 0) == (run["preset"] == "linear")
+        assert run["calls_shared"] <= run["calls_shareable"]
+        assert bool(run["reasons"]) == (run["calls_shareable"] > 0)
     wrong = command("bench", "throughput", "mesh.yaml", "--data", "data.jsonl", "--concurrency", "two", cwd=folder)
     assert wrong.returncode == 2
     assert "expected numbers from 1 on" in wrong.stderr

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from agentmesh.config.base import Frozen
+from agentmesh.events import SHAREABLE, CallRecord, Treatment
+from agentmesh.prompt import FIXED
 from agentmesh.results import Profile
+
+
+def refused(calls: Iterable[CallRecord]) -> dict[str, int]:
+    """Shareable tokens that were computed, by reason, the most first."""
+    found: Counter[str] = Counter()
+    for call in calls:
+        for row in call.plan:
+            if row.kind is Treatment.COMPUTED and row.tokens and row.reason in SHAREABLE and row.segment != FIXED:
+                found[str(row.reason)] += row.tokens
+    return dict(found.most_common())
 
 
 class AgentFidelity(Frozen):
@@ -133,8 +146,8 @@ class Load(Frozen):
     """One preset at one concurrency; rates as in ``Baseline``.
 
     The shares are of wall time: prefills with their planning, decoding steps, and keeping and learning.
-    ``peak_bytes`` of KV, in live sequences and in stores. ``placed_share`` of shareable slot tokens. ``profile`` where
-    one was asked for; it makes everything a little slower.
+    ``peak_bytes`` of KV, in live sequences and in stores. ``placed_share`` of shareable slot tokens, and ``reasons``
+    why the others were computed, in tokens. ``profile`` where one was asked for; it makes everything a little slower.
     """
 
     preset: str
@@ -146,6 +159,9 @@ class Load(Frozen):
     decode_share: float
     keep_share: float
     placed_share: float
+    calls_shareable: int
+    calls_shared: int
+    reasons: dict[str, int]
     peak_bytes: int
     ttft_ms: Percentiles
     wall_s: float

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from agentmesh.bench.baseline import GenerateBackend
 from agentmesh.bench.data import Question
-from agentmesh.bench.figures import Baseline, Load, Percentiles, Throughput
+from agentmesh.bench.figures import Baseline, Load, Percentiles, Throughput, refused
 from agentmesh.bench.rig import DENSE
 from agentmesh.blueprint import draft
 from agentmesh.config.load import LoadedMesh
@@ -141,6 +141,9 @@ def _load(
         decode_share=spent.decode_s / wall,
         keep_share=spent.keep_s / wall,
         placed_share=placed / slots if slots else 0.0,
+        calls_shareable=sum(call.slot_tokens > 0 for call in calls),
+        calls_shared=sum(call.placed_slots > 0 for call in calls),
+        reasons=refused(calls),
         peak_bytes=backend.peak_bytes,
         ttft_ms=Percentiles.of([call.ttft_ms for call in calls]),
         wall_s=wall,

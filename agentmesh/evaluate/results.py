@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from statistics import mean, median
 
-from agentmesh.bench.figures import Percentiles
+from agentmesh.bench.figures import Percentiles, refused
 from agentmesh.config.base import Frozen
 from agentmesh.evaluate.choices import WORD
 from agentmesh.evaluate.journal import Row, by_preset
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval, standard_error
-from agentmesh.events import SHAREABLE, CallRecord, Treatment
-from agentmesh.prompt import FIXED
 
 
 class Metric(Frozen):
@@ -165,9 +162,6 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
     good = [row for row in rows if not row.error]
     calls = [call for row in good for call in row.calls]
     wall, output = _covered(good), sum(call.output_tokens for call in calls)
-    reasons: Counter[str] = Counter()
-    for call in calls:
-        reasons.update(_refused(call))
     audits = [call.audit for call in calls if call.audit is not None]
     return PresetResult(
         n=len({row.sample for row in good}),
@@ -181,7 +175,7 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
         tokens_placed=sum(call.placed_exact + call.placed_realigned for call in calls),
         tokens_computed=sum(call.computed for call in calls),
         output_tokens=output,
-        reasons=dict(reasons.most_common()),
+        reasons=refused(calls),
         audits=len(audits),
         audit_kl=mean(audit.kl for audit in audits) if audits else None,
         audit_flips=sum(audit.flip for audit in audits),
@@ -191,15 +185,6 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
         wall_s=wall,
         order_stable=_order_stable(good),
     )
-
-
-def _refused(call: CallRecord) -> dict[str, int]:
-    """A call's shareable tokens that were computed, by reason."""
-    found: dict[str, int] = {}
-    for row in call.plan:
-        if row.kind is Treatment.COMPUTED and row.tokens and row.reason in SHAREABLE and row.segment != FIXED:
-            found[str(row.reason)] = found.get(str(row.reason), 0) + row.tokens
-    return found
 
 
 def _metric_names(rows: Sequence[Row]) -> list[str]:

@@ -15,7 +15,8 @@ import torch
 
 from agentmesh.backend import Completion, Listener
 from agentmesh.communicator import Preset, make
-from agentmesh.communicator.learner import Learner, Taught
+from agentmesh.communicator.learner import Learner
+from agentmesh.communicator.linkstate import Taught
 from agentmesh.communicator.persistence import Persistence, Scope
 from agentmesh.communicator.saved import load as load_states
 from agentmesh.communicator.saved import save

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agentmesh.communicator.learner import Audited, LinkState
+from agentmesh.communicator.linkstate import Audited, LinkState
 from agentmesh.communicator.saved import load, save
 from agentmesh.errors import InputError
 from agentmesh.events import Reason

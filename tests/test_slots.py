@@ -15,7 +15,8 @@ from agentmesh import Mesh, agent
 from agentmesh.agents.base import Turn
 from agentmesh.backend import Completion
 from agentmesh.communicator.kvcomm import KVComm, Slot
-from agentmesh.communicator.learner import Learner, LinkState
+from agentmesh.communicator.learner import Learner
+from agentmesh.communicator.linkstate import LinkState
 from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.picks import Picker
 from agentmesh.communicator.pools import NewAnchor
@@ -552,7 +553,7 @@ def test_a_slot_whose_breaker_opened_is_computed_and_shared_again_when_it_was_le
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     far = False
-    monkeypatch.setattr(Learner, "_too_far", lambda _learner, _audits: far)
+    monkeypatch.setattr("agentmesh.communicator.learner.too_far", lambda _audits, _spec: far)
     with mesh({"preset": "linear", "audit": 1.0, "max_kl": 1e6}) as one:
         before = ask(one, range(6))[-1]
         far = True
@@ -594,7 +595,7 @@ def test_a_slot_that_is_first_seen_late_is_observed_and_then_shared() -> None:
 
 
 def _observed() -> Any:
-    from agentmesh.communicator.learner import Observed
+    from agentmesh.communicator.linkstate import Observed
 
     return Observed(deep=False, finding=None)
 

@@ -14,7 +14,8 @@ from tiering import PROMPT, question, team, texts
 
 from agentmesh import Mesh
 from agentmesh.communicator import persistence
-from agentmesh.communicator.learner import Audited, Learner, LinkState
+from agentmesh.communicator.learner import Learner
+from agentmesh.communicator.linkstate import Audited, LinkState
 from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.persistence import Persistence, Scope
 from agentmesh.communicator.slots import Slots

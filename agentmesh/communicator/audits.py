@@ -15,7 +15,8 @@ import torch
 
 from agentmesh.communicator.blocks import Brush, Decision, compose, head, without_base
 from agentmesh.communicator.labels import Labels
-from agentmesh.communicator.learner import Learner, shares
+from agentmesh.communicator.learner import Learner
+from agentmesh.communicator.linkstate import shares
 from agentmesh.communicator.measures import divergence
 from agentmesh.communicator.picks import Picker
 from agentmesh.config.presets import CommunicatorSpec, PresetSpec

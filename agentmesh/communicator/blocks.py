@@ -12,7 +12,8 @@ from itertools import groupby, pairwise
 import torch
 
 from agentmesh.communicator.labels import Label, Labels, computed
-from agentmesh.communicator.learner import Verdict, shares
+from agentmesh.communicator.learner import Verdict
+from agentmesh.communicator.linkstate import shares
 from agentmesh.config.presets import PresetSpec, Recompute
 from agentmesh.engine.composition import Composition, Placement
 from agentmesh.events import Reason, Treatment

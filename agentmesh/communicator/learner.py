@@ -1,8 +1,6 @@
-"""What was learned of each slot, whether it may be shared, and the breaker that stops it (METHOD 6.2, 6.3).
+"""What was learned of each link, whether a slot may be shared, and the breaker that stops it (METHOD 6.2, 6.3).
 
-A *link* is a consumer and what the reading's agent had to do with the text. For each link there are two realigners, for
-exact bases and for approximate ones, its audits, and its breaker. All of them are frozen values in a ledger, so a run
-sees one version of them.
+What is known of links are frozen values in a ledger, so a run sees one version of them.
 """
 
 from __future__ import annotations
@@ -12,6 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from agentmesh.communicator.linkstate import (
+    AUDITS_KEPT,
+    Audited,
+    Finding,
+    LinkState,
+    Observed,
+    Taught,
+    bytes_of,
+    link,
+    split_link,
+    too_far,
+)
 from agentmesh.config.presets import CommunicatorSpec, Picking, choices
 from agentmesh.errors import InputError
 from agentmesh.events import Reason
@@ -20,95 +30,8 @@ from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Reader
 from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.ledger import Ledger
-from agentmesh.sharing.matching import Match, Relation
+from agentmesh.sharing.matching import Match
 from agentmesh.sharing.realigner import Realigner
-
-KL_PER_RESIDUAL = 0.1
-"""Nats for each unit of relative residual, before audits or a calibration have measured it; see docs/method.md."""
-
-AUDITS_KEPT = 50
-AUDITS_NEEDED = 10
-
-OF_TENANT = " of "
-"""Between a link's name and its tenant."""
-
-
-@dataclass(frozen=True)
-class Audited:
-    """One audit as a link remembers it."""
-
-    kl: float
-    flip: bool
-    residual: float
-
-
-@dataclass(frozen=True)
-class LinkState:
-    """What is known of one link.
-
-    Args:
-        exact: the realigner for exact bases.
-        deep: the realigner for bases that are approximate themselves.
-        audits: the last ones.
-        wait: observations that an opened breaker still waits for; 0 where it is closed.
-    """
-
-    exact: Realigner[Any]
-    deep: Realigner[Any]
-    audits: tuple[Audited, ...] = ()
-    wait: int = 0
-
-    def realigner(self, depth: int, warmup: int) -> Realigner[Any]:
-        """The one for bases of a depth; the other where that has seen less than it needs."""
-        first, second = (self.deep, self.exact) if depth else (self.exact, self.deep)
-        enough = first.observations >= warmup or first.observations >= second.observations
-        return first if enough else second
-
-    def shown(self, warmup: int, *, sums: bool) -> LinkState:
-        """What a run sees of it: of a realigner that is not warm yet the outline, of others what realigns.
-
-        Args:
-            warmup: observations from which it is warm.
-            sums: whether a run needs the statistics themselves.
-        """
-        exact, deep = (_shown(one, warmup, sums=sums) for one in (self.exact, self.deep))
-        return replace(self, exact=exact, deep=deep)
-
-    @property
-    def observations(self) -> int:
-        """Of both realigners."""
-        return self.exact.observations + self.deep.observations
-
-    def told(self) -> str:
-        """What is known, for people."""
-        known = f"{self.exact.observations} observations, residual {self.exact.residual:.4f}"
-        if self.wait:
-            return f"{known}, breaker open: audits found errors above the limits"
-        if not self.audits:
-            return known
-        kl = max(0.0, sum(audit.kl for audit in self.audits) / len(self.audits))
-        return f"{known}, KL {kl:.4f} in {len(self.audits)} checks"
-
-    def predicted_kl(self, residual: float) -> float:
-        """Nats a token that a residual stands for, as audits have measured it."""
-        seen = sum(audit.residual for audit in self.audits)
-        if len(self.audits) < AUDITS_NEEDED or not seen:
-            return KL_PER_RESIDUAL * residual
-        return residual * sum(audit.kl for audit in self.audits) / seen
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A finding of one observation."""
-
-    deep: bool
-    finding: Any
-
-
-Finding = Observed | Audited
-
-Taught = tuple[str, Finding]
-"""A link's name, and a finding about it."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +115,7 @@ class Learner:
         Raises:
             InputError: they do not fit the budget.
         """
-        need = sum(_bytes(state) for state in states.values())
+        need = sum(bytes_of(state) for state in states.values())
         if not self._budget.room(need):
             raise InputError(
                 f"{origin} holds {need / 2**20:.1f} MiB of realigners, but communicator.budget is "
@@ -250,7 +173,7 @@ class Learner:
             found = Audited(kl, flip, residual)
             if not self.frozen:
                 self.ledger.note(reader.run, name, found)
-            if not state.wait and self._too_far((*state.audits, found)):
+            if not state.wait and too_far((*state.audits, found), self._spec):
                 opened.append(name)
         return Audit(kl=kl, flip=flip, opened=tuple(opened))
 
@@ -300,7 +223,7 @@ class Learner:
         for name, state in states.items():
             mine = self.ledger.states.get(name) or self._at_first(name)
             better = state.wait or state.observations > mine.observations
-            if better and self._budget.room(_bytes(state)):
+            if better and self._budget.room(bytes_of(state)):
                 self.ledger.states[name] = state
         if states:
             self._prepare()
@@ -326,7 +249,7 @@ class Learner:
         state = state or self._at_first(name)
         if isinstance(finding, Audited):
             audits = (*state.audits, finding)[-AUDITS_KEPT:]
-            if state.wait or not self._too_far(audits):
+            if state.wait or not too_far(audits, self._spec):
                 return replace(state, audits=audits)
             return replace(self.fresh, wait=self._spec.warmup)
         old = state.deep if finding.deep else state.exact
@@ -345,40 +268,3 @@ class Learner:
 
     def _shown(self, state: LinkState) -> LinkState:
         return state.shown(self._spec.warmup, sums=choices(self._spec).recompute.by is Picking.LEVERAGE)
-
-    def _too_far(self, audits: Sequence[Audited]) -> bool:
-        """Whether the moving averages of a link's audits pass a limit; of flips one says nothing."""
-        if len(audits) < AUDITS_NEEDED:
-            return False
-        kl = sum(audit.kl for audit in audits) / len(audits)
-        flips = sum(audit.flip for audit in audits)
-        return kl > self._spec.max_kl or flips > max(1, self._spec.max_flips * len(audits))
-
-
-def link(reader: Reader, match: Match) -> str:
-    """The name of a link: offsets are learned by consumer, what the source did with the text, its kind, and tenant."""
-    name = f"{reader.consumer} {match.relation} {match.kind}"
-    return f"{name}{OF_TENANT}{reader.tenant}" if reader.tenant else name
-
-
-def split_link(name: str) -> tuple[str, str]:
-    """A link's name without its tenant, and the tenant."""
-    plain, _, tenant = name.rpartition(OF_TENANT)
-    return (plain, tenant) if plain and " " not in tenant else (name, "")
-
-
-def shares(relation: Relation) -> bool:
-    """Whether a match of this relation is a slot's own base in another context, so that there is something to learn."""
-    return relation not in (Relation.HISTORY, Relation.COPIED)
-
-
-def _shown(realigner: Realigner[Any], warmup: int, *, sums: bool) -> Realigner[Any]:
-    if not realigner.observations:
-        return realigner
-    if realigner.needs_warmup and realigner.observations < warmup:
-        return realigner.outline()
-    return realigner if sums else realigner.ready()
-
-
-def _bytes(state: LinkState) -> int:
-    return sum(realigner.nbytes for realigner in (state.exact, state.deep) if realigner.observations)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from agentmesh.communicator.learner import Audited, LinkState
+from agentmesh.communicator.linkstate import Audited, LinkState
 from agentmesh.sharing.tier.records import Record
 
 PARTS = ("exact", "deep")

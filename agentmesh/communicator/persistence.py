@@ -21,8 +21,8 @@ from typing import final
 
 import torch
 
-from agentmesh.communicator.learner import Audited, LinkState, split_link
 from agentmesh.communicator.links import link_record, link_state
+from agentmesh.communicator.linkstate import Audited, LinkState, split_link
 from agentmesh.config.presets import CommunicatorSpec, choices
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV, Frame

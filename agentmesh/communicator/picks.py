@@ -17,7 +17,7 @@ import torch
 
 from agentmesh.communicator.blocks import Decision, compose, compose_whole, paint_best
 from agentmesh.communicator.labels import Labels
-from agentmesh.communicator.learner import shares
+from agentmesh.communicator.linkstate import shares
 from agentmesh.config.presets import Picking, Recompute
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.scout import Look, Scout

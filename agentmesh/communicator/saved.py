@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from agentmesh.communicator.learner import Audited, LinkState
+from agentmesh.communicator.linkstate import Audited, LinkState
 from agentmesh.errors import InputError, RecordError
 
 VERSION = 2

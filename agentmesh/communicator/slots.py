@@ -26,7 +26,8 @@ from agentmesh.communicator.blocks import (
 )
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Labels
-from agentmesh.communicator.learner import Learner, Verdict, shares
+from agentmesh.communicator.learner import Learner, Verdict
+from agentmesh.communicator.linkstate import shares
 from agentmesh.communicator.measures import Costs, draw
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.communicator.picks import Picker

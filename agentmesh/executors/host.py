@@ -14,7 +14,7 @@ from typing import Any, TypeVar, final
 
 from agentmesh import errors
 from agentmesh.blueprint import Blueprint
-from agentmesh.communicator.learner import Taught
+from agentmesh.communicator.linkstate import Taught
 from agentmesh.errors import AgentmeshError, NodeError, ReplicaError
 from agentmesh.events import Event
 from agentmesh.executors.base import Course, Inputs, Job

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 from agentmesh.blueprint import Blueprint
-from agentmesh.communicator.learner import Taught
+from agentmesh.communicator.linkstate import Taught
 from agentmesh.config.mesh import RemoteModelSpec
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.loop import Engine

@@ -143,7 +143,8 @@ def test_copies_of_weights_are_replayed_as_well() -> None:
 @pytest.mark.model
 def test_the_real_model_is_replayed(smollm2: LoadedModel) -> None:
     """Rounding only, alone and beside others."""
-    replay, own = replaying(smollm2.model, recognise(smollm2.model))
+    assert isinstance(smollm2.step, Step)
+    replay, own = replaying(smollm2.model, smollm2.step)
 
     for lengths in ((30,), (3, 30, 89)):
         logits, own_logits = decode(replay, lengths)[0], decode(own, lengths)[0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_step import BUILT_OTHERWISE, TOKENS, ZOO, decode, runners
+from test_step import BUILT_OTHERWISE, TOKENS, ZOO, decode, runners, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,11 +66,6 @@ def replaying(model: Any, step: Step | None, recorder: Tapes | None = None) -> t
     found, reason = recorded(model, step, recorder or Tapes())
     assert isinstance(found, RecordedStep), reason
     return runners(model, found)
-
-
-def same(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
-    tolerance = {"atol": 1e-4, "rtol": 1e-3} if dtype is torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
-    torch.testing.assert_close(found, wanted, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

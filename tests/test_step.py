@@ -48,6 +48,11 @@ def decode(runner: ArenaRunner, lengths: Sequence[int] = LENGTHS) -> tuple[torch
     return logits, [cache.arena.both[:, :, :, : cache.arena.length] for cache in caches]
 
 
+def same(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+    tolerance = {"atol": 1e-4, "rtol": 1e-3} if dtype is torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
+    torch.testing.assert_close(found, wanted, **tolerance)
+
+
 def test_models_that_are_built_otherwise_have_no_step() -> None:
     assert {name for name, (model, _, _) in ZOO.items() if recognise(model) is None} == BUILT_OTHERWISE
 
@@ -61,10 +66,9 @@ def test_logits_and_kv_are_the_models_own(name: str, dtype: torch.dtype) -> None
     logits, kv = decode(short)
     own_logits, own_kv = decode(own)
 
-    tolerance = {"atol": 1e-4, "rtol": 1e-3} if dtype is torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
-    torch.testing.assert_close(logits, own_logits, **tolerance)
+    same(logits, own_logits, dtype)
     for mine, theirs in zip(kv, own_kv, strict=True):
-        torch.testing.assert_close(mine, theirs, **tolerance)
+        same(mine, theirs, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,10 +82,9 @@ def test_sequences_beside_spare_rows_are_computed_as_alone(dtype: torch.dtype) -
     own_logits, own_kv = decode(own, lengths)
 
     assert logits.shape[0] == len(lengths)
-    tolerance = {"atol": 1e-4, "rtol": 1e-3} if dtype is torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
-    torch.testing.assert_close(logits, own_logits, **tolerance)
+    same(logits, own_logits, dtype)
     for mine, theirs in zip(kv, own_kv, strict=True):
-        torch.testing.assert_close(mine, theirs, **tolerance)
+        same(mine, theirs, dtype)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])

@@ -36,7 +36,7 @@ def link_record(
         **about,
         **{part: realigner.observations for part, realigner in realigners.items()},
         "wait": state.wait,
-        "audits": [[audit.kl, audit.flip, audit.residual] for audit in state.audits],
+        "audits": [audit.row for audit in state.audits],
     }
     return Record("link", tenant, identity, keys, tensors, facts, generation=generation, rank=state.observations)
 
@@ -49,7 +49,7 @@ def link_state(record: Record, fresh: LinkState) -> LinkState | None:
         fresh: a link of this model that has learned nothing.
     """
     try:
-        audits = tuple(Audited(float(kl), bool(flip), float(res)) for kl, flip, res in record.about["audits"])
+        audits = tuple(Audited.of(row) for row in record.about["audits"])
         parts = {}
         for part in PARTS:
             own = {

@@ -33,6 +33,21 @@ class Audited:
     flip: bool
     residual: float
 
+    @property
+    def row(self) -> list[float | bool]:
+        """As files keep it."""
+        return [self.kl, self.flip, self.residual]
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Audited:
+        """From a file's row.
+
+        Raises:
+            TypeError, ValueError: it is none.
+        """
+        kl, flip, residual = row
+        return cls(float(kl), bool(flip), float(residual))
+
 
 @dataclass(frozen=True)
 class LinkState:

@@ -37,7 +37,7 @@ def save(path: Path, states: Mapping[str, LinkState], fingerprint: str, consumer
         links[name] = {
             **{part: realigner.observations for part, realigner in parts.items()},
             "wait": state.wait,
-            "audits": [[audit.kl, audit.flip, audit.residual] for audit in state.audits],
+            "audits": [audit.row for audit in state.audits],
         }
         for part, realigner in parts.items():
             if realigner.observations:
@@ -103,6 +103,6 @@ def _link(name: str, about: Mapping[str, Any], fresh: LinkState, tensors: Mappin
         fresh,
         exact=part("exact", fresh.exact),
         deep=part("deep", fresh.deep),
-        audits=tuple(Audited(*audit) for audit in about["audits"]),
+        audits=tuple(Audited.of(row) for row in about["audits"]),
         wait=about["wait"],
     )

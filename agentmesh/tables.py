@@ -35,7 +35,8 @@ def fidelity_table(figures: Fidelity) -> Group:
         f"{name} {one.kl_mean:+.4f} [{one.ci95[0]:+.4f}, {one.ci95[1]:+.4f}]"
         for name, one in figures.minus_linear.items()
     ]
-    said = {"minus linear, where both share": pairs, "controls": controls}
+    kept = [f"{one['budget'] / 2**20:,.0f} MiB" for one in list(figures.settings.values())[:1]]
+    said = {"minus linear, where both share": pairs, "controls": controls, "kept at most, each": kept}
     return Group(table, *(Text(f"{name}: {', '.join(parts)}") for name, parts in said.items() if parts))
 
 

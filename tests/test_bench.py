@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +220,22 @@ def test_bad_data_is_refused_before_a_model_is_loaded(folder: Path) -> None:
     assert "bad.jsonl:2: expected" in bad.stderr
     assert "has 12 questions, but 60 are asked for" in few.stderr
     assert {bad.returncode, few.returncode, cut.returncode} == {2}
+
+
+def test_the_stores_of_a_bench_fit_into_memory_together_and_figures_say_their_budget(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 900 * 2**20
+    monkeypatch.setattr(session.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    options = ["--data", "data.jsonl", "--warmup", "1", "--limit", "1", "--presets", "epic,linear"]
+
+    short = figures("bench", "fidelity", "mesh.yaml", *options, cwd=folder)["settings"]
+    asked = ("--set", "communicator.budget=64MiB")
+    ample = figures("bench", "fidelity", "mesh.yaml", *options, *asked, cwd=folder)["settings"]
+
+    stores = 2 * 2 + 3
+    assert {one["budget"] for one in short.values()} == {int(free * session.MEMORY_SHARE) // stores}
+    assert {one["budget"] for one in ample.values()} == {64 * 2**20}
 
 
 TEAM = """

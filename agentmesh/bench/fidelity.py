@@ -25,6 +25,9 @@ from agentmesh.kv.values import ALL, KV, Frame, KVSource
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, ContentKind, Prompt, neutral_header
 
+CONTROLS = ("wrong_consumer", "unrotated", "nothing_computed")
+"""Another consumer's offsets, keys that are not rotated, nothing computed in the slots."""
+
 
 @dataclass
 class Subject:
@@ -84,16 +87,20 @@ class Control(Subject):
         keep(self.exact, call, _forgetting(plan), dense)
 
 
+def stores(names: Sequence[str]) -> int:
+    """How many presets live at once: two of each name, and one for each control."""
+    return 2 * len(names) + (len(CONTROLS) if "linear" in names else 0)
+
+
 def controls(chosen: Mapping[str, CommunicatorSpec], new: Callable[[CommunicatorSpec], Preset]) -> list[Control]:
-    """Another consumer's offsets, keys that are not rotated, nothing computed in the slots; none without ``linear``."""
+    """The negative controls on ``linear``; none without it."""
     if "linear" not in chosen:
         return []
     spec = chosen["linear"].model_copy(update={"max_kl": 1e9, "audit": 0.0})
     bare = spec.model_copy(update={"recompute": RecomputeSpec.exactly(Recompute())})
-    kinds = (("wrong_consumer", spec), ("unrotated", spec), ("nothing_computed", bare))
     found = []
-    for name, one in kinds:
-        preset = new(one)
+    for name in CONTROLS:
+        preset = new(bare if name == "nothing_computed" else spec)
         found.append(Control(name, preset, preset))
     return found
 

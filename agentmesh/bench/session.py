@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import psutil
 from pydantic import ValidationError
 
 from agentmesh.bench import fidelity as fidelity_bench
@@ -24,6 +25,9 @@ from agentmesh.engine.probe import Level, probe
 from agentmesh.errors import InputError, UnsupportedModelError
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
+
+MEMORY_SHARE = 0.6
+"""Of the memory that is free, what all stores of a bench may hold together; the rest is for calls and the model."""
 
 
 def fidelity(
@@ -59,7 +63,8 @@ def fidelity(
     recording = Recording(backend)
     with Mesh.from_loaded(loaded, model=recording, agents=given) as mesh:
         fitting = passages.fitting(questions, sum(sizes), backend.tokenizer) if passages else questions[: sum(sizes)]
-        chosen = specs(blueprint.communicator, names)
+        stores = fidelity_bench.stores(names)
+        chosen = {name: _affordable(spec, stores) for name, spec in specs(blueprint.communicator, names).items()}
         runs = dense_runs(mesh, recording, fitting, given, passages)
         return fidelity_bench.measure(backend, runs, chosen, sizes[0], corpus=corpus, tick=tick)
 
@@ -90,7 +95,9 @@ def ttft(
             for call in ttft_bench.round_of_calls(backend.tokenizer, setting, setting.layout, 0)
         )
         backend.engine.check(longest)
-        return ttft_bench.measure(backend, base, names, setting, warmup=warmup, repeat=repeat, tick=tick)
+        return ttft_bench.measure(
+            backend, _affordable(base, len(names)), names, setting, warmup=warmup, repeat=repeat, tick=tick
+        )
     finally:
         backend.close()
 
@@ -135,6 +142,12 @@ def _settings(preset: str, budget: str) -> CommunicatorSpec:
         return CommunicatorSpec.model_validate({"preset": preset, "budget": budget})
     except ValidationError as error:
         raise InputError(f"--budget {budget!r}: expected a size such as 4GiB") from error
+
+
+def _affordable(spec: CommunicatorSpec, stores: int) -> CommunicatorSpec:
+    """Settings with which that many stores fit into memory at once; figures say under what budget they were taken."""
+    share = int(psutil.virtual_memory().available * MEMORY_SHARE) // stores
+    return spec.model_copy(update={"budget": min(spec.budget, share)})
 
 
 def _backend(model: ModelSpec, progress: Progress | None) -> LocalBackend:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -100,6 +100,13 @@ def decode(
     _show(figures, format, _rows(figures), profiles)
 
 
+def _budgeted(sets: Sequence[str], budget: str | None) -> list[str]:
+    """Overrides of a mesh under which presets keep what ``--budget`` says, else what ``--set`` says, else 4 GiB."""
+    if budget is None and any(one.startswith("communicator.budget=") for one in sets):
+        return list(sets)
+    return [*sets, f"communicator.budget={budget or '4GiB'}"]
+
+
 @app.command("fidelity")
 def fidelity(
     config: Config,
@@ -111,7 +118,10 @@ def fidelity(
         str | None, typer.Option(help="COUNTxTOKENS: passages cut from the context take the retriever's place.")
     ] = None,
     corpus: Corpus = False,
-    budget: Annotated[str, typer.Option(help="Bytes each preset may keep; anchor pools need many.")] = "4GiB",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Bytes each preset may keep, or less where memory is short; anchor pools need many. [4GiB]"),
+    ] = None,
     set: Sets = None,
     library: Libraries = None,
     plot: Plot = None,
@@ -121,8 +131,7 @@ def fidelity(
 
     Example: agentmesh bench fidelity math-fully-connected --data gsm8k.jsonl --warmup 20 --limit 40
     """
-    sets = [*(set or ()), f"communicator.budget={budget}"]
-    loaded = load_mesh(config, overrides=sets, libraries=library or ())
+    loaded = load_mesh(config, overrides=_budgeted(set or (), budget), libraries=library or ())
     from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
     from agentmesh.bench import session  # noqa: PLC0415
 
@@ -161,7 +170,7 @@ def ttft(
     cost_gate: Annotated[
         bool, typer.Option(help="Compute what takes longer to place, as runs do; off, everything shareable is placed.")
     ] = True,
-    budget: Annotated[str, typer.Option(help="Bytes each preset may keep.")] = "4GiB",
+    budget: Annotated[str, typer.Option(help="Bytes each preset may keep, or less where memory is short.")] = "4GiB",
     plot: Plot = None,
     format: FormatOption = Format.TEXT,
 ) -> None:

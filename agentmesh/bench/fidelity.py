@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from agentmesh.bench.figures import Fidelity, PresetFidelity
 from agentmesh.bench.measured import Measured, common_calls, difference, mean_of_sharing, summary
-from agentmesh.bench.rig import Call, Rig, Said, keep, observe
+from agentmesh.bench.rig import Call, Rig, Said, give_heap_back, keep, observe
 from agentmesh.communicator import Preset, make
 from agentmesh.communicator.base import Plan
 from agentmesh.communicator.keeper import KeptPlan
@@ -140,6 +140,7 @@ def measure(
             _adopt(subjects, spoilt)
         _question(rig, subjects if observed else [*subjects, *spoilt], calls, header, number, observed=observed)
         count += number >= warmup
+        give_heap_back()
         tick()
     common = common_calls([subject.results for subject in subjects])
     linear = next((subject.results for subject in subjects if subject.name == "linear"), [])

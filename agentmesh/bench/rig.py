@@ -6,7 +6,9 @@ then prefills these prompts and is made to say these messages.
 
 from __future__ import annotations
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -139,6 +141,17 @@ def observe(preset: Preset, call: Call, dense: Said) -> None:
     """Give a preset a call that ran dense, to keep and to learn from."""
     plan = preset.plan(call.prompt)
     keep(preset, call, plan.as_dense() if isinstance(plan, KeptPlan) else plan, dense)
+
+
+def give_heap_back() -> None:
+    """Let the system have what calls have freed.
+
+    Logits over a whole vocabulary come and go between KV that stays. glibc keeps the holes, and a bench of many
+    questions would take several times what it holds.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @final

@@ -21,7 +21,7 @@ check: $(READY) ## lint, types, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: $(READY) ## the figures that README quotes
+bench: $(READY) ## two of the figures that README quotes; the others' commands stand beside them
 	$(BIN)/agentmesh bench prefix
 	$(BIN)/agentmesh bench decode
 

@@ -169,7 +169,7 @@ class Load(Frozen):
 
 
 class Throughput(Frozen):
-    """Figures of one run; every preset and the baseline on the same questions."""
+    """Figures of one run; every preset on the same questions, the baseline on the first of them."""
 
     model: str
     dtype: str

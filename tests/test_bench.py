@@ -258,7 +258,7 @@ agents:
 
       {% endfor %}
       Reply step by step.
-    generate: {max_tokens: 48}
+    generate: {max_tokens: 56}
 communicator: {preset: linear, audit: 0.0, budget: 2GiB}
 """
 
@@ -348,14 +348,14 @@ def test_keys_that_are_not_rotated_and_offsets_of_another_consumer_open_a_breake
 @pytest.mark.model
 def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not(tmp_path: Path) -> None:
     (tmp_path / "team.yaml").write_text(TEAM)
-    questions = [word_problem(number) for number in range(10)]
+    questions = [word_problem(number) for number in range(12)]
     names = ["rotate", "epic", "linear"]
 
     found = session.fidelity(
         load_mesh(tmp_path / "team.yaml"),
         questions,
         names,
-        (8, 2),
+        (8, 4),
         None,
         corpus=False,
         progress=None,
@@ -363,7 +363,7 @@ def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not(tmp_pat
     )
 
     linear, rotate, epic = (found.presets[name] for name in ("linear", "rotate", "epic"))
-    assert linear.calls_shared == linear.calls_shareable == 4
+    assert linear.calls_shared == linear.calls_shareable == 8
     assert linear.placed_tokens >= 0.7 * linear.slot_tokens
     assert linear.kl_mean <= 0.01
     assert linear.kl_chained <= 0.012

@@ -35,8 +35,9 @@ def fidelity_table(figures: Fidelity) -> Group:
         f"{name} {one.kl_mean:+.4f} [{one.ci95[0]:+.4f}, {one.ci95[1]:+.4f}]"
         for name, one in figures.minus_linear.items()
     ]
-    kept = [f"{one['budget'] / 2**20:,.0f} MiB" for one in list(figures.settings.values())[:1]]
-    said = {"minus linear, where both share": pairs, "controls": controls, "kept at most, each": kept}
+    budget = next(iter(figures.settings.values()))["budget"]
+    kept = f"{budget / 2**20:,.0f} MiB"
+    said = {"minus linear, where both share": pairs, "controls": controls, "kept at most, each": [kept]}
     return Group(table, *(Text(f"{name}: {', '.join(parts)}") for name, parts in said.items() if parts))
 
 

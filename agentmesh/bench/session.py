@@ -27,7 +27,7 @@ from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
 
 MEMORY_SHARE = 0.6
-"""Of the memory that is free, what all stores of a bench may hold together; the rest is for calls and the model."""
+"""Of the memory that is free, what all stores of a bench may hold together; the rest is for calls."""
 
 
 def fidelity(

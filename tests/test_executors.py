@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from openai_double import endpoint
 from small import MESH, TASK
 
@@ -59,6 +60,15 @@ def session() -> Iterator[Any]:
 
 
 @pytest.fixture
+def threads_of_a_replica() -> Iterator[None]:
+    """One thread, as each of two replicas on two processors has; with another number some processors round apart."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def request_of(tmp_path: Path) -> dict[str, Any]:
     """An evaluation of twelve samples, of which one cannot be answered."""
     (tmp_path / "task").mkdir()
@@ -94,6 +104,7 @@ def hosts() -> list[int]:
     return found
 
 
+@pytest.mark.usefixtures("threads_of_a_replica")
 def test_two_replicas_of_which_two_are_killed_find_what_one_process_finds(
     session: Any, request_of: dict[str, Any], tmp_path: Path
 ) -> None:

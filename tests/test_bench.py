@@ -143,7 +143,9 @@ def test_ttft_gives_the_documented_figures_and_a_plot(tmp_path: Path) -> None:
 
 
 def test_a_calibrated_mesh_shares_in_its_first_run(folder: Path) -> None:
-    done = command("calibrate", "mesh.yaml", "--data", "data.jsonl", "--limit", "6", "-o", "r.safetensors", cwd=folder)
+    to_be_made = ["--set", "communicator.realigners=r.safetensors"]
+    options = ["--data", "data.jsonl", "--limit", "6", "-o", "r.safetensors", *to_be_made]
+    done = command("calibrate", "mesh.yaml", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "agent.3 read input: 6 observations" in done.stdout
     assert "checks" not in done.stdout, "too few observations to say what sharing costs"

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from agentmesh.engine.generation import FirstTokenReport, Generation
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.loop import Engine
 from agentmesh.engine.probe import probe
-from agentmesh.engine.sampling import Sampling
+from agentmesh.engine.sampling import Sampler, Sampling
 from agentmesh.errors import ModelError, RequestTooLongError
 from agentmesh.kv.arena import Arena
 
@@ -254,6 +255,34 @@ def test_a_step_that_fails_fails_its_sequences_and_no_later_one(monkeypatch: pyt
             failed = asyncio.run(two(engine))
         assert [type(error) for error in failed] == [MemoryError, MemoryError]
         assert all(isinstance(done, Generation) for done in asyncio.run(two(engine)))
+
+
+def test_a_sequence_without_odds_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    whole = ArenaRunner.decode
+
+    def damaged(runner: ArenaRunner, caches: Any, tokens: Any, positions: Any) -> torch.Tensor:
+        logits = whole(runner, caches, tokens, positions).clone()
+        logits[[row for row, position in enumerate(positions) if position >= 50]] = torch.nan
+        return logits
+
+    async def two(engine: Engine) -> list[Generation | BaseException]:
+        work = [quiet(engine, [3] * length, Sampling(20, temperature=0.8)) for length in (20, 45)]
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    monkeypatch.setattr(ArenaRunner, "decode", damaged)
+    with Engine(loaded, probe(loaded.model, loaded.step)) as engine:
+        short, long = asyncio.run(two(engine))
+        assert isinstance(short, Generation)
+        assert isinstance(long, ModelError)
+        assert "not numbers" in str(long)
+        assert not engine.core.live
+
+
+def test_no_temperature_is_too_low_to_draw_at() -> None:
+    logits = torch.tensor([3.0, 25.0, 20.0, -4.0])
+    for temperature in (1e-40, 1e-30, 1e-4):
+        assert Sampler(Sampling(temperature=temperature), torch.tensor([], dtype=torch.long)).pick(logits) == 1
 
 
 def test_an_engine_that_is_closed_cancels_what_it_decodes() -> None:

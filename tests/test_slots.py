@@ -15,8 +15,8 @@ from agentmesh import Mesh, agent
 from agentmesh.agents.base import Turn
 from agentmesh.backend import Completion
 from agentmesh.communicator.kvcomm import KVComm, Slot
-from agentmesh.communicator.learner import Learner
-from agentmesh.communicator.linkstate import LinkState
+from agentmesh.communicator.learner import LEARNED_SHARE, Learner
+from agentmesh.communicator.linkstate import LinkState, split_link
 from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.picks import Picker
 from agentmesh.communicator.pools import NewAnchor
@@ -663,6 +663,28 @@ def test_findings_of_runs_that_overlap_stay_inside_the_budget() -> None:
 
     assert len(seen) > 16
     assert max(seen) <= budget
+
+
+def test_what_many_tenants_have_taught_leaves_room_for_live_sequences() -> None:
+    budget = 3_000_000
+    with mesh({"preset": "linear", "budget": budget, "min_tokens": 8}) as one:
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        assert isinstance(backend.communicator, Slots)
+        learner = backend.communicator.learner
+        first = [one.run(question=question(number), tenant="t0") for number in range(6)]
+        for tenant in range(1, 12):
+            last = one.run(question=question(tenant), tenant=f"t{tenant}")
+        again = one.run(question=question(6), tenant="t0")
+
+        assert budget // 2 < learner.nbytes <= LEARNED_SHARE * budget
+        known = {split_link(name)[1] for name in learner.ledger.states}
+        assert "t0" in known
+        assert "t11" not in known
+
+    assert any(call.placed_slots for call in first[-1].calls)
+    assert any(call.placed_slots for call in again.calls), "what is known goes on to serve"
+    assert Reason.NO_ROOM in {row.reason for call in last.calls for row in call.plan}
 
 
 @pytest.mark.parametrize("preset", ["dense", "prefix", "linear", "kvcomm"])

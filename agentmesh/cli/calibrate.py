@@ -14,7 +14,7 @@ from rich.progress import Progress
 from agentmesh.blueprint import Blueprint, draft
 from agentmesh.cli.options import Config, Libraries, Sets
 from agentmesh.config.load import load_mesh
-from agentmesh.config.presets import RealignerKind, Share, choices, specs
+from agentmesh.config.presets import CommunicatorSpec, RealignerKind, Share, choices, specs
 from agentmesh.display import fetching
 from agentmesh.errors import ConfigError, InputError
 from agentmesh.mesh import Mesh
@@ -71,15 +71,21 @@ def calibrate(
 def _learning(blueprint: Blueprint) -> Blueprint:
     """A mesh whose preset learns something that can be saved: its own, or `linear` where it shares no slots.
 
+    It begins with nothing learned, whatever file the mesh names: that may be the one which is to be written.
+
     Raises:
         ConfigError: its preset shares slots and learns nothing that can be saved.
     """
     chosen = choices(blueprint.communicator)
     if chosen.share is not Share.SLOTS:
-        return replace(blueprint, communicator=specs(blueprint.communicator, ["linear"])["linear"])
+        return _afresh(blueprint, specs(blueprint.communicator, ["linear"])["linear"])
     if chosen.realigner is not RealignerKind.LINEAR:
         raise ConfigError(
             f"preset {blueprint.communicator.preset!r} learns nothing that can be saved (realigner: "
             f"{chosen.realigner}); expected `realigner: linear`, as in --set communicator=linear"
         )
-    return blueprint
+    return _afresh(blueprint, blueprint.communicator)
+
+
+def _afresh(blueprint: Blueprint, communicator: CommunicatorSpec) -> Blueprint:
+    return replace(blueprint, communicator=communicator.model_copy(update={"realigners": None}))

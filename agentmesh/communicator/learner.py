@@ -33,6 +33,9 @@ from agentmesh.sharing.ledger import Ledger
 from agentmesh.sharing.matching import Match
 from agentmesh.sharing.realigner import Realigner
 
+LEARNED_SHARE = 0.875
+"""Of the budget, what statistics may hold: they are never given up, and live sequences need the rest."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -116,7 +119,7 @@ class Learner:
             InputError: they do not fit the budget.
         """
         need = sum(bytes_of(state) for state in states.values())
-        if not self._budget.room(need):
+        if not self._holds(need) or not self._budget.room(need):
             raise InputError(
                 f"{origin} holds {need / 2**20:.1f} MiB of realigners, but communicator.budget is "
                 f"{self._budget.limit / 2**20:.1f} MiB; raise it to at least twice that, so that KV has room, too"
@@ -142,7 +145,9 @@ class Learner:
         if state.wait:
             return Verdict(None, Reason.BREAKER_OPEN)
         if realigner.needs_warmup and realigner.observations < self._spec.warmup:
-            full = not realigner.observations and self._budget.limit < 2 * self.fresh.exact.nbytes
+            one = self.fresh.exact.nbytes
+            short = self._budget.limit < 2 * one or (reader.sees is None and not self._holds(one))
+            full = short and not realigner.observations
             return Verdict(None, Reason.NO_ROOM if full else Reason.NOT_WARM)
         if state.predicted_kl(realigner.residual) > self._spec.max_kl:
             return Verdict(None, Reason.PREDICTED_ERROR)
@@ -156,10 +161,11 @@ class Learner:
         """
         if self.frozen:
             return
-        if reader.sees is None and not self._budget.room(self.fresh.exact.nbytes, most=Worth.LATER):
-            return
-        name = link(reader, match)
+        name, one = link(reader, match), self.fresh.exact.nbytes
         state = self._state(reader, name)
+        fits = bool(state.observations) or self._holds(one)
+        if reader.sees is None and not (fits and self._budget.room(one, most=Worth.LATER)):
+            return
         deep = match.depth > 0
         finding = (state.deep if deep else state.exact).study(base, truth, numbers)
         self.ledger.note(reader.run, name, Observed(deep, finding))
@@ -223,7 +229,8 @@ class Learner:
         for name, state in states.items():
             mine = self.ledger.states.get(name) or self._at_first(name)
             better = state.wait or state.observations > mine.observations
-            if better and self._budget.room(bytes_of(state)):
+            need = bytes_of(state)
+            if better and self._holds(need - bytes_of(mine)) and self._budget.room(need):
                 self.ledger.states[name] = state
         if states:
             self._prepare()
@@ -253,12 +260,18 @@ class Learner:
                 return replace(state, audits=audits)
             return replace(self.fresh, wait=self._spec.warmup)
         old = state.deep if finding.deep else state.exact
-        if self._grows(name, old) and not self._budget.room(old.nbytes, most=Worth.LATER):
+        fits = bool(old.observations) or self._holds(old.nbytes)
+        if self._grows(name, old) and not (fits and self._budget.room(old.nbytes, most=Worth.LATER)):
             self.ledger.spoil()
             return None
         new = old.learn(finding.finding)
         wait = max(state.wait - 1, 0)
         return replace(state, deep=new, wait=wait) if finding.deep else replace(state, exact=new, wait=wait)
+
+    def _holds(self, more: int) -> bool:
+        """Whether statistics may hold so many bytes more."""
+        held = sum(bytes_of(state) for state in self.ledger.states.values())
+        return held + more <= LEARNED_SHARE * self._budget.limit
 
     def _grows(self, name: str, old: Realigner[Any]) -> bool:
         """Whether one observation more takes up memory: the first one, and those of a state that runs still see."""

@@ -29,6 +29,7 @@ from agentmesh.engine.sequence import Sequence
 from agentmesh.engine.spans import Part
 from agentmesh.engine.thread import ModelThread
 from agentmesh.engine.tokenizer import HubTokenizer
+from agentmesh.errors import ModelError
 
 TURN_TOKENS = 2048
 """Prompt tokens that may be computed before sequences that are live get their next token."""
@@ -205,7 +206,10 @@ class EngineCore:
         with self._spans.part(Part.SAMPLE):
             for sequence, row in zip(group, logits, strict=True):
                 sequence.length += 1
-                sequence.accept(row, self._loaded.stop_token_ids, self._loaded.max_context)
+                try:
+                    sequence.accept(row, self._loaded.stop_token_ids, self._loaded.max_context)
+                except ModelError as error:
+                    sequence.fail(error)
 
     def _stepped(self, step: Future[None]) -> None:
         """Go on after a step; if it failed, so did every sequence that was in it."""

@@ -12,6 +12,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from agentmesh.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -56,14 +58,25 @@ class Sampler:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def pick(self, logits: torch.Tensor) -> int:
-        """The next token id for logits ``[V]``; special tokens other than stops are never picked."""
+        """The next token id for logits ``[V]``; special tokens other than stops are never picked.
+
+        Raises:
+            ModelError: the logits are no numbers to draw from.
+        """
         if self._greedy and (likeliest := _likeliest(logits)) not in self._never:
             return likeliest
         scores = logits.index_fill(0, self._suppressed, float("-inf"))
         if self._greedy:
             return _likeliest(scores)
-        warped = self._warpers(None, scores[None].float())
-        return int(torch.multinomial(warped.softmax(-1).cpu(), 1, generator=self._generator))
+        scores = scores[None].float()
+        warped = self._warpers(None, scores - scores.max())  # so that no temperature, however low, makes them infinite
+        odds = warped.softmax(-1).cpu()
+        if not odds.isfinite().all():
+            raise ModelError(
+                "the model's logits for the next token are not numbers (NaN): its weights are damaged, or they "
+                "overflow in this dtype; try model.dtype: float32, and `agentmesh doctor`"
+            )
+        return int(torch.multinomial(odds, 1, generator=self._generator))
 
 
 def _likeliest(logits: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from agentmesh.engine.sampling import Sampler, Sampling
 from agentmesh.engine.tokenizer import TextStream
+from agentmesh.errors import ModelError
 
 
 class Sequence:
@@ -54,7 +55,11 @@ class Sequence:
         self._tell = tell
 
     def accept(self, logits: torch.Tensor, stops: frozenset[int], context: int) -> None:
-        """Pick the next token and decide whether the message ends with it."""
+        """Pick the next token and decide whether the message ends with it.
+
+        Raises:
+            ModelError: there is none to pick.
+        """
         token = self._sampler.pick(logits)
         if token in stops:
             self._end("stop")
@@ -69,6 +74,11 @@ class Sequence:
             self._end("length")
         elif self.length + 1 >= context:
             self._end("context")
+
+    def fail(self, error: ModelError) -> None:
+        """End it, and no other one."""
+        self.finish = "error"
+        self.done.set_exception(error)
 
     def _end(self, finish: str) -> None:
         self.finish = finish

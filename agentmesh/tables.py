@@ -55,7 +55,14 @@ def ttft_table(figures: Times) -> Group:
         shown = [f"{ms:.0f}" for ms in (*times.by_agent_ms, times.sum_ms)]
         table.add_row(name, *(f"{ms} ({r:.1f}×)" for ms, r in zip(shown, ratios, strict=True)) if ratios else shown)
         parts.add_row(name, *(f"{ms:.0f}" for ms in times.parts_ms.values()), f"{times.learn_ms:.0f}")
-    return Group(table, parts)
+    computed = [
+        f"{name}, agent {agent}: {', '.join(f'{tokens} {reason}' for reason, tokens in reasons.items())}"
+        for name, times in figures.presets.items()
+        for agent, reasons in enumerate(times.reasons, 1)
+        if reasons
+    ]
+    lines = ["shareable tokens that were computed in the last round:", *computed] if computed else []
+    return Group(table, parts, *map(Text, lines))
 
 
 def _table(title: str, columns: tuple[str, ...], leading: tuple[str, ...] = ("preset",)) -> Table:

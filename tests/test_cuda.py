@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from agentmesh import Mesh
-from agentmesh.config.mesh import ModelSpec
+from agentmesh.config.mesh import Dtype, ModelSpec
+from agentmesh.engine.catalog import byte_tokenizer, random_config, random_model
 from agentmesh.engine.composition import Composition, Placement
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import load
@@ -25,8 +27,17 @@ TOKENS = tuple(torch.randint(3, 250, (90,), generator=torch.Generator().manual_s
 LENGTHS = (5, 30, 89)
 
 
-def supported(device: str) -> Support:
-    loaded = load(ModelSpec(name="random:tiny-llama", device=device))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's files: random weights that are made on a device differ from those made on another one."""
+    place, cpu = tmp_path_factory.mktemp("model"), torch.device("cpu")
+    random_model(random_config("tiny-llama"), torch.float32, cpu).save_pretrained(place)
+    byte_tokenizer().save_pretrained(place)
+    return place
+
+
+def supported(folder: Path, device: str) -> Support:
+    loaded = load(ModelSpec(name=str(folder), device=device))
     return probe(loaded.model, loaded.step)
 
 
@@ -48,9 +59,9 @@ def test_steps_are_replayed_from_graphs_unless_that_is_switched_off() -> None:
         torch.testing.assert_close(replayed, plain, atol=2e-3, rtol=2e-3)
 
 
-def found(device: str) -> tuple[Level, bool, torch.Tensor, torch.Tensor]:
+def found(folder: Path, device: str) -> tuple[Level, bool, torch.Tensor, torch.Tensor]:
     """Level, whether it has a step, logits of a sparse prefill, and logits of a step of several sequences."""
-    support = supported(device)
+    support = supported(folder, device)
     runner = support.runner
     assert isinstance(runner, ArenaRunner)
     caches = [runner.open(length + 1) for length in LENGTHS]
@@ -64,13 +75,39 @@ def found(device: str) -> tuple[Level, bool, torch.Tensor, torch.Tensor]:
     return support.level, support.steps, logits.cpu(), step.cpu()
 
 
-def test_prefills_and_steps_are_those_of_the_cpu() -> None:
-    level, steps, sparse, step = found(DEVICE)
-    own_level, own_steps, own_sparse, own_step = found("cpu")
+def test_prefills_and_steps_are_those_of_the_cpu(folder: Path) -> None:
+    level, steps, sparse, step = found(folder, DEVICE)
+    own_level, own_steps, own_sparse, own_step = found(folder, "cpu")
 
     assert (level, steps) == (own_level, own_steps)
     torch.testing.assert_close(sparse, own_sparse, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(step, own_step, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
+@pytest.mark.parametrize("computed", [40, 300])
+def test_what_is_computed_behind_and_between_placed_tokens_is_that_of_a_whole_prompt(
+    computed: int, dtype: Dtype, folder: Path
+) -> None:
+    """Few rows are replayed, more run the model's own code; either way behind a prefix and scattered."""
+    loaded = load(ModelSpec(name=str(folder), device=DEVICE, dtype=dtype))
+    runner = probe(loaded.model, loaded.step).runner
+    assert isinstance(runner, ArenaRunner)
+    text = tuple(torch.randint(3, 250, (500,), generator=torch.Generator().manual_seed(4)).tolist())
+    whole = runner.open(500)
+    wanted = runner.prefill(whole, Composition(text))
+    between = frozenset(torch.randperm(499, generator=torch.Generator().manual_seed(5))[:computed].tolist())
+    ways = [
+        Composition(text, (Placement(0, whole.arena.read(0, 500 - computed)),)),
+        Composition(text, (Placement(0, whole.arena.read(0, 499)),), recomputed=between),
+    ]
+
+    for way in ways:
+        cache = runner.open(500)
+        logits = runner.prefill(cache, way)
+        within = 1e-3 if dtype is Dtype.FLOAT32 else 3e-2
+        assert (logits - wanted).float().norm() < within * wanted.float().norm()
+        assert (cache.arena.both - whole.arena.both).float().norm() < within * whole.arena.both.float().norm()
 
 
 @pytest.mark.parametrize("preset", ["prefix", "linear", "kvcomm", "blend"])

@@ -389,7 +389,7 @@ def test_live_sequences_get_their_turn_between_prompts(tiny_engine: Engine, monk
 def test_a_long_prompt_takes_several_turns(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 tokens in forwards of 50: after every 100 there is a step; an earlier run's prompt waits behind it."""
     monkeypatch.setattr(core, "TURN_TOKENS", 100)
-    monkeypatch.setattr(composition, "AT_ONCE", 50)
+    monkeypatch.setitem(composition.AT_ONCE, "cpu", 50)
     seen: list[tuple[str, int]] = []
     begun: dict[str, float] = {}
 
@@ -469,7 +469,7 @@ def test_who_gives_up_while_others_are_swept_away_does_not_begin(tiny_engine: En
 
 
 def test_an_engine_that_is_closed_computes_no_further_forward_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composition, "AT_ONCE", 50)
+    monkeypatch.setitem(composition.AT_ONCE, "cpu", 50)
     loaded = load(ModelSpec(name="random:tiny-llama"))
     engine, reached = Engine(loaded, probe(loaded.model, loaded.step)), threading.Event()
     go_on, count = forward.Prefill.go_on, 0
@@ -497,7 +497,7 @@ def test_an_engine_that_is_closed_computes_no_further_forward_of_a_long_prompt(m
 def test_who_gives_up_in_the_middle_of_a_long_prompt_is_let_go_after_the_next_forward(
     tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(composition, "AT_ONCE", 50)
+    monkeypatch.setitem(composition.AT_ONCE, "cpu", 50)
     gone, forwards = Whole([7] * 500), 0
     loop_, runner = asyncio.new_event_loop(), tiny_engine.support.runner
     assert isinstance(runner, ArenaRunner)

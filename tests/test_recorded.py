@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agentmesh.config.mesh import Decode, ModelSpec
-from agentmesh.engine.composition import Composition
+from agentmesh.engine.composition import Composition, Placement
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
 from agentmesh.engine.recognise import recognise
-from agentmesh.engine.recorded import ROWS, RecordedStep, Recording, Work, recorded
+from agentmesh.engine.recorded import STEPS, RecordedStep, Recording, Work, recorded
 from agentmesh.engine.step import Step
 
 READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
@@ -46,6 +46,9 @@ class Noting(TorchDispatchMode):
                     old.copy_(new)
 
 
+SIZES = (*STEPS, 64, 256)
+
+
 class Tapes:
     """A recorder for any device, as strict as CUDA graphs: no operation may hang on a number that it reads back."""
 
@@ -60,10 +63,12 @@ class Tapes:
         return Recording(results, noting.replay)
 
 
-def replaying(model: Any, step: Step | None, recorder: Tapes | None = None) -> tuple[ArenaRunner, ArenaRunner]:
+def replaying(
+    model: Any, step: Step | None, recorder: Tapes | None = None, sizes: Sequence[int] = SIZES
+) -> tuple[ArenaRunner, ArenaRunner]:
     """One that replays, and one that runs the model's own code."""
     assert step is not None
-    found, reason = recorded(model, step, recorder or Tapes())
+    found, reason = recorded(model, step, recorder or Tapes(), sizes)
     assert isinstance(found, RecordedStep), reason
     return runners(model, found)
 
@@ -86,7 +91,7 @@ def test_one_tape_serves_steps_of_changing_tokens_positions_and_rows() -> None:
     """All that is recorded is recorded at first, for some numbers of rows, and results outlive the next step."""
     model, recorder = tiny.llama(), Tapes()
     replay, own = replaying(model, recognise(model), recorder)
-    assert recorder.made == len(ROWS) * (len(model.model.layers) + 1)
+    assert recorder.made == len(SIZES) * (len(model.model.layers) + 1)
     made = recorder.made
 
     sizes = (2, 1, 4, 3, 7, 3, 8)
@@ -117,10 +122,40 @@ def test_many_steps_of_one_sequence_follow_each_other() -> None:
     assert written(replay) == written(own)
 
 
+@pytest.mark.parametrize("name", ["llama-yarn", "mistral-sliding", "qwen3-qk-norm"])
+@pytest.mark.parametrize(("tokens", "replayed"), [(7, 3), (60, 30), (500, 250), (700, 350)])
+def test_what_is_computed_between_placed_tokens_is_replayed_as_well(
+    name: str, tokens: int, replayed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second token is placed; more rows than are recorded run the model's own code."""
+    model = tiny.zoo()[name][0]
+    replay, own = replaying(model, recognise(model))
+    text = tuple(torch.randint(300, (tokens,), generator=torch.Generator().manual_seed(1)).tolist())
+    whole = own.open(tokens)
+    own.prefill(whole, Composition(text))
+    computed = frozenset(range(tokens - 1 - 2 * (replayed - 1), tokens - 1, 2))
+    sparse = Composition(text, (Placement(0, whole.arena.read(0, tokens - 1).owned()),), recomputed=computed)
+    rows: list[int] = []
+    assert isinstance(replay.step, RecordedStep)
+    compute = RecordedStep.compute
+
+    def noted(step: RecordedStep, *about: Any) -> torch.Tensor:
+        rows.append(len(about[1]))
+        return compute(step, *about)
+
+    monkeypatch.setattr(RecordedStep, "compute", noted)
+    caches = [one.open(tokens) for one in (replay, own)]
+    found, wanted = (one.prefill(cache, sparse) for one, cache in zip((replay, own), caches, strict=True))
+
+    same(found, wanted)
+    same(caches[0].arena.both, caches[1].arena.both)
+    assert rows == ([replayed] if replayed <= SIZES[-1] else [])
+
+
 def test_steps_of_more_sequences_than_are_recorded_run_all_the_same() -> None:
     model = tiny.llama()
     replay, own = replaying(model, recognise(model))
-    lengths = [2 + index % 5 for index in range(ROWS[-1] + 1)]
+    lengths = [2 + index % 5 for index in range(SIZES[-1] + 1)]
 
     same(decode(replay, lengths)[0], decode(own, lengths)[0])
 
@@ -128,7 +163,7 @@ def test_steps_of_more_sequences_than_are_recorded_run_all_the_same() -> None:
 def test_copies_of_weights_are_replayed_as_well() -> None:
     loaded = load(ModelSpec(name="random:tiny-llama", decode=Decode.BFLOAT16))
     assert isinstance(loaded.step, Step)
-    replayed = RecordedStep(loaded.step, Tapes())
+    replayed = RecordedStep(loaded.step, Tapes(), SIZES)
     plain, replay = (probe(loaded.model, step).runner for step in (loaded.step, replayed))
     assert isinstance(plain, ArenaRunner) and isinstance(replay, ArenaRunner)  # noqa: PT018  # for the types
 
@@ -139,7 +174,7 @@ def test_copies_of_weights_are_replayed_as_well() -> None:
 def test_the_real_model_is_replayed(smollm2: LoadedModel) -> None:
     """Rounding only, alone and beside others."""
     assert isinstance(smollm2.step, Step)
-    replay, own = replaying(smollm2.model, smollm2.step)
+    replay, own = replaying(smollm2.model, smollm2.step, sizes=(1, 4, 32))
 
     for lengths in ((30,), (3, 30, 89)):
         logits, own_logits = decode(replay, lengths)[0], decode(own, lengths)[0]
@@ -175,8 +210,8 @@ class Lost:
     ("recorder", "reason"),
     [
         (Refusing(), "it cannot be recorded: CUDA error: operation not permitted"),
-        (Stale(), "replayed for 1 sequences it differs"),
-        (Lost(), "replayed for 1 sequences it differs"),
+        (Stale(), "replayed for 1 rows it differs"),
+        (Lost(), "replayed for 1 rows it differs"),
     ],
 )
 def test_what_cannot_be_recorded_or_differs_is_not_replayed_and_says_why(recorder: Any, reason: str) -> None:

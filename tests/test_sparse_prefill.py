@@ -126,11 +126,11 @@ def test_a_long_prompt_is_computed_in_several_forwards(behind: int, monkeypatch:
     runner.prefill(before, Composition(tokens))
     in_pieces = Composition(tokens, (Placement(0, before.arena.read(0, behind)),) if behind else ())
     assert [len(chunk) for chunk in in_pieces.chunks()] == ([1024, 476] if not behind else [800])
-    monkeypatch.setattr(composition, "AT_ONCE", 300)
+    monkeypatch.setitem(composition.AT_ONCE, "cpu", 300)
     assert [len(chunk) for chunk in in_pieces.chunks()] == [300] * ((1500 - behind) // 300) + [200] * bool(behind)
     cut = runner.open(1500)
     found = runner.prefill(cut, in_pieces)
-    monkeypatch.setattr(composition, "AT_ONCE", 1500)
+    monkeypatch.setitem(composition.AT_ONCE, "cpu", 1500)
     whole = runner.open(1500)
 
     wanted = runner.prefill(whole, Composition(tokens))
@@ -144,7 +144,7 @@ def test_a_long_prefix_hit_is_bit_equal_to_the_same_prompt_computed_cold(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies between two cuts is in the same forwards, whether or not what lies ahead of them was placed."""
-    monkeypatch.setattr(composition, "AT_ONCE", 16)
+    monkeypatch.setitem(composition.AT_ONCE, "cpu", 16)
     runner = probe(tiny.llama(dtype)).runner
     assert isinstance(runner, ArenaRunner)
     tokens = tuple(torch.randint(320, (100,), generator=torch.Generator().manual_seed(5)).tolist())

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from agentmesh.config.base import Frozen
-from agentmesh.events import SHAREABLE, CallRecord, Treatment
+from agentmesh.events import SHAREABLE, PlanRow, Treatment
 from agentmesh.prompt import FIXED
 from agentmesh.results import Profile
 
 
-def refused(calls: Iterable[CallRecord]) -> dict[str, int]:
+def refused(plans: Iterable[Sequence[PlanRow]]) -> dict[str, int]:
     """Shareable tokens that were computed, by reason, the most first."""
     found: Counter[str] = Counter()
-    for call in calls:
-        for row in call.plan:
+    for plan in plans:
+        for row in plan:
             if row.kind is Treatment.COMPUTED and row.tokens and row.reason in SHAREABLE and row.segment != FIXED:
                 found[str(row.reason)] += row.tokens
     return dict(found.most_common())
@@ -86,7 +86,7 @@ class PresetTimes(Frozen):
 
     ``parts_ms`` are sums over the agents of the medians; ``learn_ms`` is the sum over the warm-up rounds of what was
     spent outside TTFT on keeping and learning, ``keep_ms`` the same for one measured round, ``ingest_ms`` what making
-    the KV of a round's passages took ahead.
+    the KV of a round's passages took ahead. ``reasons``: why shareable tokens of the last round were computed.
     """
 
     by_agent_ms: tuple[float, ...]
@@ -100,6 +100,7 @@ class PresetTimes(Frozen):
     placed: tuple[int, ...]
     computed: tuple[int, ...]
     calls_shared: tuple[int, ...]
+    reasons: tuple[dict[str, int], ...]
 
 
 class Speedup(Frozen):

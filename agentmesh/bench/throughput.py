@@ -143,7 +143,7 @@ def _load(
         placed_share=placed / slots if slots else 0.0,
         calls_shareable=sum(call.slot_tokens > 0 for call in calls),
         calls_shared=sum(call.placed_slots > 0 for call in calls),
-        reasons=refused(calls),
+        reasons=refused(call.plan for call in calls),
         peak_bytes=backend.peak_bytes,
         ttft_ms=Percentiles.of([call.ttft_ms for call in calls]),
         wall_s=wall,

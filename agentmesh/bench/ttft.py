@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 
 from agentmesh.bench.data import Passages
 from agentmesh.bench.fidelity import documents
-from agentmesh.bench.figures import PresetTimes, Speedup, Times
+from agentmesh.bench.figures import PresetTimes, Speedup, Times, refused
 from agentmesh.bench.rig import Call, Rig, Timed, median_parts
 from agentmesh.bench.text import english_tokens
 from agentmesh.communicator import Preset, make
@@ -201,6 +201,7 @@ def _summary(subject: _Subject, agents: int) -> PresetTimes:
         placed=tuple(column[-1].plan.composition.placed_tokens for column in columns),
         computed=tuple(column[-1].plan.count(Treatment.COMPUTED) for column in columns),
         calls_shared=tuple(sum(one.plan.placed_slots > 0 for one in column) for column in columns),
+        reasons=tuple(refused([column[-1].plan.rows]) for column in columns),
     )
 
 

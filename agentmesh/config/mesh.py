@@ -78,7 +78,7 @@ class Reads(Choice):
 class ModelSpec(Frozen):
     """Which model: a known name, a Hub repo id, a local folder, a ``.gguf`` file or ``random:<family>``.
 
-    On a CUDA device decoding steps are replayed from CUDA graphs, unless ``graphs`` is false.
+    On a CUDA device forwards of few rows are replayed from CUDA graphs, unless ``graphs`` is false.
     """
 
     name: Annotated[str, Field(min_length=1)] = "smollm2-135m"

@@ -6,6 +6,7 @@ from typing import Any, Protocol, final
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -141,12 +142,14 @@ def attention(
     but not on the CPU. Everything else goes to its own function. Queries go in chunks, each over the keys up to its
     last position (option ``agentmesh_last``), which saves half of a long prefill behind a prefix. A decoding step of
     several sequences (option ``agentmesh_batch``) attends over their own arenas; there the mask is only a stand-in, as
-    wide as the layer's window.
+    wide as the layer's window. It is one, too, for the rest of a prompt behind what is cached (``agentmesh_rest``).
     """
     batch: BatchCache | None = options.pop("agentmesh_batch", None)
     if batch is not None:
         assert attention_mask is not None, "a batch says how far its layers see"
         return batch.attend(query, attention_mask.shape[3], options.get("scaling")), None
+    if options.pop("agentmesh_rest", False):
+        return rest(query, key, value, options.get("scaling")), None
     watch: Watch | None = options.pop("agentmesh_watch", None)
     if watch is not None:
         watch.see(query, key, value, attention_mask, options.get("scaling"))
@@ -170,3 +173,16 @@ def attention(
         )
         pieces.append(mixed.transpose(1, 2))
     return torch.cat(pieces, dim=1), None
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether flash attention runs there: with grouped heads, and without a mask."""
+    return device.type == "cuda" and dtype.itemsize == 2
+
+
+def rest(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Attention ``[B, T, Hq, D]`` of the last ``T`` positions, each over the keys up to its own."""
+    grouped = query.shape[1] != key.shape[1]
+    ends = causal_lower_right(query.shape[2], key.shape[2])
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=ends, scale=scale, enable_gqa=grouped)
+    return mixed.transpose(1, 2)

@@ -11,8 +11,11 @@ from itertools import pairwise
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
 
-AT_ONCE = 1024
-"""Tokens of a prompt that one forward computes at most, so that others can get their turn behind it."""
+AT_ONCE = {"cpu": 1024, "cuda": 4096}
+"""Tokens of a prompt that one forward computes at most, by type of device, so that others can get their turn behind it.
+
+A CUDA device computes a thousand tokens in the time in which a forward's kernels are launched.
+"""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class Composition:
         """How many tokens are placed."""
         return sum(piece.kv.tokens for piece in self.placed) - len(self.recomputed)
 
-    def chunks(self) -> list[list[int]]:
-        """Computed positions of each forward, ascending; the last one ends with the prompt's last position.
+    def chunks(self, device: str = "cpu") -> list[list[int]]:
+        """Computed positions of each forward on a type of device, ascending; the last one ends with the last position.
 
         What lies between two cuts is in forwards of ``AT_ONCE``, counted from its first computed token: so a hit that
         ends at a cut changes no other forward.
@@ -96,4 +99,5 @@ class Composition:
         covered = {position for piece in self.placed for position in range(piece.start, piece.stop)}
         covered -= self.recomputed
         computed = [[p for p in range(low, high) if p not in covered] for low, high in pairwise(edges)]
-        return [part[low : low + AT_ONCE] for part in computed for low in range(0, len(part), AT_ONCE)]
+        most = AT_ONCE[device]
+        return [part[low : low + most] for part in computed for low in range(0, len(part), most)]

@@ -15,21 +15,22 @@ from typing import Any, final
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from agentmesh.engine.attention import has_flash, is_grouped
 from agentmesh.engine.batch import BatchCache
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.group import side_by_side
 from agentmesh.engine.masks import MaskPlan, Masks
-from agentmesh.engine.operations import Mark
+from agentmesh.engine.operations import Mark, settle
 from agentmesh.engine.products import Switch
-from agentmesh.engine.recorded import AnyStep
+from agentmesh.engine.recorded import AnyStep, RecordedStep
 from agentmesh.engine.spans import Part, Spans
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.pool import ArenaPool
 from agentmesh.kv.rope import Rope
 
-PLACED_AT_ONCE = 8 * 2**20
-"""Bytes of KV that are realigned and placed at once."""
+PLACED_AT_ONCE = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+"""Bytes of KV realigned and placed at once: what a processor's cache holds; a CUDA device waits for launches."""
 
 Forward = Callable[[Any, Sequence[int], Sequence[int]], torch.Tensor]
 """Computes tokens at ascending positions in a cache of the runner's kind; logits ``[V]`` at the last one."""
@@ -83,6 +84,7 @@ class Prefill:
         spans, parts = self._spans, self._parts
         with spans.forward(Part.PREFILL, len(chunk)), spans.part(Part.PREFILL), parts.timed("forward"):
             self._logits = self._forward(self.cache, [self._tokens[position] for position in chunk], chunk)
+            settle(self._logits.device)
         return len(chunk)
 
     def finish(self) -> torch.Tensor:
@@ -153,10 +155,15 @@ class ArenaRunner:
         index = torch.tensor(positions, device=device)
         contiguous = length - first == len(positions)
         cache.arena.aim(slice(first, length) if contiguous else index, length)
+        whole = cache.arena.shape.layers == self.shape.layers  # a look runs the first ones
+        if isinstance(self.step, RecordedStep) and len(positions) <= self.step.most and whole and not options:
+            return self.step.compute(cache.arena, tokens, positions, self.spans, keep)
         cache.begin(first)
-        mask: Masks | None = None
-        if not contiguous or (first and len(positions) > 1 and self.rope is not None):
-            mask = self.masks.build(index, length)  # else transformers' own: causal, or none for a single token
+        mask: Masks | None = None  # transformers' own: causal, or none for a single token
+        if contiguous and not options and self._bare_behind_prefix(first, len(positions)):
+            mask, options = self.masks.stand_ins(device), {"agentmesh_rest": True}
+        elif not contiguous or (first and len(positions) > 1 and self.rope is not None):
+            mask = self.masks.build(index, length)
         ids = torch.tensor([tokens], device=device)
         with nullcontext() if self.switch is None else self.switch.computing(), self.spans.mark(Mark.MODEL):
             output = self.model(
@@ -171,6 +178,11 @@ class ArenaRunner:
             )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _bare_behind_prefix(self, first: int, count: int) -> bool:
+        """Whether the rest of a prompt behind what is cached needs no mask: flash attention has none, and is faster."""
+        behind = first > 0 and count > 1 and self.masks.sees_all
+        return behind and is_grouped(self.model) and has_flash(self.shape.device, self.shape.dtype)
 
     @torch.inference_mode()
     def decode(self, caches: Sequence[ArenaCache], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -211,7 +223,8 @@ class ArenaRunner:
 
     def _layer_groups(self, tokens: int) -> list[slice]:
         """Layers that are realigned and placed together: few enough for memory that is used again and again."""
-        step = max(1, PLACED_AT_ONCE * self.shape.layers // max(tokens * self.shape.bytes_per_token, 1))
+        at_once = PLACED_AT_ONCE[self.shape.device.type]
+        step = max(1, at_once * self.shape.layers // max(tokens * self.shape.bytes_per_token, 1))
         return [slice(low, low + step) for low in range(0, self.shape.layers, step)]
 
     def prefill(self, cache: ArenaCache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:
@@ -231,18 +244,21 @@ class ArenaRunner:
             composition: what is placed and where the computing is cut.
             parts: gets the times.
         """
-        parts = Parts() if parts is None else parts
+        parts, device = Parts() if parts is None else parts, self.shape.device
         ready = composition.ready if composition.placed else None
         if ready is not None:
             with self.spans.part(Part.COMPOSE), parts.timed("compose"):
                 cache.arena.copy(ready, composition.placed[-1].stop)
+                settle(device)
         for piece in composition.placed if ready is None else ():
             for layers in self._layer_groups(piece.kv.tokens):
                 with self.spans.part(Part.REALIGN), parts.timed("realign"):
                     kv = piece.kv.fetch(layers)
+                    settle(device)
                 with self.spans.part(Part.COMPOSE), parts.timed("compose"):
                     cache.arena.place(piece.start, kv, self.rope, layers)
-        return Prefill(cache, composition.tokens, composition.chunks(), self.forward, self.spans, parts)
+                    settle(device)
+        return Prefill(cache, composition.tokens, composition.chunks(device.type), self.forward, self.spans, parts)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def identity(loaded: LoadedModel) -> str:
         loaded.fingerprint,
         torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         str(torch.get_num_threads()),
-        str(AT_ONCE),
+        str(AT_ONCE[device.type]),
         torch.backends.cpu.get_cpu_capability(),
         torch.__version__,
         transformers.__version__,

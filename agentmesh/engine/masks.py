@@ -14,6 +14,9 @@ import torch
 UNLIMITED = 1 << 40
 """Width of a stand-in mask where a layer sees everything."""
 
+ALIGNED = 8
+"""On CUDA devices rows of a mask begin at multiples of so many numbers; fused attention would copy other masks."""
+
 SLIDING = "sliding_attention"
 
 Masks = torch.Tensor | dict[str, torch.Tensor]
@@ -24,6 +27,24 @@ def windows_of(config: Any) -> list[int | None]:
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
     return [window if kind == SLIDING else None for kind in types]
+
+
+def mask_of(positions: torch.Tensor, length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """One mask ``[1, 1, T, length]`` for queries at ``positions [T]``: 0 where seen, else the lowest number.
+
+    Args:
+        positions: of the queries.
+        length: how many keys there are.
+        window: how many of them a query sees; ``None`` for all.
+        dtype: of the scores, which the mask is added to.
+    """
+    keys = torch.arange(length, device=positions.device)[None, :]
+    seen = keys <= positions[:, None]
+    if window is not None:
+        seen &= keys > positions[:, None] - window
+    width = length if positions.device.type == "cpu" else -(-length // ALIGNED) * ALIGNED
+    mask = torch.zeros((len(positions), width), dtype=dtype, device=positions.device)[:, :length]
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
 
 @dataclass(frozen=True)
@@ -42,19 +63,19 @@ class MaskPlan:
 
     def build(self, positions: torch.Tensor, length: int) -> Masks:
         """Masks ``[1, 1, T, length]`` for queries at ``positions [T]``: 0 where seen, else the lowest number."""
-        keys = torch.arange(length, device=positions.device)[None, :]
-        causal = keys <= positions[:, None]
-        masks = {}
-        for kind, window in self.windows.items():
-            seen = causal if window is None else causal & (keys > positions[:, None] - window)
-            mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
-            masks[kind] = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[None, None]
-        return self._as_taken(masks)
+        windows = self.windows.items()
+        return self._as_taken({kind: mask_of(positions, length, window, self.dtype) for kind, window in windows})
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every query of every layer sees all that lies before it."""
+        return set(self.windows.values()) == {None}
 
     def stand_ins(self, device: torch.device) -> Masks:
         """Masks that hold nothing: ``[1, 1, 1, W]`` without memory, as wide as each layer type's window.
 
-        transformers takes them as they are instead of making masks of its own; a batch reads their width.
+        transformers takes them as they are instead of making masks of its own; a batch reads their width, a prompt's
+        rest behind a prefix needs none.
         """
         nothing = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=device)
         return self._as_taken(

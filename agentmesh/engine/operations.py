@@ -34,6 +34,12 @@ LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})
 ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 
 
+def settle(device: torch.device) -> None:
+    """Wait until a CUDA device has computed what it was given, so that a clock counts that, too."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Mark(Choice):
     """A stretch of a forward that is marked while it is looked at: the model's own code, and ours inside it."""
 

@@ -137,32 +137,39 @@ def error_of(model: Any, step: Runs, count: int = len(LENGTHS)) -> float:
     Returns:
         Not a number where some logits or KV are none.
     """
-    own, lengths = {length: _own(model, step.shape, length) for length in LENGTHS}, (LENGTHS * count)[:count]
-    arenas = [_before(own[length].kv, step.shape) for length in lengths]
+    texts, lengths = {length: [*trial_text(model, length), length] for length in LENGTHS}, (LENGTHS * count)[:count]
+    wanted = {length: own(model, step.shape, text) for length, text in texts.items()}
+    arenas = [_before(wanted[length].kv, step.shape) for length in lengths]
     logits = step.run(arenas, lengths, lengths, Spans())
     errors = []
     for length, arena, row in zip(lengths, arenas, logits, strict=True):
-        errors += [_relative(row, own[length].logits)]
-        errors += [_relative(arena.both[:, :, :, length], own[length].kv[:, :, :, length])]
+        errors += [relative(row, wanted[length].logits)]
+        errors += [relative(arena.both[:, :, :, length], wanted[length].kv[:, :, :, length])]
     return float(torch.tensor(errors).max())
 
 
 @dataclass(frozen=True)
-class _Own:
+class Own:
     """What a model computes: logits ``[V]`` at the last token, and KV ``[2, L, H, T, D]``."""
 
     logits: torch.Tensor
     kv: torch.Tensor
 
 
-def _own(model: Any, shape: KVShape, length: int) -> _Own:
-    """What the model computes for the token ``length`` behind as many others."""
+def trial_text(model: Any, length: int) -> list[int]:
+    """Token ids to try something on; the same for each model and length."""
     generator = torch.Generator().manual_seed(0)
-    known = model.config.get_text_config().vocab_size
-    ids = torch.cat((torch.randint(known, (length,), generator=generator), torch.tensor([length])))
+    return torch.randint(model.config.get_text_config().vocab_size, (length,), generator=generator).tolist()
+
+
+def own(model: Any, shape: KVShape, text: Sequence[int], cut: int = 0) -> Own:
+    """What the model's own code computes for a text, in one forward or in two (``cut``: tokens of the first)."""
     cache = DynamicCache()
-    logits = model(input_ids=ids[None].to(shape.device), past_key_values=cache, use_cache=True).logits[0, -1]
-    return _Own(logits, torch.stack([torch.cat((layer.keys, layer.values)) for layer in cache.layers], dim=1))
+    for piece in (text[:cut], text[cut:]):
+        if piece:
+            ids = torch.tensor([piece], device=shape.device)
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+    return Own(logits, torch.stack([torch.cat((layer.keys, layer.values)) for layer in cache.layers], dim=1))
 
 
 def _before(kv: torch.Tensor, shape: KVShape) -> Arena:
@@ -174,5 +181,6 @@ def _before(kv: torch.Tensor, shape: KVShape) -> Arena:
     return arena
 
 
-def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted; not a number where either is none."""
     return float((found - wanted).float().norm() / wanted.float().norm())

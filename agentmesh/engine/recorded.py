@@ -1,8 +1,9 @@
-"""A decoding step recorded as CUDA graphs: each stretch between two attentions is launched at once.
+"""Few rows recorded as CUDA graphs: each stretch of a forward between two attentions is launched at once.
 
-On a CUDA device a step of few sequences waits for kernels to be launched, not for what they compute. What lies between
-one attention and the next depends on tensors of fixed sizes alone, so it is recorded when a model is loaded, for some
-numbers of rows, and replayed. Writing KV and attending, whose sizes change with every token, stay as they are.
+On a CUDA device a decoding step, or the few tokens that are computed between what is placed, wait for kernels to be
+launched, not for what they compute. What lies between one attention and the next depends on tensors of fixed sizes
+alone, so it is recorded when a model is loaded, for some numbers of rows, and replayed. Writing KV and attending, whose
+sizes change with every token, stay as they are.
 
 A recording reads and writes the same memory each time: tokens, positions and what an attention saw are copied in.
 """
@@ -17,15 +18,24 @@ from typing import Any, Protocol, final
 import torch
 
 from agentmesh.engine.batch import NextRows
+from agentmesh.engine.copies import COPIES
 from agentmesh.engine.operations import Mark
-from agentmesh.engine.recognise import TOLERANCE, error_of
+from agentmesh.engine.recognise import TOLERANCE, error_of, own, relative, trial_text
+from agentmesh.engine.scattered import ScatteredRows
 from agentmesh.engine.spans import Spans
 from agentmesh.engine.step import Layer, Step, Stream, Turn, spread
 from agentmesh.kv.arena import Arena
 
-ROWS = (1, 2, 4, 8, 16, 32)
-"""Numbers of rows that are recorded; steps are filled up to the next one, and larger ones are not replayed."""
+STEPS = (1, 2, 4, 8, 16, 32)
+"""Numbers of rows that are tried as decoding steps of as many sequences before they are used."""
 
+ROWS = (*STEPS, 64, 128, 256, 384, 512, 768, 1024)
+"""Numbers of rows that are recorded; what has fewer is filled up to the next one, and more are not replayed."""
+
+AS_OWN = 3.0
+"""How many times as far as a model's own logits move what is replayed may be from them."""
+
+AnyRows = NextRows | ScatteredRows
 Tensors = tuple[torch.Tensor, ...]
 Work = Callable[[], Tensors]
 
@@ -84,7 +94,7 @@ class CUDAGraphs:
 
 @final
 class Tape:
-    """The stretches of a step of so many rows, in order: to the first attention, between two, and to the logits.
+    """The stretches of a forward of so many rows, in order: to the first attention, between two, and to the last norm.
 
     Args:
         step: what is recorded.
@@ -111,7 +121,7 @@ class Tape:
         self._stretches = [first, *between, recorder.record(partial(self._last, stream))]
 
     def play(self, number: int) -> torch.Tensor:
-        """Replay one stretch: all heads ``[R, Hq + 2 H, D]`` of the layer ``number``, or logits ``[R, V]``."""
+        """Replay one stretch: all heads ``[R, Hq + 2 H, D]`` of the layer ``number``, or behind them normed rows."""
         stretch = self._stretches[number]
         stretch.replay()
         return stretch.results[-1]
@@ -126,69 +136,132 @@ class Tape:
 
     def _last(self, stream: Stream) -> Tensors:
         self._step.leave(self._step.layers[-1], stream, self.seen, self._way)
-        return (self._step.end(stream.normed(self._step.last), self._way),)
+        return (stream.normed(self._step.last),)
 
 
 @final
 class RecordedStep:
-    """The next token of some sequences, as ``Step``, replayed from a tape of at least so many rows.
+    """Few rows, replayed from a tape of at least so many: the next token of some sequences, as ``Step``, or a prompt's.
 
     Args:
         step: what is recorded.
         recorder: records it.
+        sizes: numbers of rows to record, ascending.
+
+    Attributes:
+        most: how many tokens ``compute`` takes: none where a step multiplies with copies of the weights, which prompts
+            do not.
 
     Raises:
         RuntimeError: it cannot be recorded.
     """
 
     @torch.inference_mode()
-    def __init__(self, step: Step, recorder: Recorder) -> None:
+    def __init__(self, step: Step, recorder: Recorder, sizes: Sequence[int] = ROWS) -> None:
         self.step = step
         self.shape = step.shape
-        self._tapes = {rows: Tape(step, rows, recorder) for rows in ROWS}
+        self.most = 0 if step.tuning.decode in COPIES else sizes[-1]
+        self._tapes = {rows: Tape(step, rows, recorder) for rows in sizes}
 
     @torch.inference_mode()
     def run(
         self, arenas: Sequence[Arena], tokens: Sequence[int], positions: Sequence[int], spans: Spans
     ) -> torch.Tensor:
         """As ``Step.run``."""
-        rows = next((rows for rows in ROWS if rows >= len(tokens)), None)
-        if rows is None:
+        tape = self._tape(len(tokens))
+        if tape is None:
             return self.step.run(arenas, tokens, positions, spans)
-        tape = self._tapes[rows]
         cached = NextRows(arenas, spans, tape.rows - len(tokens))
         with spans.mark(Mark.MODEL):
-            tape.tokens.copy_(spread(tokens, cached.rows, tape.rows))
-            tape.positions.copy_(spread(positions, cached.rows, tape.rows))
-            for number, layer in enumerate(self.step.layers):
-                heads = tape.play(number)
-                cached.write(number, heads)
-                seen = cached.attend(number, self.step.queries_of(heads), layer.window, layer.scale)
-                tape.seen.copy_(seen.reshape(tape.seen.shape))
-            return tape.play(len(self.step.layers))[cached.rows]
+            return self.step.end(self._play(tape, tokens, positions, cached))
+
+    @torch.inference_mode()
+    def compute(
+        self, arena: Arena, tokens: Sequence[int], positions: Sequence[int], spans: Spans, keep: int
+    ) -> torch.Tensor:
+        """Compute tokens of one prompt, each over what the arena holds up to its position, and write their KV.
+
+        Args:
+            arena: aimed at their rows.
+            tokens: at most ``most``.
+            positions: where they stand, ascending.
+            spans: notes where the time goes.
+            keep: of how many of the last ones logits are wanted.
+
+        Returns:
+            Logits ``[keep, V]``.
+        """
+        tape = self._tape(len(tokens))
+        assert tape is not None, f"{len(tokens)} tokens, at most {self.most} are replayed"
+        cached = ScatteredRows(arena, positions, self.step.queries // self.shape.heads, spans)
+        with spans.mark(Mark.MODEL):
+            return self.step.end(self._play(tape, tokens, positions, cached)[-keep:])
+
+    def _tape(self, count: int) -> Tape | None:
+        """The smallest one of at least so many rows."""
+        return next((tape for rows, tape in self._tapes.items() if rows >= count), None)
+
+    def _play(self, tape: Tape, tokens: Sequence[int], positions: Sequence[int], cached: AnyRows) -> torch.Tensor:
+        """Replay a whole forward, to the normed rows ``[T, N]`` of its tokens."""
+        tape.tokens.copy_(spread(tokens, cached.rows, tape.rows))
+        tape.positions.copy_(spread(positions, cached.rows, tape.rows))
+        for number, layer in enumerate(self.step.layers):
+            heads = tape.play(number)
+            cached.write(number, heads)
+            seen = cached.attend(number, self.step.queries_of(heads), layer.window, layer.scale)
+            tape.seen[: len(seen)].copy_(seen.reshape(len(seen), -1))
+        return tape.play(len(self.step.layers))[cached.rows]
 
 
 AnyStep = Step | RecordedStep
 
 
-def recorded(model: Any, step: Step, recorder: Recorder) -> tuple[AnyStep, str]:
+def recorded(model: Any, step: Step, recorder: Recorder, sizes: Sequence[int] = ROWS) -> tuple[AnyStep, str]:
     """A step that is replayed, if it can be recorded and computes what the model computes.
 
     Args:
         model: the model that the step was read off.
         step: the step.
         recorder: records it.
+        sizes: numbers of rows to record, ascending.
 
     Returns:
         The step to use, and why it is not a recorded one; empty where it is.
     """
     try:
-        replayed = RecordedStep(step, recorder)
-        errors = {rows: error_of(model, replayed, rows) for rows in ROWS}
+        replayed = RecordedStep(step, recorder, sizes)
+        errors = [(rows, error_of(model, replayed, rows)) for rows in sizes if rows <= STEPS[-1]]
+        errors += [(rows, prompt_error(model, replayed, rows)) for rows in sizes if 1 < rows <= replayed.most]
     except RuntimeError as problem:
         cause = problem.__context__ or problem  # what broke a recording off, not that it was broken off
         return step, f"it cannot be recorded: {str(cause).splitlines()[0]}"
-    for rows, error in errors.items():
+    for rows, error in errors:
         if not error <= TOLERANCE[step.shape.dtype]:
-            return step, f"replayed for {rows} sequences it differs from the model by {error:.1e}"
+            return step, f"replayed for {rows} rows it differs from the model by {error:.1e}"
     return replayed, ""
+
+
+@torch.inference_mode()
+def prompt_error(model: Any, replayed: RecordedStep, rows: int) -> float:
+    """Relative error to a model's own logits and KV where every second token of a prompt is placed.
+
+    In half precision a deep model's own logits move by more than ``TOLERANCE`` when it computes the same prompt in two
+    forwards instead of one. Where they do, that is the measure.
+
+    Args:
+        model: the model.
+        replayed: computes the other tokens.
+        rows: how many these are.
+
+    Returns:
+        Not a number where some logits or KV are none.
+    """
+    positions, shape = range(0, 2 * rows, 2), replayed.shape
+    text = trial_text(model, positions[-1] + 1)
+    wanted, again, arena = own(model, shape, text), own(model, shape, text, cut=rows), Arena(shape, len(text))
+    arena.both[:, :, :, 1::2] = wanted.kv[:, :, :, 1::2]
+    arena.aim(torch.tensor(positions, device=shape.device), len(text))
+    logits = replayed.compute(arena, text[::2], positions, Spans(), keep=1)
+    found = torch.tensor([relative(logits[-1], wanted.logits), relative(arena.both, wanted.kv)])
+    moved = torch.tensor([relative(again.logits, wanted.logits), relative(again.kv, wanted.kv)])
+    return float((found / (AS_OWN * moved / TOLERANCE[shape.dtype]).clamp_min(1.0)).max())

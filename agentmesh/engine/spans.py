@@ -16,7 +16,7 @@ from typing import final
 import torch
 
 from agentmesh.config.base import Choice
-from agentmesh.engine.operations import Look, Mark, Span, Watch, Work, marked
+from agentmesh.engine.operations import Look, Mark, Span, Watch, Work, marked, settle
 
 NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -208,7 +208,7 @@ class _Log:
             yield
         finally:
             self.whole = False
-            self._wait_for_device()
+            settle(self.device)
             took = time.perf_counter() - begun
             taken = self.seen.parts.setdefault(part, Taken())
             taken.seconds += took - self.inner.pop()
@@ -238,7 +238,7 @@ class _Log:
         try:
             yield
         finally:
-            self._wait_for_device()
+            settle(self.device)
             took, self.looking = time.perf_counter() - begun, False
             with self.part(Part.PROFILE, whole=False):
                 watch.end()
@@ -268,8 +268,3 @@ class _Log:
             kept.append(span)
         else:
             self.seen.left_out += 1
-
-    def _wait_for_device(self) -> None:
-        """A CUDA device works on while Python does; a part ends when its work has ended."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

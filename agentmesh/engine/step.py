@@ -193,9 +193,7 @@ class Step:
                 seen = cached.attend(number, self.queries_of(heads), layer.window, layer.scale)
                 self.leave(layer, stream, seen.reshape(full, -1), way)
             last = stream.normed(self.last)
-            if full > count:
-                last = filled(last[cached.rows], full)
-            return self.end(last, way)[:count]
+            return self.end(last[cached.rows] if full > count else last)
 
     def begin(self, ids: torch.Tensor, index: torch.Tensor) -> tuple[Stream, Turn]:
         """What layers add to for tokens ``[B]`` at positions ``[B]``, and how their heads turn."""
@@ -213,9 +211,11 @@ class Step:
         gate, entered = halved(layer.gated.multiply_full(stream.normed(layer.second), way))
         stream.add(layer.down.multiply_full(joined(layer.activation(gate) * entered), way))
 
-    def end(self, last: torch.Tensor, way: Way) -> torch.Tensor:
+    def end(self, last: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, V]`` of normed rows ``[B, N]``."""
-        return joined(self.head.multiply_full(last, way))
+        count, way = len(last), self.tuning.way(len(last))
+        full = self.head.full(count, way)
+        return joined(self.head.multiply_full(filled(last, full) if full > count else last, way))[:count]
 
     def queries_of(self, heads: torch.Tensor) -> torch.Tensor:
         """Queries ``[B, H, Hq / H, D]`` of all heads ``[B, Hq + 2 H, D]``, in one call: a slice and a view are two."""

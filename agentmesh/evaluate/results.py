@@ -175,7 +175,7 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
         tokens_placed=sum(call.placed_exact + call.placed_realigned for call in calls),
         tokens_computed=sum(call.computed for call in calls),
         output_tokens=output,
-        reasons=refused(calls),
+        reasons=refused(call.plan for call in calls),
         audits=len(audits),
         audit_kl=mean(audit.kl for audit in audits) if audits else None,
         audit_flips=sum(audit.flip for audit in audits),

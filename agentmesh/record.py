@@ -36,8 +36,8 @@ ELSEWHERE = (
 )
 DETERMINISTIC = (
     "The same seed, inputs and order of runs give the same tokens on the same machine and versions, whatever runs "
-    "beside them. That leaves out remote models, attempts that a timeout ended, and, where agents of one run work side "
-    "by side (as in a tree), which of two that have read the same text gives its KV: that is the last to have read it."
+    "beside them. That leaves out remote models, attempts that a timeout ended, and agents that make several calls at "
+    "once."
     f"{ELSEWHERE}"
 )
 MAY_DIFFER = (

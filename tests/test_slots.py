@@ -25,7 +25,7 @@ from agentmesh.config.presets import PRESETS, CommunicatorSpec, Recompute, Recom
 from agentmesh.engine.composition import Parts
 from agentmesh.engine.scout import Scout
 from agentmesh.errors import ConfigError, NodeError, RequestTooLongError, SharingError
-from agentmesh.events import CallRecord, Event, ModelFinished, Reason, Treatment
+from agentmesh.events import CallRecord, Event, ModelFinished, NodeFinished, NodeStarted, Reason, Treatment
 from agentmesh.kv.arena import Arena, KVShape
 from agentmesh.kv.values import KV, Frame
 from agentmesh.local import LocalBackend
@@ -381,6 +381,59 @@ def test_deterministic_runs_give_the_same_tokens_whatever_the_concurrency(preset
         [c.placed_slots for c in r.calls] for r in concurrent
     ]
     assert any(call.placed_slots for result in serial for call in result.calls)
+
+
+def tree_mesh(spec: dict[str, Any], **run: Any) -> Mesh:
+    """Two leaves and their parent."""
+    agents = {f"agent.{number}": member(f"Role {number}") for number in (1, 2, 3)}
+    return Mesh(
+        agents=agents,
+        topology={"use": "tree", "agents": 3},
+        model="random:tiny-llama",
+        communicator={"cost_gate": False, "max_kl": 1e6, **spec},
+        run=run,
+    )
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_siblings_of_deterministic_runs_work_one_after_the_other(exact: bool) -> None:
+    """Else what the second one shares would hang on how far the first one is."""
+
+    async def states(one: Mesh) -> list[str]:
+        seen: list[str] = []
+
+        def note(event: Event) -> None:
+            node = event.node if isinstance(event, NodeStarted) else ""
+            node = event.message.node if isinstance(event, NodeFinished) else node
+            if node in {"agent.2", "agent.3"}:
+                seen.append(type(event).__name__)
+
+        await one.arun(question=question(1), sinks=[note])
+        return seen
+
+    with tree_mesh({"preset": "rotate"}, deterministic=exact) as one:
+        found = asyncio.run(states(one))
+
+    started = ["NodeStarted", "NodeFinished"] * 2
+    assert (found == started) is exact
+    assert sorted(found) == sorted(started)
+
+
+@pytest.mark.parametrize("preset", ["epic", "linear"])
+def test_deterministic_trees_give_the_same_tokens_whatever_the_concurrency(preset: str) -> None:
+    async def all_at_once(one: Mesh) -> list[RunResult]:
+        return list(await asyncio.gather(*(one.arun(question=question(30 - number)) for number in range(14))))
+
+    found = []
+    for concurrency in (1, 4):
+        with tree_mesh({"preset": preset}, deterministic=True, concurrency=concurrency) as one:
+            found.append(asyncio.run(all_at_once(one)))
+
+    said = [[[message.text for message in result.messages] for result in results] for results in found]
+    sources = [[[(r.source, r.tokens) for c in one.calls for r in c.plan] for one in results] for results in found]
+    assert said[0] == said[1]
+    assert sources[0] == sources[1]
+    assert any(call.placed_slots for result in found[0] for call in result.calls)
 
 
 @pytest.mark.parametrize(("preset", "budget"), [("linear", 9_000_000), ("epic", 4_000_000), ("kvcomm", 2**30)])

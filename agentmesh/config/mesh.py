@@ -285,9 +285,10 @@ class RunSpec(Frozen):
     """How a mesh runs. ``retry`` and ``timeout`` hold for each node that does not say otherwise.
 
     ``deterministic``: what is shared, and so every token, depends on seed, inputs and the runs' order alone. A run
-    then uses what was learned eight runs before it and earlier (at most eight may overlap), gates that depend on
-    measured time are off, and a run fails where how full memory is would decide what it shares, as do later runs that
-    would see what it has taught. (A run that fails otherwise or is cancelled teaches what it has read until then.)
+    then has its visits one after the other and uses what was learned eight runs before it and earlier (at most eight
+    may overlap), gates that depend on measured time are off, and a run fails where how full memory is would decide what
+    it shares, as do later runs that would see what it has taught. (A run that fails otherwise or is cancelled teaches
+    what it has read until then.)
 
     ``concurrency``: runs at once; ``auto`` takes what cores and free memory (of the model's device) serve well.
     """

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -296,8 +297,10 @@ def test_an_engine_that_is_closed_cancels_what_it_decodes() -> None:
         )
         await begun.wait()
         await asyncio.to_thread(engine.close)
-        with pytest.raises((asyncio.CancelledError, RuntimeError)):
+        with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(task, 20)
+        with pytest.raises(asyncio.CancelledError):
+            await quiet_source(engine, Whole([5] * 50))
 
     asyncio.run(closed_midway())
 
@@ -492,6 +495,44 @@ def test_an_engine_that_is_closed_computes_no_further_forward_of_a_long_prompt(m
     closer.join()
 
     assert count == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_an_engine_that_is_closed_during_the_last_forward_of_a_prompt_cancels_it(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the prompt's first token is all that was asked for."""
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    engine, reached, closed = Engine(loaded, probe(loaded.model, loaded.step)), threading.Event(), threading.Event()
+    go_on = forward.Prefill.go_on
+    close = ThreadPoolExecutor.shutdown
+
+    def closing(prefill: forward.Prefill) -> int:
+        reached.set()
+        assert closed.wait(20)
+        return go_on(prefill)
+
+    def shutdown(pool: ThreadPoolExecutor, *, wait: bool = True, cancel_futures: bool = False) -> None:
+        close(pool, wait=False, cancel_futures=cancel_futures)
+        closed.set()
+        close(pool, wait=wait)
+
+    monkeypatch.setattr(forward.Prefill, "go_on", closing)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+    closer = threading.Thread(target=lambda: (reached.wait(20), engine.close()))
+    closer.start()
+
+    async def asked() -> None:
+        sampling = Sampling(tokens)
+        await engine.generate(Whole([7] * 30), 30, sampling, lambda _report: None, lambda _piece: None)
+
+    async def within() -> None:
+        await asyncio.wait_for(asked(), 30)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(within())
+    closer.join()
+    assert not engine.core.live
 
 
 def test_who_gives_up_in_the_middle_of_a_long_prompt_is_let_go_after_the_next_forward(

@@ -177,7 +177,12 @@ class EngineCore:
         """See to it that the live sequences get their next token, after whatever has begun to wait for the thread."""
         if self.live and not self._stepping:
             self._stepping = True
-            self._thread.submit(self._step).add_done_callback(self._stepped)
+            step: Future[None] = Future()
+            try:
+                step = self._thread.submit(self._step)
+            except RuntimeError:  # the thread was closed while it computed the prompt
+                step.cancel()
+            step.add_done_callback(self._stepped)
 
     def _step(self) -> None:
         """The next token of every live sequence, as many at once as may be."""

@@ -181,7 +181,14 @@ class Engine:
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.thread.executor, noted))
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self.thread.executor, work)
+        """Do something when its turn comes; cancelled where the engine was closed before that."""
+        try:
+            result = asyncio.get_running_loop().run_in_executor(self.thread.executor, work)
+        except RuntimeError as error:
+            if self.core.closing:
+                raise asyncio.CancelledError from error
+            raise
+        return await result
 
 
 def _loaded(model: ModelSpec, progress: Progress | None, *, trials: bool) -> tuple[LoadedModel, Support]:

@@ -235,6 +235,14 @@ def test_the_stores_of_a_bench_fit_into_memory_together_and_figures_say_their_bu
     asked = ("--set", "communicator.budget=64MiB")
     ample = figures("bench", "fidelity", "mesh.yaml", *options, *asked, cwd=folder)["settings"]
 
+    told = (folder / "mesh.yaml").read_text().replace("preset: linear,", "preset: linear, budget: 48MiB,")
+    (folder / "told.yaml").write_text(told)
+    file = figures("bench", "fidelity", "told.yaml", *options, cwd=folder)["settings"]
+    entry = ("--set", "communicator={preset: linear, budget: 40MiB}")
+    whole = figures("bench", "fidelity", "mesh.yaml", *options, *entry, cwd=folder)["settings"]
+
+    assert {one["budget"] for one in file.values()} == {48 * 2**20}
+    assert {one["budget"] for one in whole.values()} == {40 * 2**20}
     stores = 2 * 2 + 3
     assert {one["budget"] for one in short.values()} == {int(free * session.MEMORY_SHARE) // stores}
     assert {one["budget"] for one in ample.values()} == {64 * 2**20}

@@ -100,11 +100,16 @@ def decode(
     _show(figures, format, _rows(figures), profiles)
 
 
-def _budgeted(sets: Sequence[str], budget: str | None) -> list[str]:
-    """Overrides of a mesh under which presets keep what ``--budget`` says, else what ``--set`` says, else 4 GiB."""
-    if budget is None and any(one.startswith("communicator.budget=") for one in sets):
-        return list(sets)
-    return [*sets, f"communicator.budget={budget or '4GiB'}"]
+def _budgeted(config: str, sets: Sequence[str], libraries: Sequence[Path], budget: str | None) -> LoadedMesh:
+    """A mesh whose presets keep what ``--budget`` says, else what ``--set`` or its file says, else 4 GiB."""
+
+    def loaded(*more: str) -> LoadedMesh:
+        return load_mesh(config, overrides=[*sets, *more], libraries=libraries)
+
+    if budget is not None:
+        return loaded(f"communicator.budget={budget}")
+    own = loaded()
+    return own if "budget" in own.spec.communicator.model_fields_set else loaded("communicator.budget=4GiB")
 
 
 @app.command("fidelity")
@@ -120,7 +125,7 @@ def fidelity(
     corpus: Corpus = False,
     budget: Annotated[
         str | None,
-        typer.Option(help="Bytes each preset may keep, or less where memory is short; anchor pools need many. [4GiB]"),
+        typer.Option(help="Bytes each preset may keep, or less where memory is short [what the mesh says, else 4GiB]."),
     ] = None,
     set: Sets = None,
     library: Libraries = None,
@@ -131,7 +136,7 @@ def fidelity(
 
     Example: agentmesh bench fidelity math-fully-connected --data gsm8k.jsonl --warmup 20 --limit 40
     """
-    loaded = load_mesh(config, overrides=_budgeted(set or (), budget), libraries=library or ())
+    loaded = _budgeted(config, set or (), library or (), budget)
     from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
     from agentmesh.bench import session  # noqa: PLC0415
 

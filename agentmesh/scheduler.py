@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -96,11 +96,11 @@ class Walk:
         """
         visits = self.topology.unroll()
         self._waiting = {(visit.node, visit.round): visit for visit in visits}
-        ahead: list[asyncio.Task[None]] = []
+        ahead: asyncio.Task[None] | None = None
         try:
             for visit in visits:
-                task = self._tasks[visit.node, visit.round] = asyncio.create_task(self._visit(visit, tuple(ahead)))
-                ahead = [task] if self.reader.sees is not None else []
+                task = self._tasks[visit.node, visit.round] = asyncio.create_task(self._visit(visit, ahead))
+                ahead = task if self.reader.sees is not None else None
             await asyncio.gather(*self._tasks.values())
         finally:
             for task in self._tasks.values():
@@ -117,16 +117,17 @@ class Walk:
             check = await self.checks.ask(turn, partial(self._attempt, self.workers[turn.node]))
             self.emit(JudgeChecked(check=check))
 
-    async def _visit(self, visit: Visit, ahead: Collection[asyncio.Task[None]]) -> None:
-        """Wait for what the visit depends on, and for visits that come ahead of it in any case; run it or skip it.
+    async def _visit(self, visit: Visit, ahead: asyncio.Task[None] | None) -> None:
+        """Wait for what the visit depends on, and for one that comes ahead of it in any case; run it or skip it.
 
         Deterministic runs have their visits one after the other: what a visit can share must not hang on which of its
         siblings is through already.
         """
         needed = [(delivery.source, delivery.source_round) for delivery in visit.inbox]
         before = [self._tasks[key] for key in (*needed, (visit.node, visit.round - 1)) if key in self._tasks]
-        if before or ahead:
-            await asyncio.wait((*before, *ahead))
+        before += [] if ahead is None else [ahead]
+        if before:
+            await asyncio.wait(before)
         for task in before:
             task.result()  # a failed visit fails what depends on it
         inbox = tuple(

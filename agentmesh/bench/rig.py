@@ -25,6 +25,7 @@ from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.operations import settle
 from agentmesh.kv.arena import Arena
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, Prompt, Reader
@@ -102,12 +103,15 @@ class Rig:
         assert first >= 0, "picking the token is part of the time to it"
         preset.placed(plan)
         preset.prefilled(call.prompt, plan, cache.arena)
+        settle(cache.arena.shape.device)
         kept = time.perf_counter()
         said = self._say(call, cache, logits)
+        settle(cache.arena.shape.device)
         again = time.perf_counter()
         preset.finished(call.prompt, plan, said.arena, call.message, logits)
         preset.closed(plan)
         self.runner.close(cache)
+        settle(cache.arena.shape.device)
         learn = (kept - done) + (time.perf_counter() - again)
         return Timed(plan, (done - begun) * 1e3, learn * 1e3)
 

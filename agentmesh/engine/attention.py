@@ -12,9 +12,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from agentmesh.engine.batch import BatchCache
+from agentmesh.kv.arena import KVShape
 
 NAME = "agentmesh_sdpa"
 QUERIES_AT_ONCE = 128
+
+FLASH_CAPABILITY = (8, 0)
+FLASH_DIMS = 256
+"""What torch's flash attention takes: devices from here on, and heads of so many dims."""
 
 NEAR = 8
 """Tokens behind a token whose attention does not count as that of later text: most of it is grammar."""
@@ -175,9 +180,10 @@ def attention(
     return torch.cat(pieces, dim=1), None
 
 
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether flash attention runs there: with grouped heads, and without a mask."""
-    return device.type == "cuda" and dtype.itemsize == 2
+def has_flash(shape: KVShape) -> bool:
+    """Whether flash attention runs for a model's heads: grouped as they are, and without a mask."""
+    half = shape.device.type == "cuda" and shape.dtype.itemsize == 2 and shape.head_dim <= FLASH_DIMS
+    return half and torch.cuda.get_device_capability(shape.device) >= FLASH_CAPABILITY
 
 
 def rest(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:

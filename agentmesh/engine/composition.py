@@ -14,7 +14,7 @@ from agentmesh.kv.values import KVSource
 AT_ONCE = {"cpu": 1024, "cuda": 4096}
 """Tokens of a prompt that one forward computes at most, by type of device, so that others can get their turn behind it.
 
-A CUDA device computes a thousand tokens in the time in which a forward's kernels are launched.
+On a fast CUDA device launching a forward's kernels takes as long as computing a thousand tokens (docs/method.md).
 """
 
 

@@ -1,8 +1,8 @@
 """What a model's thread does in turn: prompts, steps, and letting go of requests that are over.
 
 A step decodes one token of every live sequence, in one pass over the weights, and queues behind the prompts that came
-meanwhile, up to ``TURN_TOKENS`` of them; the others wait for the step, and so does the rest of a long one. Requests
-that are over are let go before anything else.
+meanwhile, up to ``TURN_TOKENS`` of them and the forward that reaches these; the others wait for the step, and so does
+the rest of a long one. Requests that are over are let go before anything else.
 """
 
 from __future__ import annotations

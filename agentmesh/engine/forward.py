@@ -181,8 +181,8 @@ class ArenaRunner:
 
     def _bare_behind_prefix(self, first: int, count: int) -> bool:
         """Whether the rest of a prompt behind what is cached needs no mask: flash attention has none, and is faster."""
-        behind = first > 0 and count > 1 and self.masks.sees_all
-        return behind and is_grouped(self.model) and has_flash(self.shape.device, self.shape.dtype)
+        behind = first > 0 and count > 1 and self.masks.sees_all and self.rope is not None
+        return behind and self.batches and is_grouped(self.model) and has_flash(self.shape)
 
     @torch.inference_mode()
     def decode(self, caches: Sequence[ArenaCache], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:

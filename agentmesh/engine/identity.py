@@ -11,6 +11,7 @@ import transformers
 
 from agentmesh.engine.composition import AT_ONCE
 from agentmesh.engine.loading import LoadedModel
+from agentmesh.engine.recorded import RecordedStep
 
 CPU_FACTS = Path("/proc/cpuinfo")
 
@@ -18,8 +19,8 @@ CPU_FACTS = Path("/proc/cpuinfo")
 def identity(loaded: LoadedModel) -> str:
     """The model's fingerprint with all that decides the last bit of its KV.
 
-    That is device, threads, instruction set, versions, and how many tokens go through one forward. KV that one machine
-    has stored is exact on another one of the same identity only.
+    That is device, threads, instruction set, versions, how many tokens go through one forward, and which of these are
+    replayed. KV that one machine has stored is exact on another one of the same identity only.
     """
     device = loaded.model.device
     facts = (
@@ -27,6 +28,7 @@ def identity(loaded: LoadedModel) -> str:
         torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         str(torch.get_num_threads()),
         str(AT_ONCE[device.type]),
+        str(loaded.step.sizes if isinstance(loaded.step, RecordedStep) else ()),
         torch.backends.cpu.get_cpu_capability(),
         torch.__version__,
         transformers.__version__,

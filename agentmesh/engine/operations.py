@@ -36,8 +36,8 @@ ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 
 def settle(device: torch.device) -> None:
     """Wait until a CUDA device has computed what it was given, so that a clock counts that, too."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type == "cuda":  # its own stream alone: another thread may be recording graphs on the device
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Mark(Choice):

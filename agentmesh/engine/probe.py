@@ -224,16 +224,18 @@ def _relative_error(found: torch.Tensor, wanted: torch.Tensor) -> list[float]:
 
 
 def _sparse_error(runner: ArenaRunner) -> float:
-    """Largest relative error of KV and logits when two pieces in the middle of a prompt are placed."""
+    """Largest relative error of KV and logits when a prompt's beginning, or two pieces in its middle, are placed."""
     tokens = _probe_tokens(runner)
     full = runner.open(PROBE_TOKENS)
     wanted = runner.prefill(full, Composition(tuple(tokens)))
-    pieces = tuple(Placement(a, full.arena.read(a, b)) for a, b in ((3, 8), (12, 19)))
-    sparse = runner.open(PROBE_TOKENS)
-    found = runner.prefill(sparse, Composition(tuple(tokens), pieces))
-    worst = _relative_error(found.float()[None], wanted.float()[None])
-    for mine, theirs in ((sparse.arena.keys, full.arena.keys), (sparse.arena.values, full.arena.values)):
-        worst += _relative_error(mine.float(), theirs.float())
+    worst = []
+    for edges in (((0, 9),), ((3, 8), (12, 19))):
+        pieces = tuple(Placement(a, full.arena.read(a, b)) for a, b in edges)
+        sparse = runner.open(PROBE_TOKENS)
+        found = runner.prefill(sparse, Composition(tuple(tokens), pieces))
+        worst += _relative_error(found.float()[None], wanted.float()[None])
+        for mine, theirs in ((sparse.arena.keys, full.arena.keys), (sparse.arena.values, full.arena.values)):
+            worst += _relative_error(mine.float(), theirs.float())
     return max(worst)
 
 

@@ -168,8 +168,10 @@ def own(model: Any, shape: KVShape, text: Sequence[int], cut: int = 0) -> Own:
     for piece in (text[:cut], text[cut:]):
         if piece:
             ids = torch.tensor([piece], device=shape.device)
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
-    return Own(logits, torch.stack([torch.cat((layer.keys, layer.values)) for layer in cache.layers], dim=1))
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Own(
+        output.logits[0, -1], torch.stack([torch.cat((layer.keys, layer.values)) for layer in cache.layers], dim=1)
+    )
 
 
 def _before(kv: torch.Tensor, shape: KVShape) -> Arena:

@@ -20,7 +20,7 @@ import torch
 from agentmesh.engine.batch import NextRows
 from agentmesh.engine.copies import COPIES
 from agentmesh.engine.operations import Mark
-from agentmesh.engine.recognise import TOLERANCE, error_of, own, relative, trial_text
+from agentmesh.engine.recognise import TOLERANCE, Own, error_of, own, relative, trial_text
 from agentmesh.engine.scattered import ScatteredRows
 from agentmesh.engine.spans import Spans
 from agentmesh.engine.step import Layer, Step, Stream, Turn, spread
@@ -113,6 +113,7 @@ class Tape:
         shape = step.shape
         self.tokens, self.positions = torch.zeros(2, self.rows, dtype=torch.long, device=shape.device)
         self.seen = torch.zeros(self.rows, step.queries * shape.head_dim, dtype=shape.dtype, device=shape.device)
+        self._heads = self.seen.new_zeros(self.rows, step.queries + 2 * shape.heads, shape.head_dim)
         first = recorder.record(self._first)
         whole, cosines, sines, _ = first.results
         stream, turn = Stream(whole), (cosines, sines)
@@ -128,11 +129,15 @@ class Tape:
 
     def _first(self) -> Tensors:
         stream, turn = self._step.begin(self.tokens, self.positions)
-        return stream.whole, *turn, self._step.enter(self._step.layers[0], stream, turn, self._way)
+        return stream.whole, *turn, self._enter(self._step.layers[0], stream, turn)
 
     def _between(self, stream: Stream, turn: Turn, before: Layer, after: Layer) -> Tensors:
         self._step.leave(before, stream, self.seen, self._way)
-        return (self._step.enter(after, stream, turn, self._way),)
+        return (self._enter(after, stream, turn),)
+
+    def _enter(self, layer: Layer, stream: Stream, turn: Turn) -> torch.Tensor:
+        """All heads of a layer, in the memory that every layer uses: what an attention has seen is not needed again."""
+        return self._heads.copy_(self._step.enter(layer, stream, turn, self._way))
 
     def _last(self, stream: Stream) -> Tensors:
         self._step.leave(self._step.layers[-1], stream, self.seen, self._way)
@@ -149,6 +154,7 @@ class RecordedStep:
         sizes: numbers of rows to record, ascending.
 
     Attributes:
+        sizes: numbers of rows that are recorded, ascending.
         most: how many tokens ``compute`` takes: none where a step multiplies with copies of the weights, which prompts
             do not.
 
@@ -160,6 +166,7 @@ class RecordedStep:
     def __init__(self, step: Step, recorder: Recorder, sizes: Sequence[int] = ROWS) -> None:
         self.step = step
         self.shape = step.shape
+        self.sizes = tuple(sizes)
         self.most = 0 if step.tuning.decode in COPIES else sizes[-1]
         self._tapes = {rows: Tape(step, rows, recorder) for rows in sizes}
 
@@ -233,8 +240,8 @@ def recorded(model: Any, step: Step, recorder: Recorder, sizes: Sequence[int] = 
         errors = [(rows, error_of(model, replayed, rows)) for rows in sizes if rows <= STEPS[-1]]
         errors += [(rows, prompt_error(model, replayed, rows)) for rows in sizes if 1 < rows <= replayed.most]
     except RuntimeError as problem:
-        cause = problem.__context__ or problem  # what broke a recording off, not that it was broken off
-        return step, f"it cannot be recorded: {str(cause).splitlines()[0]}"
+        said = str(problem.__context__ or problem)  # what broke a recording off, not that it was broken off
+        return step, f"it cannot be recorded: {said.splitlines()[0]}"
     for rows, error in errors:
         if not error <= TOLERANCE[step.shape.dtype]:
             return step, f"replayed for {rows} rows it differs from the model by {error:.1e}"
@@ -243,7 +250,7 @@ def recorded(model: Any, step: Step, recorder: Recorder, sizes: Sequence[int] = 
 
 @torch.inference_mode()
 def prompt_error(model: Any, replayed: RecordedStep, rows: int) -> float:
-    """Relative error to a model's own logits and KV where every second token of a prompt is placed.
+    """Largest relative error to a model's own logits and KV behind, and between, placed tokens of a prompt.
 
     In half precision a deep model's own logits move by more than ``TOLERANCE`` when it computes the same prompt in two
     forwards instead of one. Where they do, that is the measure.
@@ -256,12 +263,20 @@ def prompt_error(model: Any, replayed: RecordedStep, rows: int) -> float:
     Returns:
         Not a number where some logits or KV are none.
     """
-    positions, shape = range(0, 2 * rows, 2), replayed.shape
-    text = trial_text(model, positions[-1] + 1)
-    wanted, again, arena = own(model, shape, text), own(model, shape, text, cut=rows), Arena(shape, len(text))
-    arena.both[:, :, :, 1::2] = wanted.kv[:, :, :, 1::2]
-    arena.aim(torch.tensor(positions, device=shape.device), len(text))
-    logits = replayed.compute(arena, text[::2], positions, Spans(), keep=1)
-    found = torch.tensor([relative(logits[-1], wanted.logits), relative(arena.both, wanted.kv)])
+    shape, text = replayed.shape, trial_text(model, 2 * rows - 1)
+    wanted, again = own(model, shape, text), own(model, shape, text, cut=rows)
     moved = torch.tensor([relative(again.logits, wanted.logits), relative(again.kv, wanted.kv)])
+    behind, between = range(rows - 1, 2 * rows - 1), range(0, 2 * rows - 1, 2)
+    found = torch.tensor([_errors(replayed, text, positions, wanted) for positions in (behind, between)])
     return float((found / (AS_OWN * moved / TOLERANCE[shape.dtype]).clamp_min(1.0)).max())
+
+
+def _errors(replayed: RecordedStep, text: Sequence[int], positions: range, wanted: Own) -> tuple[float, float]:
+    """Relative errors of logits and KV where a text is replayed at some positions, and placed at the others."""
+    arena = Arena(replayed.shape, len(text))
+    arena.both.copy_(wanted.kv)
+    rows = torch.tensor(positions, device=arena.shape.device)
+    arena.both.index_fill_(3, rows, 0.0)
+    arena.aim(rows, len(text))
+    logits = replayed.compute(arena, [text[position] for position in positions], positions, Spans(), keep=1)
+    return relative(logits[-1], wanted.logits), relative(arena.both, wanted.kv)

@@ -35,7 +35,7 @@ class ScatteredRows:
         self._group = group
         self._positions = torch.tensor(positions, device=arena.shape.device).repeat(group)
         together = positions[-1] - positions[0] + 1 == len(positions)
-        self._bare = together and has_flash(arena.shape.device, arena.shape.dtype)
+        self._bare = together and has_flash(arena.shape)
         self._masks: dict[int, torch.Tensor] = {}
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
         self.rows = list(range(len(positions)))

@@ -2,7 +2,8 @@
 
 A step of a small model is some two thousand operations, most of them so small that calling them is what they cost. Here
 are the same sums in half of the calls: queries, keys and values come from one product and turn together, a gated
-MLP begins with one product, and a norm takes three operations. Prefills run the model's own code.
+MLP begins with one product, and a norm takes three operations. Prefills run the model's own code, unless they
+are replayed (``engine/recorded.py``).
 
 Where its layers come from: ``engine/recognise.py``.
 """

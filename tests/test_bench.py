@@ -354,6 +354,7 @@ def test_keys_that_are_not_rotated_and_offsets_of_another_consumer_open_a_breake
 
 
 @pytest.mark.model
+@pytest.mark.timeout(900)  # two minutes on a quick machine, four in a slow hour
 def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not(tmp_path: Path) -> None:
     (tmp_path / "team.yaml").write_text(TEAM)
     questions = [word_problem(number) for number in range(12)]

@@ -364,16 +364,17 @@ def test_siblings_that_start_together_compute_a_new_question_once(preset: str, w
         assert placed == computed
 
 
+async def all_at_once(one: Mesh, count: int) -> list[RunResult]:
+    return list(await asyncio.gather(*(one.arun(question=question(30 - number)) for number in range(count))))
+
+
 @pytest.mark.parametrize("preset", ["linear", "kvcomm"])
 def test_deterministic_runs_give_the_same_tokens_whatever_the_concurrency(preset: str) -> None:
-    async def all_at_once(one: Mesh) -> list[RunResult]:
-        return list(await asyncio.gather(*(one.arun(question=question(30 - number)) for number in range(16))))
-
     found = []
     for concurrency in (1, 4):
         spec = {"preset": preset, "max_kl": 1e6, "anchors": {"gamma": 1.0}}
         with mesh(spec, deterministic=True, concurrency=concurrency) as one:
-            found.append(asyncio.run(all_at_once(one)))
+            found.append(asyncio.run(all_at_once(one, 16)))
 
     serial, concurrent = found
     assert [[m.text for m in r.messages] for r in serial] == [[m.text for m in r.messages] for r in concurrent]
@@ -421,13 +422,10 @@ def test_siblings_of_deterministic_runs_work_one_after_the_other(exact: bool) ->
 
 @pytest.mark.parametrize("preset", ["epic", "linear"])
 def test_deterministic_trees_give_the_same_tokens_whatever_the_concurrency(preset: str) -> None:
-    async def all_at_once(one: Mesh) -> list[RunResult]:
-        return list(await asyncio.gather(*(one.arun(question=question(30 - number)) for number in range(14))))
-
     found = []
     for concurrency in (1, 4):
         with tree_mesh({"preset": preset}, deterministic=True, concurrency=concurrency) as one:
-            found.append(asyncio.run(all_at_once(one)))
+            found.append(asyncio.run(all_at_once(one, 14)))
 
     said = [[[message.text for message in result.messages] for result in results] for results in found]
     sources = [[[(r.source, r.tokens) for c in one.calls for r in c.plan] for one in results] for results in found]

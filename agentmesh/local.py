@@ -239,13 +239,13 @@ class LocalBackend:
         return self.communicator.learner
 
     async def ingest(self, contents: Sequence[Content], tenant: str = "") -> int:
-        """Keep passages for a tenant, each behind a neutral header; the engine serves others between two of them."""
+        """Keep passages for a tenant, each behind a neutral header; the engine serves others between two forwards."""
         header, kept = neutral_header(self.tokenizer), 0
         for content in contents:
             ids = self.tokenizer.encode(content.text, control=False) if content.tokens is None else content.tokens
             passage = replace(content, tokens=tuple(ids))
             if len(header) + len(ids) <= self.engine.loaded.max_context:
-                kept += await self.engine.do(partial(self.communicator.ingest, (passage,), header, tenant))
+                kept += await self.engine.in_slices(self.communicator.ingest((passage,), header, tenant))
         return kept
 
     async def begin(self, reader: Reader) -> None:

@@ -30,7 +30,7 @@ from agentmesh.results import Gathered, RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
 from agentmesh.topology import Topology
-from agentmesh.turns import Turns, refuse_inside_loop, together
+from agentmesh.turns import LAG, Turns, refuse_inside_loop, together
 from agentmesh.workers import make_workers, predicates
 
 
@@ -244,10 +244,15 @@ class Mesh:
 
     @property
     def width(self) -> int:
-        """How many runs may overlap: as ``run.concurrency`` says, or what the loaded models serve well at once."""
-        wanted = self.blueprint.run.concurrency
+        """How many runs may overlap: as ``run.concurrency`` says, or what the loaded models serve well at once.
+
+        Deterministic ones use what was learned ``LAG`` runs before them, so no more of them do.
+        """
+        run = self.blueprint.run
         self.load()
-        return min(backend.width for backend in self._models.all()) if wanted == "auto" else wanted
+        wanted = run.concurrency
+        width = min(backend.width for backend in self._models.all()) if wanted == "auto" else wanted
+        return min(width, LAG) if run.deterministic else width
 
     async def _run(self, asked: _Asked, sinks: Sequence[Sink]) -> RunResult:
         """One run from its first event to its result."""

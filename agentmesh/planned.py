@@ -10,7 +10,9 @@ import torch
 
 from agentmesh.communicator import Plan, Preset
 from agentmesh.engine.admission import Admission
+from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
+from agentmesh.engine.slices import Slices
 from agentmesh.kv.arena import Arena
 from agentmesh.metering import Audit
 from agentmesh.prompt import Prompt
@@ -100,11 +102,19 @@ class PlannedPrompt:
         self._settle()
         self._noted()
 
-    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
-        """Let the preset keep the message, learn, and check the call."""
+    def finished(self, arena: Arena, tokens: tuple[int, ...]) -> None:
+        """Let the preset keep the message, and learn."""
         if self._prompt.reader.aside:
             return
-        self.audit = self._preset.finished(self._prompt, self.decided, arena, tokens, logits)
+        self._preset.finished(self._prompt, self.decided, arena, tokens)
+        self._settle()
+        self._noted()
+
+    def checked(self, cache: ArenaCache, logits: torch.Tensor) -> Slices[None]:
+        """Let the preset check the call."""
+        if self._prompt.reader.aside:
+            return
+        self.audit = yield from self._preset.checked(self._prompt, self.decided, cache, logits)
         self._settle()
         self._noted()
 

@@ -100,7 +100,7 @@ def throughput_table(figures: Throughput) -> Table:
         ratios = (run.tokens_per_s / base.tokens_per_s, run.samples_per_min / base.samples_per_min) if base else ()
         table.add_row(
             run.preset,
-            str(run.concurrency),
+            str(run.concurrency) if run.at_once == run.concurrency else f"{run.concurrency} (at most {run.at_once})",
             f"{run.tokens_per_s:.1f}" + (f" ({ratios[0]:.1f}×)" if ratios else ""),
             f"{run.decode_tokens_per_s:.1f}",
             f"{run.samples_per_min:.2f}" + (f" ({ratios[1]:.1f}×)" if ratios else ""),

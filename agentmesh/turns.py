@@ -16,7 +16,7 @@ from agentmesh.prompt import Reader
 Result = TypeVar("Result")
 
 LAG = 8
-"""A deterministic run uses what was learned up to so many runs before it: as many may overlap."""
+"""A deterministic run uses what was learned up to so many runs before it: no more may overlap."""
 
 
 async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
@@ -63,7 +63,7 @@ class Turns:
 
     Args:
         width: how many runs may overlap; asked when the first one begins.
-        deterministic: whether what a run sees of earlier ones depends on its number alone.
+        deterministic: whether what a run sees of earlier ones depends on its number alone; then no wider than ``LAG``.
         tenant: of runs that name none.
     """
 
@@ -106,6 +106,5 @@ class Turns:
         """The room for runs; one an event loop."""
         loop = asyncio.get_running_loop()
         if self._room is None or self._room[0] is not loop:
-            width = min(self._width(), LAG) if self._deterministic else self._width()
-            self._room = loop, asyncio.Semaphore(width)
+            self._room = loop, asyncio.Semaphore(self._width())
         return self._room[1]

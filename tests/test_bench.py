@@ -33,6 +33,7 @@ from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
+from agentmesh.engine.slices import at_once
 from agentmesh.events import Reason
 from agentmesh.metering import Audit
 from agentmesh.testing import ByteTokenizer
@@ -328,7 +329,8 @@ def audits_of(
         plan = spoil(plan)
         said = rig.composed(call, plan.composition)
         preset.prefilled(call.prompt, plan, said.arena)
-        found.append(preset.finished(call.prompt, plan, said.arena, call.message, said.logits[0]))
+        preset.finished(call.prompt, plan, said.arena, call.message)
+        found.append(at_once(preset.checked(call.prompt, plan, said.cache, said.logits[0])))
         preset.closed(plan)
         preset.release(f"round {number}")
     raise AssertionError("there are sixteen rounds")
@@ -392,6 +394,14 @@ def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(monkeypatch: pytes
     assert ttft.COMMON_PREFIX < 50
 
 
+def test_a_deterministic_mesh_says_how_many_runs_overlap(folder: Path) -> None:
+    options = ["--warmup", "0", "--limit", "1", "--concurrency", "16", "--presets", "dense", "--baseline", "0"]
+    options += ["--set", "run.deterministic=true"]
+    found = figures("bench", "throughput", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
+
+    assert [(run["concurrency"], run["at_once"]) for run in found["runs"]] == [(16, 8)]
+
+
 def test_throughput_compares_presets_and_concurrencies_with_one_call_at_a_time(folder: Path) -> None:
     options = ["--warmup", "5", "--limit", "4", "--concurrency", "1,4", "--presets", "dense,linear", "--baseline", "1"]
     found = figures("bench", "throughput", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
@@ -406,6 +416,7 @@ def test_throughput_compares_presets_and_concurrencies_with_one_call_at_a_time(f
     ]
     for run in found["runs"]:
         assert run["tokens_per_s"] > 0
+        assert run["at_once"] == run["concurrency"]
         assert 0 < run["prefill_share"] + run["decode_share"] + run["keep_share"] <= 1
         assert run["ttft_ms"]["p50"] <= run["ttft_ms"]["p90"]
         assert (run["placed_share"] > 0) == (run["preset"] == "linear")

@@ -16,16 +16,19 @@ import pytest
 import torch
 
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.engine import composition, core, forward, loop, outbox
+from agentmesh.engine import composition, core, loop, outbox
 from agentmesh.engine.admission import AHEAD
+from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.generation import FirstTokenReport, Generation
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.loop import Engine
+from agentmesh.engine.prefill import Prefill
 from agentmesh.engine.probe import probe
 from agentmesh.engine.sampling import Sampler, Sampling
+from agentmesh.engine.slices import Slices
 from agentmesh.errors import ModelError, RequestTooLongError
 from agentmesh.kv.arena import Arena
 
@@ -53,9 +56,12 @@ class Whole:
     def prefilled(self, arena: Arena) -> None:
         self.seen.append(arena.length)
 
-    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
+    def finished(self, arena: Arena, tokens: tuple[int, ...]) -> None:
         assert arena.length >= len(self.tokens) + len(tokens) - 1
+
+    def checked(self, cache: ArenaCache, logits: torch.Tensor) -> Slices[None]:
         self.seen.append(int(logits.argmax()))
+        yield from ()
 
     def closed(self) -> None:
         self.seen.append(-1)
@@ -475,9 +481,9 @@ def test_an_engine_that_is_closed_computes_no_further_forward_of_a_long_prompt(m
     monkeypatch.setitem(composition.AT_ONCE, "cpu", 50)
     loaded = load(ModelSpec(name="random:tiny-llama"))
     engine, reached = Engine(loaded, probe(loaded.model, loaded.step)), threading.Event()
-    go_on, count = forward.Prefill.go_on, 0
+    go_on, count = Prefill.go_on, 0
 
-    def closing(prefill: forward.Prefill) -> int:
+    def closing(prefill: Prefill) -> int:
         nonlocal count
         count += 1
         if count == 2:
@@ -486,7 +492,7 @@ def test_an_engine_that_is_closed_computes_no_further_forward_of_a_long_prompt(m
                 time.sleep(0.01)
         return go_on(prefill)
 
-    monkeypatch.setattr(forward.Prefill, "go_on", closing)
+    monkeypatch.setattr(Prefill, "go_on", closing)
     closer = threading.Thread(target=lambda: (reached.wait(20), engine.close()))
     closer.start()
 
@@ -504,10 +510,10 @@ def test_an_engine_that_is_closed_during_the_last_forward_of_a_prompt_cancels_it
     """Also where the prompt's first token is all that was asked for."""
     loaded = load(ModelSpec(name="random:tiny-llama"))
     engine, reached, closed = Engine(loaded, probe(loaded.model, loaded.step)), threading.Event(), threading.Event()
-    go_on = forward.Prefill.go_on
+    go_on = Prefill.go_on
     close = ThreadPoolExecutor.shutdown
 
-    def closing(prefill: forward.Prefill) -> int:
+    def closing(prefill: Prefill) -> int:
         reached.set()
         assert closed.wait(20)
         return go_on(prefill)
@@ -517,7 +523,7 @@ def test_an_engine_that_is_closed_during_the_last_forward_of_a_prompt_cancels_it
         closed.set()
         close(pool, wait=wait)
 
-    monkeypatch.setattr(forward.Prefill, "go_on", closing)
+    monkeypatch.setattr(Prefill, "go_on", closing)
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
     closer = threading.Thread(target=lambda: (reached.wait(20), engine.close()))
     closer.start()
@@ -542,12 +548,12 @@ def test_who_gives_up_in_the_middle_of_a_long_prompt_is_let_go_after_the_next_fo
     gone, forwards = Whole([7] * 500), 0
     loop_, runner = asyncio.new_event_loop(), tiny_engine.support.runner
     assert isinstance(runner, ArenaRunner)
-    go_on = forward.Prefill.go_on
+    go_on = Prefill.go_on
 
     async def given_up() -> None:
         asked = asyncio.ensure_future(quiet_source(tiny_engine, gone))
 
-        def giving_up(prefill: forward.Prefill) -> int:
+        def giving_up(prefill: Prefill) -> int:
             nonlocal forwards
             forwards += 1
             cancelled = threading.Event()
@@ -555,7 +561,7 @@ def test_who_gives_up_in_the_middle_of_a_long_prompt_is_let_go_after_the_next_fo
             cancelled.wait(20)
             return go_on(prefill)
 
-        monkeypatch.setattr(forward.Prefill, "go_on", giving_up)
+        monkeypatch.setattr(Prefill, "go_on", giving_up)
         await asyncio.wait({asked})
         await tiny_engine.do(lambda: None)
 

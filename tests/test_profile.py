@@ -18,6 +18,7 @@ from inprocess import command
 
 from agentmesh.config.load import mesh_from_dict
 from agentmesh.config.mesh import ModelSpec
+from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.forward import PlainRunner
 from agentmesh.engine.generation import Generation, Spent
@@ -27,6 +28,7 @@ from agentmesh.engine.operations import FORWARD, PREFIX, PRODUCTS, Work, sort
 from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.profile import Profiles, figures
 from agentmesh.engine.sampling import Sampling
+from agentmesh.engine.slices import Slices
 from agentmesh.engine.spans import ENOUGH, Forwards, Limits, Part, Recorded, Spans
 from agentmesh.kv.arena import Arena
 from agentmesh.local import LocalBackend
@@ -69,8 +71,11 @@ class Whole:
     def prefilled(self, arena: Arena) -> None:
         pass
 
-    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
+    def finished(self, arena: Arena, tokens: tuple[int, ...]) -> None:
         pass
+
+    def checked(self, cache: ArenaCache, logits: torch.Tensor) -> Slices[None]:
+        yield from ()
 
     def closed(self) -> None:
         pass

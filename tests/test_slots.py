@@ -880,6 +880,16 @@ def test_placing_is_judged_by_most_prefills_and_tried_again() -> None:
     assert dear.placing_pays(100)
 
 
+def test_a_look_at_the_cache_counts_in_what_placing_takes() -> None:
+    looking, blind = Costs(), Costs()
+    for _ in range(8):
+        looking.see(Parts(forward=10, realign=1, compose=1), computed=100, placed=100, look_ms=30)
+        blind.see(Parts(forward=10, realign=1, compose=1), computed=100, placed=100)
+
+    assert blind.placing_pays(100)
+    assert not looking.placing_pays(100)
+
+
 def test_prefills_of_nearly_one_size_do_not_tell_a_slope_among_themselves() -> None:
     """The larger of two sizes happened to be quicker: computing still takes time, and placing pays."""
     costs = Costs()

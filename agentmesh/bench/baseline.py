@@ -14,6 +14,7 @@ import torch
 from agentmesh.backend import Completion, Listener
 from agentmesh.communicator.base import rows
 from agentmesh.config.mesh import GenerateSpec
+from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.loop import Engine
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.events import Reason
@@ -40,7 +41,7 @@ class _Clock:
 @final
 @dataclass
 class GenerateBackend:
-    """Answers calls with ``model.generate``, greedy, nothing reused, one after the other.
+    """Answers calls with ``model.generate``, decoded as they ask, nothing reused, one after the other.
 
     Args:
         engine: has the model, whose thread runs it here, too.
@@ -71,12 +72,12 @@ class GenerateBackend:
         """The model's name."""
         return {"name": self.name}
 
-    async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:  # noqa: ARG002  # greedy
+    async def complete(self, prompt: Prompt, generate: GenerateSpec, seed: int, listener: Listener) -> Completion:
         """Generate, when it is this call's turn."""
         arrived = time.perf_counter()
         async with self._turn:
             begun = time.perf_counter()
-            tokens, clock = await self.engine.do(partial(self._generate, prompt.tokens, generate.max_tokens))
+            tokens, clock = await self.engine.do(partial(self._generate, prompt.tokens, generate, seed))
         first, last = clock.times[0], clock.times[-1]
         self.decode_s += last - first
         self.decoded += len(clock.times) - 1
@@ -94,18 +95,17 @@ class GenerateBackend:
             self.preset,
         )
 
-    def _generate(self, prompt: Sequence[int], limit: int) -> tuple[tuple[int, ...], _Clock]:
+    def _generate(self, prompt: Sequence[int], spec: GenerateSpec, seed: int) -> tuple[tuple[int, ...], _Clock]:
         clock, loaded = _Clock(), self.engine.loaded
-        model, stops = loaded.model, sorted(loaded.stop_token_ids)
-        options: dict[str, Any] = {"do_sample": False, "eos_token_id": stops or None, "pad_token_id": 0}
-        ids = torch.tensor([list(prompt)], device=model.device)
-        found = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=limit,
-            streamer=clock,
-            **options,
-        )
+        ids = torch.tensor([list(prompt)], device=loaded.model.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            found = loaded.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=clock,
+                **_options(spec, loaded),
+            )
         tokens = tuple(token for token in found[0, len(prompt) :].tolist() if token not in loaded.stop_token_ids)
         return tokens, clock
 
@@ -121,3 +121,19 @@ class GenerateBackend:
 
     def close(self) -> None:
         """Whoever loaded the model frees it."""
+
+
+def _options(spec: GenerateSpec, loaded: LoadedModel) -> dict[str, Any]:
+    """What ``generate`` is told, so that it decodes as the engine does."""
+    options: dict[str, Any] = {
+        "max_new_tokens": spec.max_tokens,
+        "do_sample": spec.temperature > 0,
+        "eos_token_id": sorted(loaded.stop_token_ids) or None,
+        "pad_token_id": 0,
+        "suppress_tokens": sorted(loaded.special_token_ids - loaded.stop_token_ids) or None,
+    }
+    if spec.temperature > 0:
+        options |= {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": spec.top_k or 0}
+    if spec.stop:
+        options |= {"stop_strings": list(spec.stop), "tokenizer": loaded.tokenizer}
+    return options

@@ -21,6 +21,7 @@ from agentmesh.communicator.measures import divergence
 from agentmesh.config.presets import CommunicatorSpec, Recompute, RecomputeSpec, settings
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.slices import at_once
 from agentmesh.kv.values import ALL, KV, Frame, KVSource
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, ContentKind, Prompt, neutral_header
@@ -182,7 +183,7 @@ def _question(
     for preset in (preset for subject in subjects for preset in subject.presets):
         preset.observe_only(on=observed)
         if header is not None:
-            preset.ingest(contents, header)
+            at_once(preset.ingest(contents, header))
     for call in calls:
         dense = rig.dense(call)
         for subject in subjects:

@@ -144,7 +144,7 @@ class Baseline(Frozen):
 
 
 class Load(Frozen):
-    """One preset at one concurrency; rates as in ``Baseline``.
+    """One preset at one concurrency, of which ``at_once`` runs may overlap; rates as in ``Baseline``.
 
     The shares are of wall time: prefills with their planning, decoding steps, and keeping and learning.
     ``peak_bytes`` of KV, in live sequences and in stores. ``placed_share`` of shareable slot tokens, and ``reasons``
@@ -153,6 +153,7 @@ class Load(Frozen):
 
     preset: str
     concurrency: int
+    at_once: int
     tokens_per_s: float
     decode_tokens_per_s: float
     samples_per_min: float

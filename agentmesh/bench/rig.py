@@ -26,6 +26,7 @@ from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.operations import settle
+from agentmesh.engine.slices import at_once
 from agentmesh.kv.arena import Arena
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, Prompt, Reader
@@ -49,10 +50,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Said:
-    """A call made to say its message: logits ``[T, V]`` over it, and the arena of prompt and message."""
+    """A call made to say its message: logits ``[T, V]`` over it, and the cache of prompt and message."""
 
     logits: torch.Tensor
-    arena: Arena
+    cache: ArenaCache
+
+    @property
+    def arena(self) -> Arena:
+        """KV of prompt and message."""
+        return self.cache.arena
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,10 @@ class Rig:
         return self._say(call, cache, self.runner.prefill(cache, composition))
 
     def own(self, preset: Preset, call: Call) -> tuple[Plan, Said]:
-        """A call as in use: the preset keeps what it made itself, and learns."""
+        """A call as in use: the preset keeps what it made itself, learns, and may check it in its cache."""
         plan = preset.plan(call.prompt)
         said = self.composed(call, plan.composition)
-        keep(preset, call, plan, said)
+        keep(preset, call, plan, said, check=True)
         return plan, said
 
     def timed(self, preset: Preset, call: Call) -> Timed:
@@ -108,7 +114,8 @@ class Rig:
         said = self._say(call, cache, logits)
         settle(cache.arena.shape.device)
         again = time.perf_counter()
-        preset.finished(call.prompt, plan, said.arena, call.message, logits)
+        preset.finished(call.prompt, plan, said.arena, call.message)
+        at_once(preset.checked(call.prompt, plan, cache, logits))
         preset.closed(plan)
         self.runner.close(cache)
         settle(cache.arena.shape.device)
@@ -122,9 +129,9 @@ class Rig:
         """Prefill the message behind its prompt; its last token stays without KV, as after decoding."""
         begin, spoken = len(call.prompt.tokens), call.message[:-1]
         if not spoken:
-            return Said(logits[None], cache.arena)
+            return Said(logits[None], cache)
         rest = self.runner.run(cache, spoken, range(begin, begin + len(spoken)), keep=len(spoken))
-        return Said(torch.cat([logits[None], rest]), cache.arena)
+        return Said(torch.cat([logits[None], rest]), cache)
 
 
 def median_parts(timed: Sequence[Timed]) -> dict[str, float]:
@@ -133,11 +140,13 @@ def median_parts(timed: Sequence[Timed]) -> dict[str, float]:
     return {name: statistics.median(one[name] for one in parts) for name in parts[0]}
 
 
-def keep(preset: Preset, call: Call, plan: Plan, said: Said) -> None:
-    """Give a preset what a call made."""
+def keep(preset: Preset, call: Call, plan: Plan, said: Said, *, check: bool = False) -> None:
+    """Give a preset what a call made; with ``check`` it may use the call's cache for a check of it."""
     preset.placed(plan)
     preset.prefilled(call.prompt, plan, said.arena)
-    preset.finished(call.prompt, plan, said.arena, call.message, said.logits[0])
+    preset.finished(call.prompt, plan, said.arena, call.message)
+    if check:
+        at_once(preset.checked(call.prompt, plan, said.cache, said.logits[0]))
     preset.closed(plan)
 
 

@@ -134,6 +134,7 @@ def _load(
     return Load(
         preset=name,
         concurrency=width,
+        at_once=mesh.width,
         tokens_per_s=_output(results) / wall,
         decode_tokens_per_s=spent.decoded / max(spent.decode_s, 1e-9),
         samples_per_min=60 * len(timed) / wall,

@@ -22,6 +22,7 @@ from agentmesh.communicator import Preset, make
 from agentmesh.config.base import Choice
 from agentmesh.config.presets import CommunicatorSpec, settings, specs
 from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.slices import at_once
 from agentmesh.events import Treatment
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import FIXED, ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment, neutral_header
@@ -176,7 +177,7 @@ def _label(content: Content) -> str:
 def _ingest(preset: Preset, call: Call, header: tuple[int, ...]) -> float:
     """Milliseconds to keep a call's passages as those of a corpus."""
     begun = time.perf_counter()
-    preset.ingest(documents(call.prompt), header)
+    at_once(preset.ingest(documents(call.prompt), header))
     return (time.perf_counter() - begun) * 1e3
 
 

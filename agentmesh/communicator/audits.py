@@ -20,7 +20,10 @@ from agentmesh.communicator.linkstate import shares
 from agentmesh.communicator.measures import divergence
 from agentmesh.communicator.picks import Picker
 from agentmesh.config.presets import CommunicatorSpec, PresetSpec
+from agentmesh.engine.cache import ArenaCache
+from agentmesh.engine.composition import Composition
 from agentmesh.engine.scout import Scout
+from agentmesh.engine.slices import Slices
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.rope import Rope
 from agentmesh.metering import Audit
@@ -64,19 +67,27 @@ class Auditor:
                 self.learner.observe(prompt.reader, match, base.take(index), truth.take(index), numbers)
 
     def audit(
-        self, prompt: Prompt, decisions: Sequence[Decision], apart: frozenset[int], logits: torch.Tensor
-    ) -> Audit:
-        """Check a call that reused KV, whose first token had ``logits [V]``, against a dense prefill."""
-        with self.scout.dense(prompt.tokens) as (wanted, arena):
-            self.observe(prompt, decisions, apart, arena)
+        self,
+        prompt: Prompt,
+        decisions: Sequence[Decision],
+        apart: frozenset[int],
+        cache: ArenaCache,
+        logits: torch.Tensor,
+    ) -> Slices[Audit]:
+        """Check a call that reused KV, whose first token had ``logits [V]``, against a dense prefill in its cache."""
+        wanted = yield from self.scout.composed(cache, Composition(prompt.tokens))
+        self.observe(prompt, decisions, apart, cache.arena)
         return self._found(prompt, decisions, wanted, logits)
 
-    def rehearse(self, prompt: Prompt, decisions: Sequence[Decision], wanted: torch.Tensor) -> Audit | None:
+    def rehearse(
+        self, prompt: Prompt, decisions: Sequence[Decision], cache: ArenaCache, wanted: torch.Tensor
+    ) -> Slices[Audit | None]:
         """Check what placing would have made of a call that was computed whole; ``None`` where nothing may be placed.
 
         Args:
             prompt: the call's.
             decisions: what would be placed.
+            cache: the call's.
             wanted: logits ``[V]`` of its first token.
         """
         if not any(decision.placed for decision in decisions):
@@ -86,7 +97,8 @@ class Auditor:
         looked = self.picker.pick(labels, (), decisions)
         if looked is not None:
             self.scout.runner.pool.give(looked)
-        return self._found(prompt, decisions, wanted, self.scout.composed(compose(labels, (), decisions)))
+        logits = yield from self.scout.composed(cache, compose(labels, (), decisions))
+        return self._found(prompt, decisions, wanted, logits)
 
     def _found(
         self, prompt: Prompt, decisions: Sequence[Decision], wanted: torch.Tensor, logits: torch.Tensor

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from agentmesh.communicator.persistence import Persistence
+from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
+from agentmesh.engine.slices import Slices
 from agentmesh.errors import SharingError
 from agentmesh.events import PlanRow, Reason, Treatment
 from agentmesh.kv.arena import Arena
@@ -49,8 +51,9 @@ class Preset(ABC):
     Everything that it keeps counts in ``budget``, and so do live sequences.
 
     ``begin`` is called when a run begins and ``release`` when it ends. For each call ``plan``, ``placed``,
-    ``prefilled`` and ``finished`` are called in this order, and ``closed`` at last, whatever happened. A call that is
-    no part of its run (``Reader.aside``) is planned and closed only: it is shared as any other, and leaves no trace.
+    ``prefilled``, ``finished`` and ``checked`` are called in this order, and ``closed`` at last, whatever happened. A
+    call that is no part of its run (``Reader.aside``) is planned and closed only: it is shared as any other, and leaves
+    no trace.
     """
 
     budget: Budget
@@ -74,17 +77,28 @@ class Preset(ABC):
         """See a prompt's KV when its first token is out; keep what later prompts may use."""
 
     def finished(  # noqa: B027  # most presets keep nothing more
-        self, prompt: Prompt, plan: Plan, arena: Arena, message: tuple[int, ...], logits: torch.Tensor
-    ) -> Audit | None:
-        """See the KV of the message, too: keep it, learn, and check the call.
+        self, prompt: Prompt, plan: Plan, arena: Arena, message: tuple[int, ...]
+    ) -> None:
+        """See the KV of the message, too: keep it, and learn.
 
         Args:
             prompt: the prompt.
             plan: what was decided for it.
             arena: its KV and the message's; the last token's is missing where nothing was decoded after it.
             message: the generated tokens.
+        """
+
+    def checked(self, prompt: Prompt, plan: Plan, cache: ArenaCache, logits: torch.Tensor) -> Slices[Audit | None]:  # noqa: ARG002  # most presets check nothing
+        """Check a call, in slices between which others have the thread; ``None`` where it was not checked.
+
+        Args:
+            prompt: the prompt.
+            plan: what was decided for it.
+            cache: its cache, whose rows nobody needs any more.
             logits: ``[V]``, of the first token.
         """
+        yield from ()
+        return None
 
     def keeps(self, prompt: Prompt) -> int:  # noqa: ARG002  # most presets keep nothing for a run
         """Tokens of a prompt whose KV is kept until its run has read them, at most."""
@@ -99,8 +113,9 @@ class Preset(ABC):
     def release(self, run: str) -> None:  # noqa: B027  # most presets keep nothing for a run
         """Free what a finished run needed, and commit what it taught."""
 
-    def ingest(self, contents: Sequence[Content], header: tuple[int, ...], tenant: str = "") -> int:  # noqa: ARG002  # few presets can
+    def ingest(self, contents: Sequence[Content], header: tuple[int, ...], tenant: str = "") -> Slices[int]:  # noqa: ARG002  # few presets can
         """Keep passages of a corpus for a tenant, each behind a neutral header; how many were new and kept."""
+        yield from ()
         return 0
 
     def observe_only(self, *, on: bool, checked: bool = False) -> None:  # noqa: B027  # most presets learn nothing

@@ -27,8 +27,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-import torch
-
 from agentmesh.communicator.base import Plan, Preset, demand_memory
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Label, Labels, computed
@@ -41,7 +39,6 @@ from agentmesh.events import Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.rope import Rope
 from agentmesh.kv.values import KV, KVSource
-from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Prompt, Reader
 from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
 from agentmesh.sharing.budget import Worth
@@ -140,20 +137,13 @@ class KVComm(Preset):
         assert isinstance(plan, AnchoredPlan), "a preset gets its own plans back"
         self.keeper.keep_prompt(prompt, plan, arena)
 
-    def finished(
-        self,
-        prompt: Prompt,
-        plan: Plan,
-        arena: Arena,
-        message: tuple[int, ...],
-        logits: torch.Tensor,  # noqa: ARG002  # the paper checks nothing
-    ) -> Audit | None:
+    def finished(self, prompt: Prompt, plan: Plan, arena: Arena, message: tuple[int, ...]) -> None:
         """Keep the message; a dense call gives anchors, another one counts which it used."""
         assert isinstance(plan, AnchoredPlan), "a preset gets its own plans back"
         self.keeper.keep_message(prompt, plan, arena, message)
         reader = prompt.reader
         if reader.exact or not reader.run or not plan.teaches or self._frozen:
-            return None
+            return
         with self._spans.part(Part.LEARN):
             for slot in plan.slots:
                 name = self._name(prompt, slot.match)
@@ -162,7 +152,6 @@ class KVComm(Preset):
                         self.pools.ledger.note(reader.run, name, slot.weighing.used)
                 elif plan.dense and self._has_room(prompt, slot.match, arena):
                     self.pools.ledger.note(reader.run, name, self._new(prompt, slot, arena))
-        return None
 
     def keeps(self, prompt: Prompt) -> int:
         """As in ``Preset``."""

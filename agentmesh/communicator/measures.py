@@ -70,13 +70,13 @@ class Costs:
         self._placed: deque[tuple[int, float]] = deque(maxlen=self.WINDOW)
         self._refused = 0
 
-    def see(self, parts: Parts, computed: int, placed: int) -> None:
-        """Learn from a prefill of so many tokens, if it was timed."""
+    def see(self, parts: Parts, computed: int, placed: int, look_ms: float = 0.0) -> None:
+        """Learn from a prefill of so many tokens, if it was timed; a look at the cache came before what was placed."""
         if not parts.forward:
             return
         self._computed.append((computed, parts.forward))
         if placed:
-            self._placed.append((placed, parts.realign + parts.compose))
+            self._placed.append((placed, look_ms + parts.realign + parts.compose))
 
     def placing_pays(self, tokens: int) -> bool:
         """Whether placing so many tokens takes less than computing them; yes where that is to be measured."""

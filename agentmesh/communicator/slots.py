@@ -29,11 +29,14 @@ from agentmesh.communicator.labels import Labels
 from agentmesh.communicator.learner import Learner, Verdict
 from agentmesh.communicator.linkstate import shares
 from agentmesh.communicator.measures import Costs, draw
+from agentmesh.communicator.passages import Passages
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.communicator.picks import Picker
 from agentmesh.config.presets import CommunicatorSpec, PresetSpec
+from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.scout import Scout
+from agentmesh.engine.slices import Slices, noted
 from agentmesh.engine.spans import Part
 from agentmesh.events import Reason
 from agentmesh.kv.arena import Arena
@@ -53,12 +56,14 @@ class SlotPlan(KeptPlan):
         audited: whether the call is checked afterwards.
         looked: the arena of its look, until it was prefilled.
         apart: positions inside matches that are not placed from them, and teach nothing of them.
+        look_ms: what picking the tokens that are computed all the same took.
     """
 
     decisions: tuple[Decision, ...] = ()
     audited: bool = False
     looked: list[Arena] = field(default_factory=list)
     apart: frozenset[int] = frozenset()
+    look_ms: float = 0.0
 
 
 @final
@@ -97,6 +102,7 @@ class Slots(Preset):
         self._costs = Costs()
         self._still = NoOffset()
         self._rehearses = False
+        self._passages = Passages(spec.min_tokens, self.keeper, scout)
         self._auditor = Auditor(spec, choice, self.learner, scout, self.keeper.rope, self._brush, self._picker)
 
     @property
@@ -127,12 +133,14 @@ class Slots(Preset):
             poor = tuple(without_base(prompt, decisions)) if self._choice.repeats else ()
             labels = Labels(prompt, found.missing, at)
             self._brush.paint(labels, decisions, poor)
+        matched = parts.match
         with self._spans.part(Part.MATCH), parts.timed("match"):
             ready = self._picker.pick(labels, lead, decisions)
+        look_ms = parts.match - matched
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             labels.check(strict=self._spec.strict)
             composition = replace(compose(labels, lead, decisions), ready=ready)
-            return self._plan(labels, composition, decisions, poor, parts)
+            return replace(self._plan(labels, composition, decisions, poor, parts), look_ms=look_ms)
 
     def placed(self, plan: Plan) -> None:
         """Give the arena of a look back."""
@@ -143,28 +151,24 @@ class Slots(Preset):
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
         placed = plan.composition.placed_tokens
-        self._costs.see(plan.parts, len(plan.composition.tokens) - placed, placed)
+        self._costs.see(plan.parts, len(plan.composition.tokens) - placed, placed, plan.look_ms)
         self.keeper.keep_prompt(prompt, plan, arena)
 
-    def finished(
-        self, prompt: Prompt, plan: Plan, arena: Arena, message: tuple[int, ...], logits: torch.Tensor
-    ) -> Audit | None:
-        """Keep the message, learn from a dense call, check a sample of the others."""
+    def finished(self, prompt: Prompt, plan: Plan, arena: Arena, message: tuple[int, ...]) -> None:
+        """Keep the message, and learn from a dense call."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
         self.keeper.keep_message(prompt, plan, arena, message)
-        if prompt.reader.exact or not prompt.reader.run or not plan.teaches:
-            return None
-        if not plan.approximate:
+        if _teaches(prompt, plan) and not plan.approximate:
             with self._spans.part(Part.LEARN):
                 self._auditor.observe(prompt, plan.decisions, plan.apart, arena)
-        if not (plan.audited or self._rehearses):
+
+    def checked(self, prompt: Prompt, plan: Plan, cache: ArenaCache, logits: torch.Tensor) -> Slices[Audit | None]:
+        """Check a sample of the calls that share; while a mesh is calibrated, all that might."""
+        assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
+        if not _teaches(prompt, plan) or not (plan.audited or self._rehearses):
             return None
-        with self._spans.part(Part.AUDIT, whole=True):
-            if plan.approximate:
-                return self._auditor.audit(prompt, plan.decisions, plan.apart, logits)
-            with self.learner.rehearsing():
-                decisions = self._decide(prompt, [one.match for one in plan.decisions if shares(one.match.relation)])
-            return self._auditor.rehearse(prompt, self._with_copies(prompt, decisions), logits)
+        audit = self._audit(prompt, plan, cache, logits)
+        return (yield from noted(self._spans, Part.AUDIT, audit))
 
     def keeps(self, prompt: Prompt) -> int:
         """As in ``Preset``."""
@@ -186,20 +190,9 @@ class Slots(Preset):
         with self._spans.part(Part.LEARN):
             self.learner.end(run)
 
-    def ingest(self, contents: Sequence[Content], header: tuple[int, ...], tenant: str = "") -> int:
+    def ingest(self, contents: Sequence[Content], header: tuple[int, ...], tenant: str = "") -> Slices[int]:
         """Keep passages of a corpus; those that are too short, kept already, or beyond the budget are left out."""
-        kept = 0
-        for content in contents:
-            tokens = content.tokens or ()
-            if len(tokens) < self._spec.min_tokens or self.keeper.knows(tokens, tenant):
-                continue
-            if self.keeper.recall_passage(tokens, tenant):
-                kept += 1
-            else:
-                ingesting = self._spans.part(Part.INGEST, whole=True)
-                with ingesting, self._scout.passage(header, tokens) as (weights, arena):
-                    kept += self.keeper.keep_passage(content, len(header), arena, weights, tenant)
-        return kept
+        return self._passages.ingest(contents, header, tenant)
 
     def observe_only(self, *, on: bool, checked: bool = False) -> None:
         """Count no slot as warm while on."""
@@ -222,6 +215,14 @@ class Slots(Preset):
     def settle(self) -> None:
         """Keep what links have learned, however little."""
         self.learner.settle()
+
+    def _audit(self, prompt: Prompt, plan: SlotPlan, cache: ArenaCache, logits: torch.Tensor) -> Slices[Audit | None]:
+        """Check a call that shared, or what sharing would have made of one that did not."""
+        if plan.approximate:
+            return (yield from self._auditor.audit(prompt, plan.decisions, plan.apart, cache, logits))
+        with self.learner.rehearsing():
+            decisions = self._decide(prompt, [one.match for one in plan.decisions if shares(one.match.relation)])
+        return (yield from self._auditor.rehearse(prompt, self._with_copies(prompt, decisions), cache, logits))
 
     def _give_back(self, plan: SlotPlan) -> None:
         """Let the arena of a call's look be used again."""
@@ -297,3 +298,8 @@ class Slots(Preset):
         )
         self.keeper.pin(plan)
         return plan
+
+
+def _teaches(prompt: Prompt, plan: SlotPlan) -> bool:
+    """Whether a call may be learned from, and checked."""
+    return bool(prompt.reader.run) and not prompt.reader.exact and plan.teaches

@@ -35,9 +35,8 @@ class Admission:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of KV of all requests that are not over yet, and of arenas that wait to be used again."""
-        held = sum(arena.nbytes for cache in self.held if (arena := arena_of(cache)) is not None)
-        return held + self._runner.pool.nbytes
+        """Bytes of KV of all requests that are not over yet, of looks and passages, and of arenas that wait for use."""
+        return self._runner.pool.lent_bytes + self._runner.pool.nbytes
 
     def drop_spare(self) -> int:
         """Free the arenas that wait to be used again; their bytes."""

@@ -71,7 +71,7 @@ class AttentionWatch:
 
 @final
 class TextWatch:
-    """Sums what later tokens of a text take from each of its tokens, in one forward over a header and the text.
+    """Sums what later tokens of a text take from each of its tokens, in forwards over a header and the text.
 
     As with ``AttentionWatch``, attention times the value's norm, over layers and heads; what the next ``NEAR`` tokens
     take does not count.
@@ -94,12 +94,13 @@ class TextWatch:
         scale: float | None,
     ) -> None:
         """As in ``Watch``."""
-        begin, end = self._header, query.shape[2]
+        begin, end = self._header, key.shape[2]
+        first = end - query.shape[2]
         position = torch.arange(end, device=query.device)
-        for low in range(begin + NEAR + 1, end, QUERIES_AT_ONCE):
+        for low in range(max(begin + NEAR + 1, first), end, QUERIES_AT_ONCE):
             high = min(low + QUERIES_AT_ONCE, end)
             behind = position[low:high, None] - position[:high]
-            scores = _scores(query[:, :, low:high], key[:, :, :high], scale)
+            scores = _scores(query[:, :, low - first : high - first], key[:, :, :high], scale)
             paid = scores.masked_fill_(behind < 0, -torch.inf).softmax(dim=-1).masked_fill_(behind <= NEAR, 0.0)
             self.total[: high - begin] += _taken(paid, value[:, :, :high])[begin:].to(self.total)
 

@@ -1,8 +1,9 @@
 """What a model's thread does in turn: prompts, steps, and letting go of requests that are over.
 
 A step decodes one token of every live sequence, in one pass over the weights, and queues behind the prompts that came
-meanwhile, up to ``TURN_TOKENS`` of them and the forward that reaches these; the others wait for the step, and so does
-the rest of a long one. Requests that are over are let go before anything else.
+meanwhile, for ``TURN_TOKENS`` or ``TURN_S`` and the forward that reaches them; the others wait for the step, and so
+does the rest of a long one. Calls are checked a forward at a time. Requests that are over are let go before anything
+else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections import deque
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import final
 
@@ -18,21 +20,36 @@ import torch
 from transformers.cache_utils import Cache
 
 from agentmesh.engine.admission import Admission, arena_of
-from agentmesh.engine.forward import Prefill
+from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.generation import Spent
 from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.outbox import Outbox
+from agentmesh.engine.prefill import Prefill
 from agentmesh.engine.probe import Support
 from agentmesh.engine.request import Request, Source
 from agentmesh.engine.sampling import Sampler
 from agentmesh.engine.sequence import Sequence
+from agentmesh.engine.slices import advance
 from agentmesh.engine.spans import Part
 from agentmesh.engine.thread import ModelThread
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import ModelError
 
-TURN_TOKENS = 2048
-"""Prompt tokens that may be computed before sequences that are live get their next token."""
+TURN_TOKENS, TURN_S = 2048, 2.0
+"""Prompt tokens that may be computed, and seconds, before sequences that are live get their next token."""
+
+
+@dataclass
+class SinceStep:
+    """What prompts have taken of the thread since the last step: computed tokens, and seconds."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def enough(self) -> bool:
+        """Whether others have waited enough; deep in a long prompt a forward takes several times as long as ahead."""
+        return self.tokens >= TURN_TOKENS or self.seconds >= TURN_S
 
 
 @final
@@ -71,7 +88,7 @@ class EngineCore:
         self._batch = batch
         self._thread = thread
         self._leaving: deque[Request] = deque()
-        self._computed = 0
+        self._since = SinceStep()
         self._stepping = False
         self._paused: Request | None = None
         self._paused_at = 0.0
@@ -120,18 +137,18 @@ class EngineCore:
     @property
     def _others_first(self) -> bool:
         """Whether live sequences get their next token before more of any prompt is computed."""
-        return bool(self.live) and self._computed >= TURN_TOKENS
+        return bool(self.live) and self._since.enough
 
     def _go_on_with(self, request: Request, prefill: Prefill) -> None:
         """Compute a prompt, to its first token or until a step is due; then it goes on behind the step."""
         begun = time.perf_counter()
-        self._computed += prefill.go_on()
+        self._compute(prefill)
         while not prefill.done:
             if self._others_first or self.closing or request in self._leaving:
                 self._paused, self._paused_at = request, time.perf_counter()
                 self.spent.prefill_s += self._paused_at - begun
                 return
-            self._computed += prefill.go_on()
+            self._compute(prefill)
         self._begin(request, prefill)
         first = time.perf_counter()
         self.spent.prefill_s += first - begun
@@ -140,6 +157,12 @@ class EngineCore:
             self.live.append(request.begun)
             self._go_on()
         request.first.set_result(first)
+
+    def _compute(self, prefill: Prefill) -> None:
+        """Run the next forward of a prompt."""
+        begun = time.perf_counter()
+        self._since.tokens += prefill.go_on()
+        self._since.seconds += time.perf_counter() - begun
 
     def _resume(self, request: Request) -> None:
         """Go on with the prompt that has made way for a step; who came meanwhile goes behind it."""
@@ -196,7 +219,7 @@ class EngineCore:
                 self._next(self.live[low : low + self._batch])
             self.live = [sequence for sequence in self.live if not sequence.finish]
         self.spent.decode_s += time.perf_counter() - begun
-        postponed, self._computed = self._computed >= TURN_TOKENS, 0
+        postponed, self._since = self._since.enough, SinceStep()
         if postponed and self._paused is None:
             self.admission.wake()
 
@@ -235,22 +258,29 @@ class EngineCore:
         while self._leaving:
             with self._spans.part(Part.KEEP):
                 request = self._leaving.popleft()
+                if request.checking is not None:
+                    request.checking.close()
                 request.source.closed()
                 if self._paused is request:
                     self._paused = None
                 self.live = [sequence for sequence in self.live if sequence is not request.sequence]
                 self.admission.close(request)
 
-    def finish(self, source: Source, sequence: Sequence) -> float:
-        """Let the source look at the whole sequence; the milliseconds that takes."""
-        begun = time.perf_counter()
-        arena = arena_of(sequence.cache)
-        if arena is not None:
-            with self._spans.part(Part.KEEP):
-                source.finished(arena, tuple(sequence.tokens), sequence.first_logits)
+    def finish(self, request: Request) -> bool:
+        """Let the source look at the whole sequence, and check the call until others get their turn; whether it has."""
+        cache, begun = request.cache, time.perf_counter()
+        if not isinstance(cache, ArenaCache):
+            return True
+        with self._spans.part(Part.KEEP):
+            if request.checking is None:
+                sequence = request.begun
+                request.source.finished(cache.arena, tuple(sequence.tokens))
+                request.checking = request.source.checked(cache, sequence.first_logits)
+            over = bool(advance(request.checking))
         took = time.perf_counter() - begun
+        request.learn_s += took
         self.spent.keep_s += took
-        return took * 1e3
+        return over
 
 
 def _pass_on(request: Request, work: Future[None]) -> None:

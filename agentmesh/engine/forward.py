@@ -1,4 +1,4 @@
-"""One forward of the model, and the sparse prefill built from it.
+"""One forward of the model over a cache, of one sequence or of many.
 
 It knows token ids, positions and KV. It knows no prompts, agents or stores. ``ArenaRunner`` serves every model that the
 probe accepts; ``PlainRunner`` serves the others whole, over the cache that transformers makes for them.
@@ -6,11 +6,10 @@ probe accepts; ``PlainRunner`` serves the others whole, over the cache that tran
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -22,6 +21,7 @@ from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.group import side_by_side
 from agentmesh.engine.masks import MaskPlan, Masks
 from agentmesh.engine.operations import Mark, settle
+from agentmesh.engine.prefill import Forward, Prefill
 from agentmesh.engine.products import Switch
 from agentmesh.engine.recorded import AnyStep, RecordedStep
 from agentmesh.engine.spans import Part, Spans
@@ -31,67 +31,6 @@ from agentmesh.kv.rope import Rope
 
 PLACED_AT_ONCE = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 """Bytes of KV realigned and placed at once: what a processor's cache holds; a CUDA device waits for launches."""
-
-Forward = Callable[[Any, Sequence[int], Sequence[int]], torch.Tensor]
-"""Computes tokens at ascending positions in a cache of the runner's kind; logits ``[V]`` at the last one."""
-
-
-@final
-class Prefill:
-    """A prompt on its way into a cache: what is placed is there, the rest is computed, one forward after the other.
-
-    Args:
-        cache: where it goes.
-        tokens: the prompt.
-        chunks: positions of each forward.
-        forward: computes tokens at positions in a cache; logits ``[V]`` at the last one.
-        spans: notes where the time goes.
-        parts: gets the times.
-    """
-
-    def __init__(
-        self,
-        cache: Cache,
-        tokens: Sequence[int],
-        chunks: Iterable[Sequence[int]],
-        forward: Forward,
-        spans: Spans,
-        parts: Parts,
-    ) -> None:
-        self.cache = cache
-        self._tokens = tokens
-        self._chunks = deque(chunks)
-        self._forward = forward
-        self._spans = spans
-        self._parts = parts
-        self._logits: torch.Tensor | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether everything is computed."""
-        return not self._chunks
-
-    @property
-    def logits(self) -> torch.Tensor:
-        """Logits ``[V]`` at the last position of the prompt, once it is done."""
-        assert self.done, "some of the prompt is not computed yet"
-        assert self._logits is not None, "the last token is always computed"
-        return self._logits
-
-    def go_on(self) -> int:
-        """Run the next forward; how many tokens it computed."""
-        chunk = self._chunks.popleft()
-        spans, parts = self._spans, self._parts
-        with spans.forward(Part.PREFILL, len(chunk)), spans.part(Part.PREFILL), parts.timed("forward"):
-            self._logits = self._forward(self.cache, [self._tokens[position] for position in chunk], chunk)
-            settle(self._logits.device)
-        return len(chunk)
-
-    def finish(self) -> torch.Tensor:
-        """Run all forwards that are left; logits ``[V]`` at the last position of the prompt."""
-        while not self.done:
-            self.go_on()
-        return self.logits
 
 
 @dataclass(frozen=True)

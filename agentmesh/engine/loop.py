@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TypeVar, final
 
@@ -22,6 +22,7 @@ from agentmesh.engine.operations import cost_of_noting
 from agentmesh.engine.probe import Support, probe
 from agentmesh.engine.request import Request, Source
 from agentmesh.engine.sampling import Sampling
+from agentmesh.engine.slices import Slices, advance
 from agentmesh.engine.spans import Limits, Part, Recorded, Spans
 from agentmesh.engine.thread import ModelThread
 from agentmesh.engine.tokenizer import HubTokenizer
@@ -164,11 +165,13 @@ class Engine:
             while (piece := await pieces.get()) is not None and on_text is not None:
                 on_text(piece)
             await asyncio.wrap_future(sequence.done)
-            learn_ms = await self._on_thread(lambda: self.core.finish(source, sequence))
+            while not await self._on_thread(lambda: self.core.finish(request)):
+                pass
         finally:
             self.core.leave(request)
         text, tokens = self.tokenizer.decode(sequence.tokens), tuple(sequence.tokens)
         decode_ms = (sequence.ended - first) * 1e3
+        learn_ms = request.learn_s * 1e3
         return Generation(tokens, text, sequence.finish, report.queue_ms, report.ttft_ms, decode_ms, learn_ms)
 
     async def do(self, work: Callable[[], Result]) -> Result:
@@ -179,6 +182,16 @@ class Engine:
                 return work()
 
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.thread.executor, noted))
+
+    async def in_slices(self, work: Slices[Result]) -> Result:
+        """Run long work on the engine's thread, which others have between two slices; it ends where nobody waits."""
+        try:
+            while not (result := await self.do(partial(advance, work))):
+                pass
+            return result[0]
+        finally:
+            with suppress(RuntimeError):  # a closed thread runs nothing any more
+                self.thread.submit(work.close)
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         """Do something when its turn comes; cancelled where the engine was closed before that."""

@@ -11,10 +11,12 @@ from typing import Protocol
 import torch
 from transformers.cache_utils import Cache
 
+from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
-from agentmesh.engine.forward import Prefill
+from agentmesh.engine.prefill import Prefill
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.sequence import Sequence
+from agentmesh.engine.slices import Slices
 from agentmesh.kv.arena import Arena
 
 
@@ -46,8 +48,14 @@ class Source(Protocol):
     def prefilled(self, arena: Arena) -> None:
         """Look at the arena when the first token is out; what is kept now, the next prompt can use."""
 
-    def finished(self, arena: Arena, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
-        """Look at the arena with the whole message in it; ``logits [V]`` are the first token's."""
+    def finished(self, arena: Arena, tokens: tuple[int, ...]) -> None:
+        """Look at the arena with the whole message in it."""
+
+    def checked(self, cache: ArenaCache, logits: torch.Tensor) -> Slices[None]:
+        """Check the call in its own cache, whose rows nobody needs any more; ``logits [V]`` are its first token's.
+
+        In slices: others have the thread between two of them, and the call may be cancelled there.
+        """
 
     def closed(self) -> None:
         """The request is over, whatever happened."""
@@ -59,7 +67,8 @@ class Request:
 
     Its event loop hears of pieces of text, and at last of ``None``, through ``tell``, and of its turn through ``call``.
     It has a cache and a prefill from the second at which it began, and a sequence from its first token, whose time (or
-    the error that came before it) is what ``first`` resolves to. Once ``gone``, nobody wants it any more.
+    the error that came before it) is what ``first`` resolves to. When its message is out it is ``checking``, and the
+    source has looked at it for ``learn_s``. Once ``gone``, nobody wants it any more.
     """
 
     source: Source
@@ -74,6 +83,8 @@ class Request:
     cache: Cache | None = None
     prefill: Prefill | None = None
     sequence: Sequence | None = None
+    checking: Slices[None] | None = None
+    learn_s: float = 0.0
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     first: Future[float] = field(default_factory=Future)
 

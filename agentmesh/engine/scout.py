@@ -5,8 +5,7 @@ Their time before a prefill counts in TTFT. They write into arenas of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from agentmesh.engine.attention import AttentionWatch, TextWatch, is_grouped
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition
 from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.slices import Slices
 from agentmesh.kv.arena import Arena
 
 LOOK_LAYERS = 2
@@ -57,40 +57,25 @@ class Scout:
             return is_grouped(self.runner.model)
         return self.runner.shape.layers > LOOK_LAYERS
 
-    @contextmanager
-    def dense(self, tokens: Sequence[int]) -> Iterator[tuple[torch.Tensor, Arena]]:
-        """A dense prefill: logits ``[V]`` at the last position, and the arena that it filled, as long as it is open."""
-        cache = self.runner.open(len(tokens))
-        try:
-            yield self.runner.prefill(cache, Composition(tuple(tokens))), cache.arena
-        finally:
-            self.runner.close(cache)
+    def composed(self, cache: ArenaCache, composition: Composition) -> Slices[torch.Tensor]:
+        """Fill a cache, whose rows nobody needs any more, as a composition says; logits ``[V]`` of its last token."""
+        return (yield from self.runner.begin(cache, composition).in_slices())
 
-    def composed(self, composition: Composition) -> torch.Tensor:
-        """Logits ``[V]`` at the last position of a prompt that is placed and computed as a composition says."""
-        cache = self.runner.open(len(composition.tokens))
-        try:
-            return self.runner.prefill(cache, composition)
-        finally:
-            self.runner.close(cache)
+    def passage(self, cache: ArenaCache, header: Sequence[int], tokens: Sequence[int]) -> Slices[torch.Tensor | None]:
+        """Fill a cache with a passage behind a header.
 
-    @contextmanager
-    def passage(self, header: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[torch.Tensor | None, Arena]]:
-        """A dense prefill of a passage behind a header.
-
-        Yields:
-            What later text of the passage takes from each of its tokens, fp32 ``[T]`` (``None`` where the model's
-            attention cannot be watched), and the arena that was filled, as long as it is open.
+        Returns:
+            What later text of the passage takes from each of its tokens, fp32 ``[T]``; ``None`` where the model's
+            attention cannot be watched.
         """
-        runner, watch = self.runner, TextWatch(len(header), len(tokens)) if self.can(Picking.ATTENTION) else None
-        whole = (*header, *tokens)
-        cache = runner.open(len(whole))
-        try:
-            options = {} if watch is None else {"agentmesh_watch": watch}
-            runner.run(cache, whole, range(len(whole)), keep=1, **options)
-            yield None if watch is None else watch.total, cache.arena
-        finally:
-            runner.close(cache)
+        watch = TextWatch(len(header), len(tokens)) if self.can(Picking.ATTENTION) else None
+        options = {} if watch is None else {"agentmesh_watch": watch}
+        whole = Composition((*header, *tokens))
+        for number, chunk in enumerate(whole.chunks(self.runner.shape.device.type)):
+            if number:
+                yield
+            self.runner.run(cache, [whole.tokens[position] for position in chunk], chunk, keep=1, **options)
+        return None if watch is None else watch.total
 
     @torch.inference_mode()
     def deviation(self, composition: Composition) -> Look:

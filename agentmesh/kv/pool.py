@@ -30,12 +30,18 @@ class ArenaPool:
 
     def __init__(self) -> None:
         self._spare: list[Arena] = []
+        self._lent: WeakSet[Arena] = WeakSet()
         self._slabs: dict[int, WeakSet[Slab]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arenas that wait to be used again."""
         return sum(arena.nbytes for arena in self._spare)
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of all arenas that were opened and not given back."""
+        return sum(arena.nbytes for arena in self._lent)
 
     def clear(self) -> int:
         """Free all that wait; their bytes."""
@@ -49,15 +55,18 @@ class ArenaPool:
     def open(self, shape: KVShape, capacity: int) -> Arena:
         """An empty arena of at least ``capacity`` tokens: one that was given back, or a fresh one."""
         fitting = self._fitting(capacity)
-        if not fitting:
-            return Arena(shape, capacity, self._slot(shape, capacity))
-        found = min(fitting, key=lambda arena: arena.capacity)
-        self._spare.remove(found)
-        found.aim(slice(0, 0), 0)
+        if fitting:
+            found = min(fitting, key=lambda arena: arena.capacity)
+            self._spare.remove(found)
+            found.aim(slice(0, 0), 0)
+        else:
+            found = Arena(shape, capacity, self._slot(shape, capacity))
+        self._lent.add(found)
         return found
 
     def give(self, arena: Arena) -> None:
         """Keep an arena, instead of the smallest ones where there are too many; nobody may hold a view of it."""
+        self._lent.discard(arena)
         self._spare.append(arena)
         while len(self._spare) > SPARE and self.nbytes > SPARE_BYTES:
             self._spare.remove(min(self._spare, key=lambda one: one.capacity))

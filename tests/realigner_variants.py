@@ -1,0 +1,179 @@
+"""What the linear realigner owes to its parts: KL of simpler ones and of other choices of computed tokens (issue 3).
+
+    python tests/realigner_variants.py math-fully-connected --data questions.jsonl --warmup 20 --limit 20
+
+Every variant sees the same calls as ``linear``, learns the same, and differs in one thing: the map that it makes of
+what it has learned, or which tokens of a block are computed all the same. ``full rank`` is ``linear`` itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from unittest.mock import patch
+
+import psutil
+import torch
+
+from agentmesh.bench import fidelity
+from agentmesh.bench.data import dense_runs, read_questions
+from agentmesh.bench.rig import DENSE, Recording
+from agentmesh.blueprint import draft
+from agentmesh.communicator import REALIGNERS, Preset, make
+from agentmesh.config.load import load_mesh
+from agentmesh.config.presets import CommunicatorSpec, RealignerKind, specs
+from agentmesh.engine.loading import LoadedModel, load
+from agentmesh.engine.loop import Engine
+from agentmesh.engine.probe import Support, probe
+from agentmesh.kv.arena import KVShape
+from agentmesh.local import LocalBackend
+from agentmesh.mesh import Mesh
+from agentmesh.sharing.linear import RIDGES, Linear, LinearMap
+
+Change = Callable[[Linear, torch.Tensor], torch.Tensor]
+"""Makes another offset map ``[L·H, F, 2D]`` of a realigner's own."""
+
+
+@dataclass(frozen=True)
+class Changed(Linear):
+    """``linear`` with another map."""
+
+    change: Change = lambda _linear, offsets: offsets
+
+    @cached_property
+    def map(self) -> LinearMap:
+        """The map of what was learned, changed."""
+        dim = self.cross.shape[2]
+        identity = torch.zeros_like(self.cross)
+        identity[:, :dim] = torch.eye(dim)
+        whole = Linear(self.gram, self.cross, self.trial, self.heads, self.observations).map.weights
+        offsets = self.change(self, whole - identity)
+        offsets[: self.heads] = 0.0
+        return LinearMap(offsets + identity)
+
+
+def changed(change: Change, shape: KVShape) -> Changed:
+    """A variant that has learned nothing."""
+    empty = Linear.empty(shape)
+    return Changed(empty.gram, empty.cross, empty.trial, empty.heads, change=change)
+
+
+def of_rank(rank: int, linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
+    """Reduced-rank regression: what is predicted keeps the directions in which predictions vary most."""
+    fitted = offsets.mT @ linear.gram @ offsets
+    directions = torch.linalg.eigh(fitted).eigenvectors[:, :, -rank:]
+    return offsets @ directions @ directions.mT
+
+
+def means(linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
+    """An offset that depends on a token's place alone: the regression on the place features."""
+    low = offsets.shape[2]
+    gram, cross = linear.gram[:, low:, low:], linear.cross[:, low:]
+    ridge = 0.01 * gram.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * torch.eye(gram.shape[1])
+    found = torch.zeros_like(offsets)
+    found[:, low:] = torch.linalg.solve(gram + ridge, cross)
+    return found
+
+
+def pooled(groups: int, linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
+    """One regression for all rows of a group: ``L`` groups share it across a layer's heads, one across all layers."""
+    rows = offsets.shape[0] - linear.heads
+    gram = linear.gram[linear.heads :].view(groups, rows // groups, *linear.gram.shape[1:]).sum(dim=1)
+    cross = linear.cross[linear.heads :].view(groups, rows // groups, *linear.cross.shape[1:]).sum(dim=1)
+    diagonal = gram.diagonal(dim1=1, dim2=2).mean(dim=1)
+    ridge = RIDGES[0] * diagonal[:, None, None] * torch.eye(gram.shape[1])
+    found = torch.linalg.solve(gram + ridge, cross).repeat_interleave(rows // groups, dim=0)
+    return torch.cat([torch.zeros_like(offsets[: linear.heads]), found])
+
+
+def only(part: slice, _linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
+    """Offsets of keys or of values alone."""
+    found = torch.zeros_like(offsets)
+    found[:, :, part] = offsets[:, :, part]
+    return found
+
+
+def in_layers(layers: slice, linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
+    """Offsets in some layers alone."""
+    found = torch.zeros_like(offsets).view(-1, linear.heads, *offsets.shape[1:])
+    found[layers] = offsets.view(found.shape)[layers]
+    return found.view(offsets.shape)
+
+
+def maps(shape: KVShape) -> dict[str, Change]:
+    """The variants of the map."""
+    dim, half, rest = shape.head_dim, shape.layers // 2, shape.layers - 1
+    return {
+        "full rank": lambda _linear, offsets: offsets,
+        **{f"rank {rank}": partial(of_rank, rank) for rank in (2, 8, 32)},
+        "place alone": means,
+        "shared by heads": partial(pooled, rest),
+        "shared by layers": partial(pooled, 1),
+        "keys alone": partial(only, slice(0, dim)),
+        "values alone": partial(only, slice(dim, 2 * dim)),
+        "lower half": partial(in_layers, slice(0, half)),
+        "upper half": partial(in_layers, slice(half, None)),
+    }
+
+
+RECOMPUTE = {
+    "6 % by leverage": {"ratio": 0.06, "by": "leverage"},
+    "6 % by attention": {"ratio": 0.06, "by": "attention"},
+    "15 % by leverage": {"ratio": 0.15, "by": "leverage"},
+    "15 % by attention": {"ratio": 0.15, "by": "attention"},
+}
+
+
+def main() -> None:
+    """Measure what was asked for, and print a row for each variant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--warmup", type=int, default=20)
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--variants", default="", help="names, separated by commas; all by default")
+    asked = parser.parse_args()
+
+    mesh = load_mesh(asked.config)
+    blueprint = draft(mesh)
+    loaded = load(blueprint.local_model(), None)
+    support = probe(loaded.model, loaded.step)
+    changes = maps(support.runner.shape)
+    names = [name for name in (*changes, *RECOMPUTE) if not asked.variants or name in asked.variants.split(",")]
+    budget = int(psutil.virtual_memory().available * 0.6) // (2 * len(names))
+    linear = specs(blueprint.communicator, ["linear"])["linear"].model_copy(update={"budget": budget})
+    chosen = {}
+    for name in names:
+        given = linear.model_dump(exclude_unset=True) | {"budget": budget}
+        if name in RECOMPUTE:
+            given["recompute"] = RECOMPUTE[name]
+        chosen[name] = CommunicatorSpec.model_validate(given)
+    of = {id(spec): changes.get(name) for name, spec in chosen.items()}
+
+    def made(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Preset:
+        change = of[id(spec)]
+        table = {} if change is None else {RealignerKind.LINEAR: partial(changed, change)}
+        with patch.dict(REALIGNERS, table):
+            return make(spec, support, loaded)
+
+    backend = LocalBackend(Engine(loaded, support), DENSE)
+    recording = Recording(backend)
+    questions = read_questions(asked.data, asked.warmup + asked.limit)[: asked.warmup + asked.limit]
+    with Mesh.from_loaded(mesh, model=recording) as open_mesh, patch.object(fidelity, "make", made):
+        runs = dense_runs(open_mesh, recording, questions, {}, None)
+        found = fidelity.measure(backend, runs, chosen, asked.warmup, corpus=False, tick=lambda: None)
+    for name, figures in found.presets.items():
+        low, high = figures.ci95
+        share = figures.placed_tokens / max(figures.slot_tokens, 1)
+        print(
+            f"{name:18} kl {figures.kl_mean:.4f} [{low:.4f}, {high:.4f}] chained {figures.kl_chained:.4f} "
+            f"placed {share:.0%} shared {figures.calls_shared}/{figures.calls_shareable}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

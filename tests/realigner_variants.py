@@ -9,7 +9,7 @@ what it has learned, or which tokens of a block are computed all the same. ``ful
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.loop import Engine
 from agentmesh.engine.probe import Support, probe
 from agentmesh.kv.arena import KVShape
+from agentmesh.kv.values import KV
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
 from agentmesh.sharing.linear import RIDGES, Linear, LinearMap
@@ -55,10 +56,27 @@ class Changed(Linear):
         return LinearMap(offsets + identity)
 
 
+class ByOffset(Linear):
+    """``linear`` where picks by leverage go by how large the predicted offsets are instead."""
+
+    def leverage(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        """The predicted offset of each token, squared, against the mean of the others'; mean over layers and heads."""
+        given = self.realign(base, numbers).fetch()
+        offsets = torch.cat([given.keys - base.keys, given.values - base.values], dim=3)[1:]
+        sizes = offsets.float().square().sum(dim=3).flatten(0, 1)
+        return (sizes / sizes.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
+
+
 def changed(change: Change, shape: KVShape) -> Changed:
     """A variant that has learned nothing."""
     empty = Linear.empty(shape)
     return Changed(empty.gram, empty.cross, empty.trial, empty.heads, change=change)
+
+
+def by_offset(shape: KVShape) -> ByOffset:
+    """A variant that has learned nothing."""
+    empty = Linear.empty(shape)
+    return ByOffset(empty.gram, empty.cross, empty.trial, empty.heads)
 
 
 def of_rank(rank: int, linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
@@ -119,12 +137,12 @@ def maps(shape: KVShape) -> dict[str, Change]:
     }
 
 
-RECOMPUTE = {
-    "6 % by leverage": {"ratio": 0.06, "by": "leverage"},
-    "6 % by attention": {"ratio": 0.06, "by": "attention"},
-    "15 % by leverage": {"ratio": 0.15, "by": "leverage"},
-    "15 % by attention": {"ratio": 0.15, "by": "attention"},
+PICKED = {
+    f"{share} % by {by}": {"ratio": share / 100, "by": "leverage" if by == "offset" else by}
+    for share in (6, 15)
+    for by in ("leverage", "offset", "attention")
 }
+"""Variants of what is computed all the same, besides the first tokens and line breaks."""
 
 
 def main() -> None:
@@ -142,21 +160,21 @@ def main() -> None:
     loaded = load(blueprint.local_model(), None)
     support = probe(loaded.model, loaded.step)
     changes = maps(support.runner.shape)
-    names = [name for name in (*changes, *RECOMPUTE) if not asked.variants or name in asked.variants.split(",")]
+    names = [name for name in (*changes, *PICKED) if not asked.variants or name in asked.variants.split(",")]
     budget = int(psutil.virtual_memory().available * 0.6) // (2 * len(names))
     linear = specs(blueprint.communicator, ["linear"])["linear"].model_copy(update={"budget": budget})
     chosen = {}
     for name in names:
         given = linear.model_dump(exclude_unset=True) | {"budget": budget}
-        if name in RECOMPUTE:
-            given["recompute"] = RECOMPUTE[name]
+        if name in PICKED:
+            given["recompute"] = PICKED[name]
         chosen[name] = CommunicatorSpec.model_validate(given)
-    of = {id(spec): changes.get(name) for name, spec in chosen.items()}
+    makers = {name: partial(changed, change) for name, change in changes.items()}
+    makers |= {name: by_offset if name.endswith("offset") else Linear.empty for name in PICKED}
+    of = {id(spec): makers[name] for name, spec in chosen.items()}
 
     def made(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Preset:
-        change = of[id(spec)]
-        table = {} if change is None else {RealignerKind.LINEAR: partial(changed, change)}
-        with patch.dict(REALIGNERS, table):
+        with patch.dict(REALIGNERS, {RealignerKind.LINEAR: of[id(spec)]}):
             return make(spec, support, loaded)
 
     backend = LocalBackend(Engine(loaded, support), DENSE)

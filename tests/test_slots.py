@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -539,6 +540,34 @@ def test_older_versions_that_runs_see_count_and_cold_links_are_seen_in_outline()
         learner.end(reader.run)
 
     assert learner.nbytes == one
+
+
+def test_findings_of_deterministic_runs_that_overlap_stay_within_half_of_the_budget_and_all_links_get_warm() -> None:
+    shape, overlapping = KVShape(2, 1, 8, torch.float32, torch.device("cpu")), 4
+    one = Linear.empty(shape).nbytes
+    budget = Budget(20 * one)  # a part of 2.5 findings for each run
+    spec = CommunicatorSpec(preset="linear", warmup=3, max_kl=1e6)
+    learner = Learner(spec, lambda: Linear.empty(shape), budget)
+    generator = torch.Generator().manual_seed(0)
+    most, matches = 0, [a_match(), a_match(depth=1)]
+
+    def some() -> KV:
+        return KV(*(torch.randn(2, 1, 40, 8, generator=generator) for _ in range(2)), Frame.FREE)
+
+    for first in range(0, 48, overlapping):
+        runs = [Reader(f"run {n}", n, consumer="b", sees=n - overlapping) for n in range(first, first + overlapping)]
+        for reader in runs:
+            learner.begin(reader)
+            for consumer in "bcd":
+                for match in matches:
+                    learner.observe(replace(reader, consumer=consumer), match, some(), some(), range(40))
+        most = max(most, sum(1 for _ in learner.ledger.pending()))
+        for reader in runs:
+            learner.end(reader.run)
+
+    assert most == 2 * overlapping
+    assert all(min(s.exact.observations, s.deep.observations) >= 3 for s in learner.ledger.states.values())
+    assert len(learner.ledger.states) == 3
 
 
 def test_audits_are_reported_and_teach() -> None:

@@ -36,6 +36,9 @@ from agentmesh.sharing.realigner import Realigner
 LEARNED_SHARE = 0.875
 """Of the budget, what statistics may hold: they are never given up, and live sequences need the rest."""
 
+PENDING_SHARE = 0.5
+"""Of the budget, what findings of deterministic runs may hold until they are committed, the same part for each run."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -156,18 +159,17 @@ class Learner:
     def observe(self, reader: Reader, match: Match, base: KV, truth: KV, numbers: Sequence[int]) -> None:
         """Learn from tokens of a block, by their numbers in it, whose truth is exact.
 
-        Where many runs overlap their findings fill the budget; more are not taken then, except in deterministic runs,
-        where what is learned may not depend on what else is in memory.
+        Where many runs overlap their findings fill the budget; more are not taken then. In deterministic runs what is
+        learned may not depend on what else is in memory: each takes as many as it may have if all do that may overlap.
         """
         if self.frozen:
             return
-        name, one = link(reader, match), self.fresh.exact.nbytes
+        name, deep = link(reader, match), match.depth > 0
         state = self._state(reader, name)
-        fits = bool(state.observations) or self._holds(one)
-        if reader.sees is None and not (fits and self._budget.room(one, most=Worth.LATER)):
+        realigner = state.deep if deep else state.exact
+        if not self._takes(reader, state, realigner):
             return
-        deep = match.depth > 0
-        finding = (state.deep if deep else state.exact).study(base, truth, numbers)
+        finding = realigner.study(base, truth, numbers)
         self.ledger.note(reader.run, name, Observed(deep, finding))
 
     def audited(self, reader: Reader, matches: Sequence[Match], kl: float, *, flip: bool) -> Audit:
@@ -267,6 +269,17 @@ class Learner:
         new = old.learn(finding.finding)
         wait = max(state.wait - 1, 0)
         return replace(state, deep=new, wait=wait) if finding.deep else replace(state, exact=new, wait=wait)
+
+    def _takes(self, reader: Reader, state: LinkState, realigner: Realigner[Any]) -> bool:
+        """Whether a run may note one finding more. Of a deterministic run's part half is for what is not warm yet."""
+        one = self.fresh.exact.nbytes
+        if reader.sees is None:
+            fits = bool(state.observations) or self._holds(one)
+            return fits and self._budget.room(one, most=Worth.LATER)
+        noted = sum(isinstance(finding, Observed) for finding in self.ledger.noted(reader.run))
+        part = PENDING_SHARE * self._budget.limit / (reader.order - reader.sees)
+        cold = realigner.observations < self._spec.warmup
+        return (noted + 1) * one <= (part if cold else part / 2) or (cold and not noted)
 
     def _holds(self, more: int) -> bool:
         """Whether statistics may hold so many bytes more."""

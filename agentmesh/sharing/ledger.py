@@ -116,6 +116,10 @@ class Ledger(Generic[State, Finding]):
         self.changes += 1
         self._active[run].findings.append((name, finding))
 
+    def noted(self, run: str) -> Iterator[Finding]:
+        """What a run has taught so far."""
+        return (finding for _, finding in self._active[run].findings)
+
     def pending(self) -> Iterator[Finding]:
         """Findings that are not committed."""
         for active in (*self._active.values(), *self._ended.values()):

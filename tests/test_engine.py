@@ -10,27 +10,32 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from agentmesh.config.mesh import ModelSpec
+from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine import composition, core, loop, outbox
 from agentmesh.engine.admission import AHEAD
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.embedded import Progress
-from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.forward import ArenaRunner, CacheSize, PlainRunner
 from agentmesh.engine.generation import FirstTokenReport, Generation
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.loop import Engine
 from agentmesh.engine.prefill import Prefill
-from agentmesh.engine.probe import probe
+from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.sampling import Sampler, Sampling
 from agentmesh.engine.slices import Slices
 from agentmesh.errors import ModelError, RequestTooLongError
 from agentmesh.kv.arena import Arena
+from agentmesh.local import LocalBackend
+from agentmesh.planned import PlannedPrompt
+from agentmesh.prompt import FIXED, Prompt, Segment
 
 QUESTION = "A box holds 6 eggs. How many eggs are in 5 boxes? Explain step by step."
 
@@ -682,6 +687,34 @@ def test_a_request_that_can_never_fit_is_refused_with_its_size(tiny_engine: Engi
                 Rationed([5, 6, 7], [], most=0), 3, Sampling(max_tokens=200), lambda _r: None, lambda _t: None
             )
         )
+
+
+def test_a_model_that_runs_whole_waits_for_memory_too() -> None:
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    runner = PlainRunner(loaded.model, CacheSize(100.0, 10.0))
+    support = replace(probe(loaded.model, loaded.step), level=Level.DENSE, runner=runner)
+    with Engine(loaded, support) as engine:
+        spec = CommunicatorSpec(preset="dense", budget=2 * runner.need(24))
+        backend = LocalBackend(engine, spec)
+        peaks: list[int] = []
+
+        class Watched(PlannedPrompt):
+            def placed(self) -> None:
+                peaks.append(len(engine.core.admission.held))
+                super().placed()
+
+        async def several(count: int, tokens: int) -> None:
+            prompts = [Prompt((Segment(FIXED, "", tuple(range(40, 40 + tokens))),), ()) for _ in range(count)]
+            sources = [Watched(backend.communicator, prompt, 0, None, backend.note_bytes) for prompt in prompts]
+            nobody = lambda _: None  # noqa: E731  # takes what is said, twice
+            asked = (engine.generate(source, tokens, Sampling(4), nobody, nobody) for source in sources)
+            await asyncio.gather(*asked)
+
+        asyncio.run(several(5, 20))
+        assert max(peaks) == 2
+        with pytest.raises(RequestTooLongError, match="the budget of"):
+            asyncio.run(several(1, 80))
+        assert runner.nbytes == 0
 
 
 def test_a_request_beyond_the_whole_budget_does_not_wait_for_others_to_end(tiny_engine: Engine) -> None:

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from agentmesh.communicator.prefix import Prefix
 from agentmesh.engine.composition import Composition, Placement
-from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.forward import ArenaRunner, PlainRunner
 from agentmesh.engine.masks import MaskPlan
 from agentmesh.engine.probe import probe
 from agentmesh.prompt import Prompt, Segment
@@ -20,6 +20,7 @@ from agentmesh.sharing.prefix import PrefixStore
 
 ZOO = tiny.zoo()
 REUSABLE = [name for name, (_, level, _) in ZOO.items() if level != "dense"]
+WHOLE = [name for name in ZOO if name not in REUSABLE]
 TOKENS = tuple(torch.randint(3, 320, (90,), generator=torch.Generator().manual_seed(3)).tolist())
 
 
@@ -42,6 +43,21 @@ def test_the_probe_labels_every_layer(name: str) -> None:
 
     assert (support.level.value, support.layers) == (level, labels)
     assert bool(support.reason) == (level == "dense")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_a_cache_of_transformers_takes_is_known_ahead(name: str) -> None:
+    runner = probe(ZOO[name][0]).runner
+    assert isinstance(runner, PlainRunner)
+    cache = runner.open(90)
+
+    runner.begin(cache, Composition(TOKENS)).finish()
+
+    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    assert 0 < sum(tensor.nbytes for tensor in tensors) <= runner.need(90) == runner.nbytes
+    assert runner.need(90) <= 2 * sum(tensor.nbytes for tensor in tensors)
+    runner.close(cache)
+    assert runner.nbytes == 0
 
 
 def test_a_full_prefill_is_the_models_own_forward(reusable: ArenaRunner) -> None:

@@ -36,7 +36,7 @@ class Admission:
     @property
     def live_bytes(self) -> int:
         """Bytes of KV of all requests that are not over yet, of looks and passages, and of arenas that wait for use."""
-        return self._runner.pool.lent_bytes + self._runner.pool.nbytes
+        return self._runner.nbytes
 
     def drop_spare(self) -> int:
         """Free the arenas that wait to be used again; their bytes."""

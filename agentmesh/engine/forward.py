@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -62,6 +63,11 @@ class ArenaRunner:
     def open(self, capacity: int) -> ArenaCache:
         """An arena for one sequence of up to ``capacity`` tokens: one that was given back, or a fresh one."""
         return ArenaCache(self.pool.open(self.shape, capacity), self.spans)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas, those that wait to be used again included."""
+        return self.pool.lent_bytes + self.pool.nbytes
 
     def need(self, capacity: int) -> int:
         """Bytes that ``open`` would allocate: none where an arena that was given back fits."""
@@ -201,23 +207,49 @@ class ArenaRunner:
 
 
 @dataclass(frozen=True)
+class CacheSize:
+    """Bytes of a cache that transformers makes: some however long it is, and some for each token."""
+
+    fixed: float = 0.0
+    token: float = 0.0
+
+    def of(self, tokens: int) -> int:
+        """Bytes of a cache of so many tokens."""
+        return int(self.fixed + self.token * tokens)
+
+
+@dataclass(frozen=True)
 class PlainRunner:
     """A model whose KV cannot be sliced: every prompt is one forward over transformers' own cache.
 
-    ``pool`` stays empty: nothing that transformers makes is used again.
+    Args:
+        model: a causal language model in eval mode.
+        size: of its caches, as measured.
+        pool: stays empty: nothing that transformers makes is used again.
+        spans: notes where the time goes, while a profile is on.
+        lent: bytes that each cache which is open may come to.
     """
 
     model: Any
+    size: CacheSize = CacheSize()
     pool: ArenaPool = field(default_factory=ArenaPool)
     spans: Spans = field(default_factory=Spans)
+    lent: WeakKeyDictionary[Cache, int] = field(default_factory=WeakKeyDictionary)
 
-    def open(self, _capacity: int) -> Cache:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches that are open, once they are as long as they may get."""
+        return sum(self.lent.values())
+
+    def open(self, capacity: int) -> Cache:
         """A fresh cache of the model's own kind."""
-        return DynamicCache(config=self.model.config)
+        cache = DynamicCache(config=self.model.config)
+        self.lent[cache] = self.size.of(capacity)
+        return cache
 
-    def need(self, _capacity: int) -> int:
-        """What transformers' cache takes is not known ahead and not counted."""
-        return 0
+    def need(self, capacity: int) -> int:
+        """Bytes of one sequence of so many tokens."""
+        return self.size.of(capacity)
 
     def side_by_side(self, caches: Sequence[Cache]) -> list[int]:
         """Any order is as good as another."""
@@ -225,6 +257,7 @@ class PlainRunner:
 
     def close(self, cache: Cache) -> None:
         """Nothing is reused."""
+        self.lent.pop(cache, None)
 
     @torch.inference_mode()
     def forward(self, cache: Cache, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from agentmesh.engine.composition import Composition, Placement
-from agentmesh.engine.forward import ArenaRunner, PlainRunner, Runner
+from agentmesh.engine.forward import ArenaRunner, CacheSize, PlainRunner, Runner
 from agentmesh.engine.masks import MaskPlan, windows_of
 from agentmesh.engine.products import switch_of
 from agentmesh.engine.recorded import AnyStep, RecordedStep
@@ -25,6 +25,7 @@ from agentmesh.kv.rope import Rope
 
 PROBE_TOKENS = 24
 PROBE_SHIFT = 37
+SHORT = 16
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -90,7 +91,7 @@ def probe(model: Any, step: AnyStep | None = None) -> Support:
     if shape is None:
         refusal = refusal or "its layers keep KV of different sizes"
         labels: tuple[str, ...] = ("unsupported",) * config.num_hidden_layers
-        return Support(Level.DENSE, labels, refusal, PlainRunner(model))
+        return Support(Level.DENSE, labels, refusal, PlainRunner(model, _cache_size(model)))
     masks = _mask_plan(config, shape.dtype)
     labels, rope = _rope(model, ArenaRunner(model, shape, masks, None))
     runner = ArenaRunner(model, shape, masks, rope)
@@ -145,6 +146,20 @@ def _kv_shape(model: Any) -> KVShape | None:
         return None
     first = cache.layers[0].keys
     return KVShape(len(cache.layers), keys[1], keys[3], first.dtype, first.device)
+
+
+@torch.inference_mode()
+def _cache_size(model: Any) -> CacheSize:
+    """How large the caches of a model get that keeps no KV of its own shape: those of two short prompts tell."""
+    sizes = []
+    for tokens in (SHORT, 2 * SHORT):
+        cache = DynamicCache(config=model.config)
+        ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        held = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
+        sizes.append(sum(tensor.nbytes for tensor in held))
+    token = (sizes[1] - sizes[0]) / SHORT
+    return CacheSize(sizes[0] - token * SHORT, token)
 
 
 def _mask_plan(config: Any, dtype: torch.dtype) -> MaskPlan:

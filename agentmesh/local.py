@@ -57,8 +57,8 @@ class LocalBackend:
     def __init__(self, engine: Engine, communicator: CommunicatorSpec) -> None:
         self.engine = engine
         self.communicator: Preset = make(communicator, engine.support, engine.loaded)
-        self.communicator.budget.join(LiveKV(engine.core.admission))
-        self.peak_bytes = 0
+        self.communicator.budget.join(LiveKV(engine.core.admission), first=True)
+        self.used_bytes = self.peak_bytes = 0
         self._spec = communicator
         self._preset = communicator.preset
         self._kept: Persistence | None = None
@@ -89,7 +89,8 @@ class LocalBackend:
 
     def note_bytes(self) -> None:
         """Note how much KV there is now, in live sequences and in stores; called on the engine's thread."""
-        self.peak_bytes = max(self.peak_bytes, self.communicator.budget.used)
+        self.used_bytes = self.communicator.budget.used
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     @property
     def name(self) -> str:
@@ -259,6 +260,7 @@ class LocalBackend:
 
         def free() -> None:
             self.communicator.release(run)
+            self.note_bytes()
             self.engine.core.admission.wake()
 
         await self.engine.do(free)

@@ -115,8 +115,9 @@ class PlannedPrompt:
         if self._prompt.reader.aside:
             return
         self.audit = yield from self._preset.checked(self._prompt, self.decided, cache, logits)
-        self._settle()
-        self._noted()
+        if self.audit is not None:
+            self._settle()
+            self._noted()
 
     def closed(self) -> None:
         """Let the preset let go of the call, where it was begun at all."""
@@ -125,5 +126,5 @@ class PlannedPrompt:
             self._settle()
 
     def _settle(self) -> None:
-        """Give up arenas that looks and checks used and that go beyond the budget."""
+        """Give up arenas that looks used and that go beyond the budget."""
         self._preset.budget.room(0, Worth.IDLE)

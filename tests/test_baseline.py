@@ -30,6 +30,9 @@ def test_the_baseline_decodes_as_the_engine_does() -> None:
         warm = free.model_copy(update={"temperature": 1.5})
 
         assert asyncio.run(said(theirs, free)).tokens == greedy.tokens
+        engine.loaded.model.generation_config.repetition_penalty = 1.9
+        assert asyncio.run(said(theirs, free)).tokens == greedy.tokens, "the model's own settings are not the mesh's"
+        assert engine.loaded.model.generation_config.repetition_penalty == 1.9
         assert asyncio.run(said(theirs, stopped)).tokens == asyncio.run(said(ours, stopped)).tokens
         assert len(asyncio.run(said(theirs, stopped)).tokens) < len(greedy.tokens)
         drawn = [asyncio.run(said(theirs, warm, seed)).tokens for seed in (1, 1, 2)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from agentmesh import Mesh
+from agentmesh.communicator.slots import Slots
 from agentmesh.config.mesh import ModelSpec
-from agentmesh.engine import composition
+from agentmesh.engine import composition, core
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
-from agentmesh.engine.core import TURN_S, TURN_TOKENS, SinceStep
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import load
 from agentmesh.engine.loop import Engine
@@ -27,6 +27,7 @@ from agentmesh.engine.spans import Part, Spans
 from agentmesh.kv.arena import Arena
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, ContentKind
+from agentmesh.sharing.linear import Linear
 
 SLICES = 6
 
@@ -39,7 +40,7 @@ class Checked:
 
     def __init__(self, slices: int = 0) -> None:
         self.slices = slices
-        self.tokens = (5, 6, 7, 8)
+        self.tokens: tuple[int, ...] = (5, 6, 7, 8)
         self.seen: list[str] = []
         self.fourth: Callable[[], object] = lambda: None
 
@@ -161,10 +162,93 @@ def test_who_gives_up_during_a_check_ends_it_and_holds_nothing(engine: Engine) -
     assert engine.support.runner.pool.lent_bytes == 0
 
 
-def test_a_turn_of_prompts_ends_by_tokens_or_by_time() -> None:
-    assert not SinceStep(TURN_TOKENS - 1, TURN_S / 2).enough
-    assert SinceStep(TURN_TOKENS, 0.0).enough
-    assert SinceStep(1, TURN_S).enough
+def test_an_engine_that_is_closed_between_two_slices_of_a_check_cancels_the_call() -> None:
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    engine, checked = Engine(loaded, probe(loaded.model, loaded.step)), Checked(10**6)
+
+    async def closed_meanwhile() -> None:
+        fourth, event_loop = asyncio.Event(), asyncio.get_running_loop()
+        checked.fourth = lambda: event_loop.call_soon_threadsafe(fourth.set)
+        asked = asyncio.ensure_future(
+            engine.generate(checked, 4, Sampling(2), lambda _report: None, lambda _piece: None)
+        )
+        await fourth.wait()
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+
+    asyncio.run(closed_meanwhile())
+
+
+def test_long_work_that_nobody_waits_for_any_more_ends_and_lets_others_begin(engine: Engine) -> None:
+    """As long as it is under way a request that finds no room waits: what the work holds will be free."""
+    runner, admission, seen = engine.support.runner, engine.core.admission, []
+    assert isinstance(runner, ArenaRunner)
+
+    class Poor(Checked):
+        def room(self, need: int, *, alone: bool) -> bool:
+            seen.append(alone)
+            return runner.pool.lent_bytes == 0
+
+    def holding() -> Slices[None]:
+        cache = runner.open(64)
+        try:
+            while True:
+                yield
+        finally:
+            runner.close(cache)
+
+    async def beside() -> None:
+        work = asyncio.ensure_future(engine.in_slices(holding()))
+        while not admission.beside:
+            await engine.do(lambda: None)
+        asked = asyncio.ensure_future(
+            engine.generate(Poor(), 4, Sampling(2), lambda _report: None, lambda _piece: None)
+        )
+        while not admission.waiting:
+            await engine.do(lambda: None)
+        work.cancel()
+        await asked
+        await engine.do(lambda: None)
+
+    asyncio.run(asyncio.wait_for(beside(), 60))
+
+    assert seen == [False, True]
+    assert not admission.beside
+    assert runner.pool.lent_bytes == 0
+
+
+@pytest.mark.parametrize("limit", ["TURN_TOKENS", "TURN_S"])
+def test_a_long_prompt_makes_way_after_so_many_tokens_or_seconds(
+    engine: Engine, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(composition.AT_ONCE, "cpu", 20)
+    monkeypatch.setattr(core, limit, 1e-9)
+    decoded: list[int] = []
+
+    class Long(Checked):
+        def compose(self) -> tuple[Composition, Parts]:
+            decoded.append(engine.core.spent.decoded)
+            return super().compose()
+
+        def prefilled(self, arena: Arena) -> None:
+            decoded.append(engine.core.spent.decoded)
+
+    async def beside_a_live_one() -> None:
+        begun, long = asyncio.Event(), Long()
+        long.tokens = tuple(range(40, 140))
+        live = asyncio.ensure_future(
+            engine.generate(Checked(), 4, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)
+        )
+        await begun.wait()
+        await engine.generate(long, 100, Sampling(1), lambda _report: None, lambda _piece: None)
+        live.cancel()
+        await asyncio.wait({live})
+        await engine.do(lambda: None)
+
+    asyncio.run(beside_a_live_one())
+
+    assert decoded[1] - decoded[0] >= 4, "a step behind each of five forwards but the last"
 
 
 def a_mesh(**extra: Any) -> Mesh:
@@ -182,6 +266,32 @@ def a_mesh(**extra: Any) -> Mesh:
         model="random:tiny-llama",
         communicator={"preset": "rotate", "audit": 1.0, "max_kl": 1e6, "max_flips": 1.0, "cost_gate": False, **extra},
     )
+
+
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_a_check_in_slices_finds_and_teaches_what_one_forward_does(
+    monkeypatch: pytest.MonkeyPatch, *, rehearsed: bool
+) -> None:
+    found = []
+    for most in (1024, 64):
+        monkeypatch.setitem(composition.AT_ONCE, "cpu", most)
+        with a_mesh(preset="linear", warmup=1) as mesh:
+            backend = mesh.load()
+            assert isinstance(backend, LocalBackend)
+            mesh.run(question="How many boats are there? " * 20)
+            if rehearsed:
+                backend.observe_only(on=True, checked=True)
+            [_, call] = mesh.run(question="How many nets are in the boats? " * 20).calls
+            assert isinstance(backend.communicator, Slots)
+            [state] = backend.communicator.learner.ledger.states.values()
+            assert isinstance(state.exact, Linear)
+            assert call.audit is not None
+            found.append((call.audit.kl, call.audit.flip, state.exact.observations, state.exact.gram))
+
+    (kl, flip, count, gram), (same_kl, same_flip, same_count, same_gram) = found
+    assert same_kl == pytest.approx(kl, rel=1e-2, abs=1e-6)
+    assert (same_flip, same_count) == (flip, count) == (flip, 2)
+    torch.testing.assert_close(same_gram, gram, rtol=1e-3, atol=1e-3)
 
 
 def test_an_audit_is_computed_in_the_calls_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +335,44 @@ def test_a_passage_in_turns_has_the_kv_and_the_weights_of_one_forward(monkeypatc
     assert pieces is not None
     torch.testing.assert_close(pieces, whole)
     torch.testing.assert_close(same, kv)
+
+
+def test_a_passage_that_two_ask_for_at_once_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(composition.AT_ONCE, "cpu", 32)
+    text = "The harbour town keeps a ledger of every boat. " * 8
+    computed: list[int] = []
+    inner = Scout.passage
+
+    def counting(self: Scout, cache: ArenaCache, header: Sequence[int], tokens: Sequence[int]) -> Slices[Any]:
+        computed.append(len(tokens))
+        return inner(self, cache, header, tokens)
+
+    monkeypatch.setattr(Scout, "passage", counting)
+
+    async def twice(backend: LocalBackend) -> list[int]:
+        passage = Content(text, ContentKind.DOCUMENT, "ledger")
+        return await asyncio.gather(backend.ingest([passage]), backend.ingest([passage]))
+
+    with a_mesh() as mesh:
+        backend = mesh.load()
+        assert isinstance(backend, LocalBackend)
+        kept = asyncio.run(twice(backend))
+
+    assert sorted(kept) == [0, 1]
+    assert len(computed) == 1
+
+
+def test_a_passage_of_more_than_half_of_the_budget_is_kept() -> None:
+    text = "The harbour town keeps a ledger of every boat. " * 8
+    with a_mesh() as mesh:
+        backend = mesh.load()
+        assert isinstance(backend, LocalBackend)
+        asyncio.run(backend.ingest([Content(text, ContentKind.DOCUMENT, "ledger")]))
+        size = backend.communicator.nbytes
+    with a_mesh(budget=int(1.5 * size)) as mesh:
+        backend = mesh.load()
+        assert isinstance(backend, LocalBackend)
+        assert asyncio.run(backend.ingest([Content(text, ContentKind.DOCUMENT, "ledger")])) == 1
 
 
 def test_passages_are_kept_while_others_decode(monkeypatch: pytest.MonkeyPatch) -> None:

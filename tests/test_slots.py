@@ -242,8 +242,9 @@ def test_a_finished_run_leaves_no_segments_and_the_budget_holds() -> None:
             assert len(backend.communicator.keeper.segments) == 0
 
 
-def test_arenas_of_checks_do_not_stay_beyond_the_budget() -> None:
-    with mesh({"preset": "rotate", "budget": 400_000, "audit": 1.0, "max_kl": 1e6}) as one:
+def test_arenas_of_looks_do_not_stay_beyond_the_budget() -> None:
+    looking = {"ratio": 0.1, "by": "attention"}
+    with mesh({"preset": "rotate", "budget": 400_000, "audit": 1.0, "max_kl": 1e6, "recompute": looking}) as one:
         backend = one.load()
         assert isinstance(backend, LocalBackend)
         budget, used = backend.communicator.budget, []
@@ -917,6 +918,21 @@ def test_a_look_at_the_cache_counts_in_what_placing_takes() -> None:
 
     assert blind.placing_pays(100)
     assert not looking.placing_pays(100)
+
+
+def test_the_cost_gate_is_told_how_long_looks_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, float]] = []
+
+    def see(_costs: Costs, _parts: Parts, _computed: int, placed: int, look_ms: float = 0.0) -> None:
+        told.append((placed, look_ms))
+
+    monkeypatch.setattr(Costs, "see", see)
+    with mesh({"preset": "rotate", "recompute": {"ratio": 0.1, "by": "attention"}}) as one:
+        one.run(question=question(1))
+
+    looks = [look_ms for placed, look_ms in told if placed]
+    assert len(looks) == 2
+    assert min(looks) > 10 * max(look_ms for placed, look_ms in told if not placed)
 
 
 def test_prefills_of_nearly_one_size_do_not_tell_a_slope_among_themselves() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
@@ -98,13 +99,13 @@ class GenerateBackend:
     def _generate(self, prompt: Sequence[int], spec: GenerateSpec, seed: int) -> tuple[tuple[int, ...], _Clock]:
         clock, loaded = _Clock(), self.engine.loaded
         ids = torch.tensor([list(prompt)], device=loaded.model.device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _told(loaded.model, _config(spec, loaded)):
             torch.manual_seed(seed)
             found = loaded.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 streamer=clock,
-                **_options(spec, loaded),
+                tokenizer=loaded.tokenizer,
             )
         tokens = tuple(token for token in found[0, len(prompt) :].tolist() if token not in loaded.stop_token_ids)
         return tokens, clock
@@ -123,17 +124,25 @@ class GenerateBackend:
         """Whoever loaded the model frees it."""
 
 
-def _options(spec: GenerateSpec, loaded: LoadedModel) -> dict[str, Any]:
-    """What ``generate`` is told, so that it decodes as the engine does."""
-    options: dict[str, Any] = {
-        "max_new_tokens": spec.max_tokens,
-        "do_sample": spec.temperature > 0,
-        "eos_token_id": sorted(loaded.stop_token_ids) or None,
-        "pad_token_id": 0,
-        "suppress_tokens": sorted(loaded.special_token_ids - loaded.stop_token_ids) or None,
-    }
-    if spec.temperature > 0:
-        options |= {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": spec.top_k or 0}
-    if spec.stop:
-        options |= {"stop_strings": list(spec.stop), "tokenizer": loaded.tokenizer}
-    return options
+@contextmanager
+def _told(model: Any, config: Any) -> Iterator[None]:
+    """Inside, a model decodes as told, and nothing comes from its own settings, such as a repetition penalty."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _config(spec: GenerateSpec, loaded: LoadedModel) -> Any:
+    """What ``generate`` is told (transformers' ``GenerationConfig``), so that it decodes as the engine does."""
+    drawn = {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": spec.top_k or 0}
+    return type(loaded.model.generation_config)(
+        max_new_tokens=spec.max_tokens,
+        do_sample=spec.temperature > 0,
+        eos_token_id=sorted(loaded.stop_token_ids) or None,
+        pad_token_id=0,
+        suppress_tokens=sorted(loaded.special_token_ids - loaded.stop_token_ids) or None,
+        stop_strings=list(spec.stop) or None,
+        **(drawn if spec.temperature > 0 else {}),
+    )

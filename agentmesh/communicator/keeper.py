@@ -194,14 +194,15 @@ class Keeper:
         self._kept.next_prompt()
         return self._kept.recall(self.segments, tokens, tenant, ("",))
 
-    def keep_passage(
-        self, content: Content, begin: int, arena: Arena, weights: torch.Tensor | None, tenant: str
-    ) -> bool:
-        """Keep a passage whose KV stands at row ``begin`` of an arena, behind a neutral header; False without room."""
+    def passage(self, content: Content, begin: int, arena: Arena, weights: torch.Tensor | None, tenant: str) -> Reading:
+        """The reading of a passage whose KV stands at row ``begin`` of an arena, behind a neutral header."""
         tokens = content.tokens or ()
         rows = Rows(0, arena.read_free(begin, begin + len(tokens), self.rope))
         span = Span(self.segments.key(tokens, tenant), content.origin, 0, len(tokens))
-        reading = Reading("", "", tokens, (span,), (rows,), bytes(len(tokens)), tenant, weights)
+        return Reading("", "", tokens, (span,), (rows,), bytes(len(tokens)), tenant, weights)
+
+    def keep_passage(self, reading: Reading) -> bool:
+        """Keep a passage; False without room."""
         if self._kept is not None and self._kept.wants(reading):
             self._kept.keep_reading(reading)
         return self.segments.add(reading, {}) is not None

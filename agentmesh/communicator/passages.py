@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from agentmesh.communicator.keeper import Keeper
@@ -22,17 +22,21 @@ class Passages:
         min_tokens: shorter ones are left out.
         keeper: keeps them.
         scout: computes them beside the live sequences.
+        under_way: tokens and tenants of those that are being computed.
     """
 
     min_tokens: int
     keeper: Keeper
     scout: Scout
+    under_way: set[tuple[tuple[int, ...], str]] = field(default_factory=set)
 
     def ingest(self, contents: Sequence[Content], header: tuple[int, ...], tenant: str) -> Slices[int]:
         """Keep passages; those that are too short, kept already, or beyond the budget are left out."""
         kept, spans = 0, self.scout.runner.spans
         for content in contents:
             tokens = content.tokens or ()
+            while (tokens, tenant) in self.under_way:
+                yield
             if len(tokens) < self.min_tokens or self.keeper.knows(tokens, tenant):
                 continue
             if self.keeper.recall_passage(tokens, tenant):
@@ -45,8 +49,11 @@ class Passages:
         """Compute one passage and keep it; whether there was room for it."""
         runner = self.scout.runner
         cache = runner.open(len(header) + len(tokens))
+        self.under_way.add((tokens, tenant))
         try:
             weights = yield from self.scout.passage(cache, header, tokens)
-            return self.keeper.keep_passage(content, len(header), cache.arena, weights, tenant)
+            reading = self.keeper.passage(content, len(header), cache.arena, weights, tenant)
         finally:
+            self.under_way.remove((tokens, tenant))
             runner.close(cache)
+        return self.keeper.keep_passage(reading)

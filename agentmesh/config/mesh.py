@@ -284,6 +284,8 @@ AgentSpec = Annotated[
 class RunSpec(Frozen):
     """How a mesh runs. ``retry`` and ``timeout`` hold for each node that does not say otherwise.
 
+    ``timeout`` covers everything that an attempt takes: waiting for the engine, and a check of the call (``audit``).
+
     ``deterministic``: what is shared, and so every token, depends on seed, inputs and the runs' order alone. A run
     then has its visits one after the other and uses what was learned eight runs before it and earlier (at most eight
     may overlap), gates that depend on measured time are off, and a run fails where how full memory is would decide what

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 from transformers.cache_utils import Cache
 
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.forward import Runner
 from agentmesh.engine.request import Request
+from agentmesh.engine.slices import Slices
 from agentmesh.errors import RequestTooLongError
 from agentmesh.kv.arena import Arena
 
@@ -26,12 +27,14 @@ class Admission:
     Attributes:
         held: caches of requests that have begun and are not over.
         waiting: requests that have not begun.
+        beside: long work that is under way beside requests, and may hold memory until it is done.
     """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.held: list[Cache] = []
         self.waiting: list[Request] = []
+        self.beside: set[Slices[Any]] = set()
 
     @property
     def live_bytes(self) -> int:
@@ -48,7 +51,7 @@ class Admission:
         Raises:
             RequestTooLongError: it would not fit even if it were alone.
         """
-        need, alone = self._runner.need(request.capacity), not self.held
+        need, alone = self._runner.need(request.capacity), not self.held and not self.beside
         if need > request.source.limit:
             raise _never_fits(request, need)
         first = all(request.rank <= other.rank for other in self.waiting)

@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from transformers.cache_utils import Cache
@@ -29,7 +29,7 @@ from agentmesh.engine.probe import Support
 from agentmesh.engine.request import Request, Source
 from agentmesh.engine.sampling import Sampler
 from agentmesh.engine.sequence import Sequence
-from agentmesh.engine.slices import advance
+from agentmesh.engine.slices import Result, Slices, advance
 from agentmesh.engine.spans import Part
 from agentmesh.engine.thread import ModelThread
 from agentmesh.engine.tokenizer import HubTokenizer
@@ -265,6 +265,21 @@ class EngineCore:
                     self._paused = None
                 self.live = [sequence for sequence in self.live if sequence is not request.sequence]
                 self.admission.close(request)
+
+    def advance(self, work: Slices[Result]) -> tuple[Result, ...]:
+        """The next slice of long work beside requests; as long as that is under way none of them counts as alone."""
+        self.admission.beside.add(work)
+        given = advance(work)
+        if given:
+            self.end(work)
+        return given
+
+    def end(self, work: Slices[Any]) -> None:
+        """Long work is over, or nobody waits for it any more."""
+        work.close()
+        if work in self.admission.beside:
+            self.admission.beside.remove(work)
+            self.admission.wake()
 
     def finish(self, request: Request) -> bool:
         """Let the source look at the whole sequence, and check the call until others get their turn; whether it has."""

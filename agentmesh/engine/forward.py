@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -185,7 +184,7 @@ class ArenaRunner:
         """Begin to fill an arena with a prompt: placed tokens are copied now, the others are to compute (METHOD 1).
 
         Args:
-            cache: a fresh arena.
+            cache: one whose rows nobody needs.
             composition: what is placed and where the computing is cut.
             parts: gets the times.
         """
@@ -227,14 +226,14 @@ class PlainRunner:
         size: of its caches, as measured.
         pool: stays empty: nothing that transformers makes is used again.
         spans: notes where the time goes, while a profile is on.
-        lent: bytes that each cache which is open may come to.
+        lent: bytes that each cache which is open may come to, by its id.
     """
 
     model: Any
     size: CacheSize = CacheSize()
     pool: ArenaPool = field(default_factory=ArenaPool)
     spans: Spans = field(default_factory=Spans)
-    lent: WeakKeyDictionary[Cache, int] = field(default_factory=WeakKeyDictionary)
+    lent: dict[int, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -244,7 +243,7 @@ class PlainRunner:
     def open(self, capacity: int) -> Cache:
         """A fresh cache of the model's own kind."""
         cache = DynamicCache(config=self.model.config)
-        self.lent[cache] = self.size.of(capacity)
+        self.lent[id(cache)] = self.size.of(capacity)
         return cache
 
     def need(self, capacity: int) -> int:
@@ -257,7 +256,7 @@ class PlainRunner:
 
     def close(self, cache: Cache) -> None:
         """Nothing is reused."""
-        self.lent.pop(cache, None)
+        self.lent.pop(id(cache))
 
     @torch.inference_mode()
     def forward(self, cache: Cache, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from agentmesh.engine.operations import cost_of_noting
 from agentmesh.engine.probe import Support, probe
 from agentmesh.engine.request import Request, Source
 from agentmesh.engine.sampling import Sampling
-from agentmesh.engine.slices import Slices, advance
+from agentmesh.engine.slices import Slices
 from agentmesh.engine.spans import Limits, Part, Recorded, Spans
 from agentmesh.engine.thread import ModelThread
 from agentmesh.engine.tokenizer import HubTokenizer
@@ -186,12 +186,12 @@ class Engine:
     async def in_slices(self, work: Slices[Result]) -> Result:
         """Run long work on the engine's thread, which others have between two slices; it ends where nobody waits."""
         try:
-            while not (result := await self.do(partial(advance, work))):
+            while not (result := await self.do(partial(self.core.advance, work))):
                 pass
             return result[0]
         finally:
             with suppress(RuntimeError):  # a closed thread runs nothing any more
-                self.thread.submit(work.close)
+                self.thread.submit(partial(self.core.end, work))
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         """Do something when its turn comes; cancelled where the engine was closed before that."""

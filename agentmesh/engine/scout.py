@@ -1,6 +1,6 @@
 """Forwards beside the live sequence: looks at the cache before a prefill is decided, and dense checks afterwards.
 
-Their time before a prefill counts in TTFT. They write into arenas of their own.
+The time of looks counts in TTFT. They write into arenas of their own; a check has its call's.
 """
 
 from __future__ import annotations

@@ -29,11 +29,13 @@ def at_once(work: Slices[Result]) -> Result:
 
 
 def noted(spans: Spans, part: Part, work: Slices[Result]) -> Slices[Result]:
-    """The same slices, each of them noted in a profile as a part, whole."""
+    """The same slices, noted in a profile as one part, whole."""
+    again = False
     with closing(work):
         while True:
-            with spans.part(part, whole=True):
+            with spans.part(part, whole=True, again=again):
                 given = advance(work)
             if given:
                 return given[0]
+            again = True
             yield

@@ -156,9 +156,9 @@ class Spans:
         log, self._log = self._log, None
         return log.close()
 
-    def part(self, part: Part, *, whole: bool = False) -> AbstractContextManager[None]:
-        """A stretch of work. With ``whole``, parts inside it count in it."""
-        return NOTHING if self._log is None else self._log.part(part, whole=whole)
+    def part(self, part: Part, *, whole: bool = False, again: bool = False) -> AbstractContextManager[None]:
+        """A stretch of work, or with ``again`` more of the last one. With ``whole``, parts inside it count in it."""
+        return NOTHING if self._log is None else self._log.part(part, whole=whole, again=again)
 
     def forward(self, part: Part, rows: int) -> AbstractContextManager[None]:
         """A forward of so many rows, to be opened around its part; it may be looked at."""
@@ -196,7 +196,7 @@ class _Log:
         return seen
 
     @contextmanager
-    def part(self, part: Part, *, whole: bool) -> Iterator[None]:
+    def part(self, part: Part, *, whole: bool = False, again: bool = False) -> Iterator[None]:
         """See ``Spans.part``; ``inner`` holds, for every open part, the seconds in parts inside it."""
         if self.whole:
             yield
@@ -212,7 +212,7 @@ class _Log:
             took = time.perf_counter() - begun
             taken = self.seen.parts.setdefault(part, Taken())
             taken.seconds += took - self.inner.pop()
-            taken.calls += 1
+            taken.calls += not again
             if self.inner:
                 self.inner[-1] += took
             self._keep(self.seen.spans, Span(part, begun - self.seen.begun, took), self.seen.limits.spans)
@@ -231,7 +231,7 @@ class _Log:
             yield
             forwards.before = rows, time.perf_counter() - begun
             return
-        with self.part(Part.PROFILE, whole=False):
+        with self.part(Part.PROFILE):
             watch = Watch(self.device)
             watch.begin()
         self.looking, begun = True, time.perf_counter()
@@ -240,7 +240,7 @@ class _Log:
         finally:
             settle(self.device)
             took, self.looking = time.perf_counter() - begun, False
-            with self.part(Part.PROFILE, whole=False):
+            with self.part(Part.PROFILE):
                 watch.end()
                 self._add(forwards, watch.look(took), begun - self.seen.begun, rows)
 

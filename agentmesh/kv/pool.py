@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import final
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from agentmesh.kv.arena import Arena, KVShape
 from agentmesh.kv.slab import Slab, Slot
@@ -30,7 +30,7 @@ class ArenaPool:
 
     def __init__(self) -> None:
         self._spare: list[Arena] = []
-        self._lent: WeakSet[Arena] = WeakSet()
+        self._lent: dict[int, int] = {}
         self._slabs: dict[int, WeakSet[Slab]] = {}
 
     @property
@@ -40,8 +40,8 @@ class ArenaPool:
 
     @property
     def lent_bytes(self) -> int:
-        """Bytes of all arenas that were opened and not given back."""
-        return sum(arena.nbytes for arena in self._lent)
+        """Bytes of all arenas that were opened and neither given back nor forgotten."""
+        return sum(self._lent.values())
 
     def clear(self) -> int:
         """Free all that wait; their bytes."""
@@ -61,12 +61,13 @@ class ArenaPool:
             found.aim(slice(0, 0), 0)
         else:
             found = Arena(shape, capacity, self._slot(shape, capacity))
-        self._lent.add(found)
+            finalize(found, self._lent.pop, id(found), None).atexit = False
+        self._lent[id(found)] = found.nbytes
         return found
 
     def give(self, arena: Arena) -> None:
         """Keep an arena, instead of the smallest ones where there are too many; nobody may hold a view of it."""
-        self._lent.discard(arena)
+        self._lent.pop(id(arena), None)
         self._spare.append(arena)
         while len(self._spare) > SPARE and self.nbytes > SPARE_BYTES:
             self._spare.remove(min(self._spare, key=lambda one: one.capacity))

@@ -93,5 +93,4 @@ class Metrics:
 
 
 def _used(backend: LocalBackend) -> float:
-    budget = backend.communicator.budget
-    return budget.used / budget.limit
+    return backend.used_bytes / backend.communicator.budget.limit

@@ -53,9 +53,9 @@ class Budget:
         """Bytes that all stores hold now."""
         return sum(store.nbytes for store in self._stores)
 
-    def join(self, store: Store) -> None:
-        """Count a store from now on."""
-        self._stores.append(store)
+    def join(self, store: Store, *, first: bool = False) -> None:
+        """Count a store from now on; with ``first`` it is asked before others to give up what is worth the same."""
+        self._stores.insert(0 if first else len(self._stores), store)
 
     def room(self, need: int, most: Worth = Worth.AWAITED) -> bool:
         """Make room for ``need`` bytes, giving up nothing that is worth more than ``most``; False where that fails."""

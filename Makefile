@@ -5,6 +5,7 @@ READY := .venv/.ready
 MINUTES ?= 60
 SOAK ?=
 LOAD ?=
+WORKERS ?= 4
 QUESTION ?= A box holds 6 eggs. How many eggs are in 5 boxes?
 
 .PHONY: run test check bench soak flat restart load channel pictures wheel clean
@@ -13,7 +14,7 @@ run: $(READY)   ## three agents on a small question, with the embedded model
 	$(BIN)/agentmesh run configs/demo.yaml -i question="$(QUESTION)"
 
 test: $(READY)  ## all tests; the slowest are listed at the end
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses $(WORKERS) --dist loadfile
 
 check: $(READY) ## lint, types, architecture
 	$(BIN)/ruff check .

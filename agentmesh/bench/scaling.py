@@ -164,7 +164,7 @@ def _call(tokenizer: ChatTokenizer, run: str, order: int, cell: tuple[int, float
 def _point(cell: tuple[int, float], column: Sequence[Timed], dense: Sequence[Timed], token_bytes: int) -> ScalingPoint:
     composition, parts = column[-1].plan.composition, median_parts(column)
     ttft, whole = (statistics.median(one.ttft_ms for one in timed) for timed in (column, dense))
-    computed = [position for chunk in composition.chunks() for position in chunk]
+    computed = composition.computed
     return ScalingPoint(
         prompt_tokens=cell[0],
         share=cell[1],

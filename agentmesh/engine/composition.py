@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,15 +90,20 @@ class Composition:
         """How many tokens are placed."""
         return sum(piece.kv.tokens for piece in self.placed) - len(self.recomputed)
 
-    def chunks(self, device: str = "cpu") -> list[list[int]]:
+    @property
+    def computed(self) -> list[int]:
+        """Positions that are computed, ascending."""
+        covered = {position for piece in self.placed for position in range(piece.start, piece.stop)}
+        covered -= self.recomputed
+        return [position for position in range(len(self.tokens)) if position not in covered]
+
+    def chunks(self, device: str) -> list[list[int]]:
         """Computed positions of each forward on a type of device, ascending; the last one ends with the last position.
 
         What lies between two cuts is in forwards of ``AT_ONCE``, counted from its first computed token: so a hit that
         ends at a cut changes no other forward.
         """
-        edges = (0, *self.cuts, len(self.tokens))
-        covered = {position for piece in self.placed for position in range(piece.start, piece.stop)}
-        covered -= self.recomputed
-        computed = [[p for p in range(low, high) if p not in covered] for low, high in pairwise(edges)]
-        most = AT_ONCE[device]
-        return [part[low : low + most] for part in computed for low in range(0, len(part), most)]
+        computed, most = self.computed, AT_ONCE[device]
+        edges = [bisect_left(computed, cut) for cut in (0, *self.cuts, len(self.tokens))]
+        parts = [computed[low:high] for low, high in pairwise(edges)]
+        return [part[low : low + most] for part in parts for low in range(0, len(part), most)]

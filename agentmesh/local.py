@@ -36,7 +36,7 @@ from agentmesh.prompt import Content, Prompt, Reader, neutral_header
 from agentmesh.sharing.tier.disk import DiskStore
 
 RUNS_A_CORE = 8
-"""Runs at once that a core serves well: two cores give the most messages a minute at sixteen (docs/method.md)."""
+"""Runs at once that a core serves: on two cores sixteen sequences decode as one full group of rows (docs/method.md)."""
 
 WAITING = 4
 """This part of the memory budget may wait to be written to a store."""
@@ -63,6 +63,8 @@ class LocalBackend:
         self._preset = communicator.preset
         self._kept: Persistence | None = None
         self._begun: dict[str, float] = {}
+        self._open = True
+        engine.join()
 
     @classmethod
     def open(
@@ -291,9 +293,11 @@ class LocalBackend:
         return self._kept
 
     def close(self) -> None:
-        """Write what is to outlive the process, and stop the engine; what it kept is freed with it."""
+        """Write what is to outlive the process, and stop the engine if no other backend uses it."""
         if self._kept is not None:
             kept, self._kept = self._kept, None
             self.engine.thread.do(self.communicator.settle)
             kept.close()
-        self.engine.close()
+        if self._open:
+            self._open = False
+            self.engine.leave()

@@ -93,6 +93,7 @@ class PlannedPrompt:
         """Let the preset give back what it made for the plan alone."""
         self._preset.placed(self.decided)
         self._settle()
+        self._noted()
 
     def prefilled(self, arena: Arena) -> None:
         """Let the preset keep what later prompts may use."""

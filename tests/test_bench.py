@@ -394,6 +394,32 @@ def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(monkeypatch: pytes
     assert ttft.COMMON_PREFIX < 50
 
 
+@pytest.mark.parametrize(
+    ("bench", "preset", "said"),
+    [
+        ("ttft", "prefix@rolelast", "expected prefix@role-first, role-last"),
+        ("fidelity", "linear@role-last", "layouts are for `bench ttft`"),
+        ("ttft", "prefixx@role-last", "did you mean 'prefix'?"),
+    ],
+)
+def test_a_layout_that_is_none_is_refused_before_anything_is_loaded(
+    folder: Path, bench: str, preset: str, said: str
+) -> None:
+    where = ("mesh.yaml", "--data", "data.jsonl") if bench == "fidelity" else ("--model", "random:tiny-llama")
+    found = command("bench", bench, *where, "--presets", preset, cwd=folder)
+
+    assert found.returncode == 2
+    assert said in " ".join(found.stderr.split())
+
+
+def test_throughput_refuses_a_mesh_with_a_store(folder: Path) -> None:
+    options = ["--set", "communicator={preset: linear, store: {path: kept}}"]
+    found = command("bench", "throughput", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
+
+    assert found.returncode == 2
+    assert "--set communicator.store=null" in " ".join(found.stderr.split())
+
+
 def test_a_deterministic_mesh_says_how_many_runs_overlap(folder: Path) -> None:
     options = ["--warmup", "0", "--limit", "1", "--concurrency", "16", "--presets", "dense", "--baseline", "0"]
     options += ["--set", "run.deterministic=true"]

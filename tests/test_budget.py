@@ -68,3 +68,12 @@ def test_what_is_worth_less_goes_first_in_every_store_and_nothing_that_is_worth_
     assert first.held[Worth.AWAITED] == 40
     assert budget.room(80)
     assert budget.used == 20
+
+
+def test_a_store_that_joins_first_gives_up_first_what_is_worth_the_same() -> None:
+    budget, (passages,) = shelves(100, 1.0, {Worth.IDLE: 60})
+    spare = Shelf({Worth.IDLE: 40})
+    budget.join(spare, first=True)
+
+    assert budget.room(30)
+    assert (spare.held[Worth.IDLE], passages.held[Worth.IDLE]) == (10, 60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import threading
 import time
 import weakref
@@ -11,12 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from agentmesh.config.mesh import ModelSpec
+from agentmesh.bench.speed import Silent
+from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine import composition, core, loop, outbox
 from agentmesh.engine.admission import AHEAD
@@ -269,7 +272,8 @@ def test_a_step_that_fails_fails_its_sequences_and_no_later_one(monkeypatch: pyt
         assert all(isinstance(done, Generation) for done in asyncio.run(two(engine)))
 
 
-def test_a_sequence_without_odds_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_sequence_without_odds_fails_alone(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(ModelSpec(name="random:tiny-llama"))
     whole = ArenaRunner.decode
 
@@ -279,7 +283,7 @@ def test_a_sequence_without_odds_fails_alone(monkeypatch: pytest.MonkeyPatch) ->
         return logits
 
     async def two(engine: Engine) -> list[Generation | BaseException]:
-        work = [quiet(engine, [3] * length, Sampling(20, temperature=0.8)) for length in (20, 45)]
+        work = [quiet(engine, [3] * length, Sampling(20, temperature=temperature)) for length in (20, 45)]
         return await asyncio.gather(*work, return_exceptions=True)
 
     monkeypatch.setattr(ArenaRunner, "decode", damaged)
@@ -289,6 +293,32 @@ def test_a_sequence_without_odds_fails_alone(monkeypatch: pytest.MonkeyPatch) ->
         assert isinstance(long, ModelError)
         assert "not numbers" in str(long)
         assert not engine.core.live
+
+
+def test_logits_that_are_no_numbers_are_told_in_every_dtype() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.tensor([3.0, torch.nan, 20.0], dtype=dtype)
+        with pytest.raises(ModelError, match="not numbers"):
+            Sampler(Sampling(), torch.tensor([0])).pick(logits)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_text_is_streamed_as_it_is_in_the_end_whatever_bytes_a_model_writes(tiny_engine: Engine, seed: int) -> None:
+    """Half of these ids are bytes that are no character by themselves; the last one may be unfinished."""
+    made = random.Random(seed)
+    tokens = [made.choice((made.randrange(3, 256), made.randrange(3, 320))) for _ in range(40)]
+    tokens = [token for token in tokens if token not in tiny_engine.loaded.special_token_ids]
+    stream = tiny_engine.tokenizer.stream()
+
+    pieces = [*(stream.push(token) for token in tokens), stream.end()]
+
+    assert "".join(pieces) == tiny_engine.tokenizer.decode(tokens)
+
+
+def test_a_message_that_is_cut_in_the_middle_of_a_character_is_streamed_whole(tiny_engine: Engine) -> None:
+    for seed in range(12):
+        done, streamed, _ = generate(tiny_engine, [3] * 20, Sampling(9, temperature=3.0, seed=seed))
+        assert streamed == done.text
 
 
 def test_no_temperature_is_too_low_to_draw_at() -> None:
@@ -689,6 +719,66 @@ def test_a_request_that_can_never_fit_is_refused_with_its_size(tiny_engine: Engi
         )
 
 
+def test_an_arena_that_another_mesh_left_lets_no_request_pass_the_budget() -> None:
+    """Making room frees the arena that would have been used again; a fresh one must fit, too."""
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    with Engine(loaded, probe(loaded.model, loaded.step)) as engine:
+        large, small = (LocalBackend(engine, CommunicatorSpec(preset="dense", budget=size)) for size in (2**24, 2**17))
+
+        def ask(backend: LocalBackend, tokens: int) -> None:
+            prompt = Prompt((Segment(FIXED, "", tuple(range(40, 40 + tokens))),), ())
+            asyncio.run(backend.complete(prompt, GenerateSpec(max_tokens=4), 0, Silent()))
+
+        ask(large, 250)
+        assert engine.support.runner.pool.nbytes > 2**16
+        ask(small, 20)
+        assert small.communicator.budget.used <= 2**17
+        ask(large, 250)
+        with pytest.raises(RequestTooLongError, match="the budget of"):
+            ask(small, 250)
+
+
+def test_placing_and_keeping_count_in_what_live_sequences_wait_for(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "TURN_S", 0.05)
+    decoded: list[int] = []
+
+    class Slow(Whole):
+        def compose(self) -> tuple[Composition, Parts]:
+            decoded.append(tiny_engine.core.spent.decoded)
+            time.sleep(0.06)
+            return super().compose()
+
+    async def beside_a_live_one() -> None:
+        begun = asyncio.Event()
+        live = asyncio.ensure_future(
+            tiny_engine.generate(Whole([5] * 50), 50, Sampling(3000), lambda _report: begun.set(), lambda _piece: None)
+        )
+        await begun.wait()
+        await asyncio.gather(*(quiet_source(tiny_engine, Slow([7] * 9)) for _ in range(6)))
+        live.cancel()
+        await asyncio.wait({live})
+        await tiny_engine.do(lambda: None)
+
+    asyncio.run(beside_a_live_one())
+
+    assert all(later > earlier for earlier, later in pairwise(decoded)), "a step between any two of them"
+
+
+def test_an_engine_stops_with_the_last_backend_that_uses_it() -> None:
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    engine = Engine(loaded, probe(loaded.model, loaded.step))
+    first, second = (LocalBackend(engine, CommunicatorSpec(preset="dense")) for _ in range(2))
+
+    first.close()
+    first.close()
+    assert engine.thread.do(lambda: "works") == "works"
+    second.close()
+    with pytest.raises(RuntimeError):
+        engine.thread.do(lambda: None)
+
+
 def test_a_model_that_runs_whole_waits_for_memory_too() -> None:
     loaded = load(ModelSpec(name="random:tiny-llama"))
     runner = PlainRunner(loaded.model, CacheSize(100.0, 10.0))
@@ -712,6 +802,7 @@ def test_a_model_that_runs_whole_waits_for_memory_too() -> None:
 
         asyncio.run(several(5, 20))
         assert max(peaks) == 2
+        assert backend.peak_bytes == 2 * runner.need(24)
         with pytest.raises(RequestTooLongError, match="the budget of"):
             asyncio.run(several(1, 80))
         assert runner.nbytes == 0
@@ -726,7 +817,6 @@ def test_a_request_beyond_the_whole_budget_does_not_wait_for_others_to_end(tiny_
         await begun.wait()
         large = Whole([7] * 9)
         large.limit = 2**10
-        await tiny_engine.do(tiny_engine.core.admission.drop_spare)
         with pytest.raises(RequestTooLongError, match=r"may take 11 tokens, .* the budget of 0\.0 MiB"):
             await quiet_source(tiny_engine, large)
         assert not live.done()

@@ -235,7 +235,8 @@ def test_fixed_text_behind_a_slot_takes_the_weighed_offsets_of_its_anchors() -> 
 
 
 def test_the_least_used_of_the_oldest_anchors_makes_room() -> None:
-    pool = AnchorPool(None, tuple(anchor(seed, 10) for seed in range(4))).used((0, 2))
+    anchors = tuple(anchor(seed, 10) for seed in range(4))
+    pool = AnchorPool(None, anchors).used((anchors[0].mark, anchors[2].mark))
 
     grown = pool.add(anchor(9, 10), limit=4, window=3)
 
@@ -243,6 +244,18 @@ def test_the_least_used_of_the_oldest_anchors_makes_room() -> None:
         pool.anchors[index].base.keys.data_ptr() for index in (0, 2, 3)
     ]
     assert len(grown.anchors) == 4
+
+
+def test_a_use_counts_for_its_anchor_whatever_left_the_pool_meanwhile() -> None:
+    pool = AnchorPool(None, tuple(anchor(seed, 10) for seed in range(4)))
+    weighing = pool.weigh(pool.anchors[2].base, gamma=1.0)
+    assert isinstance(weighing, Weighing)
+    later = pool.add(anchor(9, 10), limit=4, window=1)  # the oldest one goes, and all others move up
+
+    used = later.used(weighing.used)
+
+    assert weighing.used == (pool.anchors[2].mark,)
+    assert [one.uses for one in used.anchors] == [0, 1, 0, 0]
 
 
 def test_runs_that_all_began_with_nothing_teach_as_much_as_one_after_the_other() -> None:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agentmesh.kv.values import KV, Frame
 from agentmesh.sharing import prefix as module
-from agentmesh.sharing.budget import Budget
+from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.prefix import PrefixStore
 
 BYTES = 2 * 4 * 4
@@ -58,6 +58,24 @@ def test_a_hash_collision_costs_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert values(store.match(b"m", [1, 2, 9], (2,))) == [1, 2]
     assert store.match(b"m", [7, 8, 9], (2,)) == []
+
+
+def test_a_prefix_pushes_out_nothing_that_a_run_waits_for() -> None:
+    class Awaited:
+        nbytes = 9_990
+
+        def evict(self, wanted: int, worth: Worth) -> int:
+            assert worth is not Worth.AWAITED
+            return 0
+
+    budget = Budget(10_000)
+    budget.join(Awaited())
+    store = PrefixStore(budget)
+
+    store.insert(b"m", range(10), (8,), reader(range(10)))
+
+    assert store.match(b"m", range(10), (8,)) == []
+    assert store.stats.refused == 1
 
 
 def test_what_is_kept_is_a_copy() -> None:

@@ -599,6 +599,18 @@ def a_match(depth: int = 0) -> Match:
     )
 
 
+def test_a_share_of_the_calls_of_every_agent_is_audited_whatever_the_seed() -> None:
+    """Runs have one seed unless they ask for another: what is drawn for a call depends on its prompt, too."""
+    with mesh({"preset": "rotate", "audit": 0.3, "max_kl": 1e6, "max_flips": 1.0}, concurrency=8) as one:
+        results = asyncio.run(one.arun_all({"question": question(number)} for number in range(40)))
+        again = asyncio.run(one.arun_all({"question": question(number)} for number in range(40)))
+
+    for place in (1, 2):
+        audited = [result.calls[place].audit is not None for result in results]
+        assert 4 <= sum(audited) <= 22
+        assert audited == [result.calls[place].audit is not None for result in again], "the same calls again"
+
+
 def test_a_breaker_opens_on_bad_audits_and_closes_after_new_observations() -> None:
     learner = Learner(CommunicatorSpec(preset="rotate"), NoOffset, Budget(1000))
     match = a_match()

@@ -99,7 +99,7 @@ class GenerateBackend:
     def _generate(self, prompt: Sequence[int], spec: GenerateSpec, seed: int) -> tuple[tuple[int, ...], _Clock]:
         clock, loaded = _Clock(), self.engine.loaded
         ids = torch.tensor([list(prompt)], device=loaded.model.device)
-        with torch.random.fork_rng(), _told(loaded.model, _config(spec, loaded)):
+        with torch.random.fork_rng(), told(loaded.model, decoding(spec, loaded)):
             torch.manual_seed(seed)
             found = loaded.model.generate(
                 input_ids=ids,
@@ -125,7 +125,7 @@ class GenerateBackend:
 
 
 @contextmanager
-def _told(model: Any, config: Any) -> Iterator[None]:
+def told(model: Any, config: Any) -> Iterator[None]:
     """Inside, a model decodes as told, and nothing comes from its own settings, such as a repetition penalty."""
     own, model.generation_config = model.generation_config, config
     try:
@@ -134,7 +134,7 @@ def _told(model: Any, config: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _config(spec: GenerateSpec, loaded: LoadedModel) -> Any:
+def decoding(spec: GenerateSpec, loaded: LoadedModel) -> Any:
     """What ``generate`` is told (transformers' ``GenerationConfig``), so that it decodes as the engine does."""
     drawn = {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": spec.top_k or 0}
     return type(loaded.model.generation_config)(

@@ -75,7 +75,7 @@ class Control(Subject):
         """A measured call with exact bases, spoilt."""
         prompt = call.prompt
         if self.name == "wrong_consumer":
-            others = [node for node in nodes if node != call.node]
+            others = [node for node in nodes[1:] if node != call.node]  # the first one has learned nothing
             wrong = others[nodes.index(call.node) % len(others)] if others else call.node
             prompt = replace(prompt, reader=replace(prompt.reader, consumer=wrong))
         plan = self.exact.plan(prompt)
@@ -98,7 +98,7 @@ def controls(chosen: Mapping[str, CommunicatorSpec], new: Callable[[Communicator
     if "linear" not in chosen:
         return []
     spec = chosen["linear"].model_copy(update={"max_kl": 1e9, "audit": 0.0})
-    bare = spec.model_copy(update={"recompute": RecomputeSpec.exactly(Recompute())})
+    bare = spec.model_copy(update={"recompute": RecomputeSpec.exactly(Recompute()), "repeats": False})
     found = []
     for name in CONTROLS:
         preset = new(bare if name == "nothing_computed" else spec)

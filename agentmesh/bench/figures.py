@@ -36,7 +36,8 @@ class PresetFidelity(Frozen):
 
     ``kl_mean``, ``kl_first`` (first tokens), ``kl_p99``, ``ci95`` (bootstrap over questions) and ``top1`` are over the
     calls that share; ``kl_common`` over those that share under every preset. ``slot_tokens`` are shareable,
-    ``placed_tokens`` of them were placed; ``computed_tokens`` counts whole prompts of the sharing calls.
+    ``placed_tokens`` of them were placed; ``computed_tokens`` counts whole prompts of the sharing calls. ``prefix``
+    counts no slots: what it places is one beginning, whatever stands in it.
     """
 
     kl_mean: float

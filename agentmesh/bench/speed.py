@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from agentmesh.backend import Completion
+from agentmesh.bench.baseline import decoding, told
 from agentmesh.bench.rig import DENSE
 from agentmesh.config.base import Frozen
 from agentmesh.config.mesh import GenerateSpec, ModelSpec
@@ -209,19 +210,12 @@ def _generate(backend: LocalBackend, tokens: tuple[int, ...], output: int) -> tu
     """Seconds that ``model.generate`` takes from its first token to its last, and the tokens."""
     loaded = backend.engine.loaded
     ids = torch.tensor([tokens], device=loaded.model.device)
-    suppressed = sorted(loaded.special_token_ids - loaded.stop_token_ids)
 
     def run(length: int) -> tuple[float, list[int]]:
-        begun = time.perf_counter()
-        out = loaded.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=length,
-            do_sample=False,
-            suppress_tokens=suppressed,
-            pad_token_id=next(iter(loaded.stop_token_ids)),
-        )
-        return time.perf_counter() - begun, out[0, len(tokens) :].tolist()
+        with told(loaded.model, decoding(GenerateSpec(max_tokens=length), loaded)):
+            begun = time.perf_counter()
+            out = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+            return time.perf_counter() - begun, out[0, len(tokens) :].tolist()
 
     first, _ = run(1)
     whole, generated = run(output)

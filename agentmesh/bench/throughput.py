@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from agentmesh.bench.baseline import GenerateBackend
 from agentmesh.bench.data import Question
@@ -22,6 +23,7 @@ from agentmesh.config.presets import settings, specs
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.generation import Spent
 from agentmesh.engine.profile import Profiles
+from agentmesh.errors import InputError
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
 from agentmesh.results import RunResult
@@ -73,8 +75,16 @@ def measure(
         profiles: where profiles go; without it none are taken.
         progress: told how far fetching the model is.
         tick: called after each question.
+
+    Raises:
+        InputError: the mesh keeps KV in a store, or its realigners were made for something else.
     """
     blueprint = draft(mesh_of(1))
+    if blueprint.communicator.store is not None:
+        raise InputError(
+            "a store would hand what one preset has kept to the next one; measure without: "
+            "--set communicator.store=null"
+        )
     warm, timed = questions[: plan.warmup], questions[plan.warmup :][: plan.limit]
     chosen = specs(blueprint.communicator, plan.presets)
     opened = LocalBackend.open(blueprint.local_model(), DENSE, progress, deterministic=blueprint.run.deterministic)
@@ -86,6 +96,8 @@ def measure(
         for width in plan.widths:
             for name, spec in chosen.items():
                 backend = LocalBackend(engine, spec)
+                if spec.realigners is not None and backend.adds_up:
+                    backend.load_realigners(blueprint.folder / Path(spec.realigners).expanduser(), blueprint.digests)
                 runs.append(_load(mesh_of(width), backend, warm, timed, name, width, tick, profiles=profiles))
     return Throughput(
         model=loaded.name,

@@ -185,7 +185,7 @@ def ttft(
     """
     from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
-    names = _names(presets)
+    names = _names(presets, session.LAYOUTS)
     sizes = session.setting(agents, question, prefix, output, layout, passages, corpus=corpus)
     with _bars((warmup + repeat) * len(names)) as (progress, tick):
         figures = session.ttft(
@@ -304,17 +304,21 @@ def _shares(text: str) -> list[float]:
     return list(dict.fromkeys(found))
 
 
-def _names(text: str) -> list[str]:
-    """Preset names of an option.
+def _names(text: str, layouts: Sequence[str] = ()) -> list[str]:
+    """Preset names of an option, each with a layout behind an ``@`` where there are some.
 
     Raises:
-        InputError: a name that is no preset, or none at all.
+        InputError: a name that is no preset, a layout that is none, or no name at all.
     """
     names = parts(text)
     for name in names:
-        if name.partition("@")[0] not in PRESETS:
-            hint = did_you_mean(name, PRESETS)
-            raise InputError(f"--presets: no preset named {name!r}; there are {listing(PRESETS)}.{hint}")
+        preset, _, layout = name.partition("@")
+        if preset not in PRESETS:
+            hint = did_you_mean(preset, PRESETS)
+            raise InputError(f"--presets: no preset named {preset!r}; there are {listing(PRESETS)}.{hint}")
+        if "@" in name and layout not in layouts:
+            expected = f"expected {preset}@{listing(layouts)}" if layouts else "layouts are for `bench ttft`"
+            raise InputError(f"--presets: {name!r} asks for the layout {layout!r}; {expected}")
     if not names:
         raise InputError(f"--presets is empty; name some of {listing(PRESETS)}")
     return names

@@ -30,6 +30,7 @@ from typing import final
 from agentmesh.communicator.base import Plan, Preset, demand_memory
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Label, Labels, computed
+from agentmesh.communicator.learner import PENDING_SHARE
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.communicator.pools import NewAnchor, Pools
 from agentmesh.config.presets import CommunicatorSpec
@@ -254,11 +255,17 @@ class KVComm(Preset):
         return plan
 
     def _has_room(self, prompt: Prompt, match: Match, arena: Arena) -> bool:
-        """Whether an anchor fits beside what is live; in deterministic runs that may decide nothing."""
-        behind = prompt.segments[match.first + 1 : match.first + 2]
+        """Whether an anchor fits beside what is live.
+
+        In deterministic runs that may decide nothing: each may hold one anchor, or its part of half of the budget.
+        """
+        behind, reader = prompt.segments[match.first + 1 : match.first + 2], prompt.reader
         tokens = 2 * match.tokens + 2 * sum(len(one.tokens) for one in behind if one.content is None)
         need = tokens * arena.shape.bytes_per_token
-        return prompt.reader.sees is not None or self.budget.room(need, most=Worth.LATER)
+        if reader.sees is None:
+            return self.budget.room(need, most=Worth.LATER)
+        held = self.pools.taught_bytes(reader.run)
+        return not held or held + need <= PENDING_SHARE * self.budget.limit / (reader.order - reader.sees)
 
     def _new(self, prompt: Prompt, slot: Slot, arena: Arena) -> NewAnchor:
         """An anchor from a dense call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ import torch
 from agentmesh.engine.composition import Parts
 
 
-def draw(seed: int) -> float:
-    """A number in [0, 1) that depends on a call's seed alone."""
-    digest = hashlib.sha256(f"audit {seed}".encode()).digest()
+def draw(seed: int, tokens: Sequence[int]) -> float:
+    """A number in [0, 1) that depends on a call's seed and prompt alone: runs share their seeds."""
+    digest = hashlib.sha256(f"audit {seed} ".encode() + array("q", tokens).tobytes()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 

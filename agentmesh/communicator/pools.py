@@ -28,7 +28,7 @@ class NewAnchor:
         return (*own, *self.anchor.tensors)
 
 
-Finding = NewAnchor | tuple[int, ...]
+Finding = NewAnchor | tuple[object, ...]
 
 
 class Pools:
@@ -58,6 +58,11 @@ class Pools:
         self._counted = self.ledger.changes, found
         return found
 
+    def taught_bytes(self, run: str) -> int:
+        """Bytes of the anchors that a run has made so far."""
+        made = (finding for finding in self.ledger.noted(run) if isinstance(finding, NewAnchor))
+        return sum(tensor.nbytes for finding in made for tensor in finding.tensors)
+
     @property
     def held(self) -> int:
         """Anchors in all pools."""
@@ -76,7 +81,7 @@ class Pools:
         pool = pool or AnchorPool()
         if isinstance(finding, tuple):
             return pool.used(finding)
-        if not self._budget.room(sum(tensor.nbytes for tensor in finding.tensors)):
+        if not self._budget.room(sum(tensor.nbytes for tensor in finding.tensors), most=Worth.LATER):
             self.ledger.spoil()
             return None
         pool = self.ledger.states.get(name, pool)  # the budget may have dropped anchors of this very pool

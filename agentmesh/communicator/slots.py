@@ -292,7 +292,7 @@ class Slots(Preset):
             exact_until=min(moved, default=len(labels)),
             pinned=tuple(decision.match.number for decision in decisions),
             decisions=decisions,
-            audited=any(depths) and reader.run != "" and draw(reader.seed) < self._spec.audit,
+            audited=any(depths) and reader.run != "" and draw(reader.seed, labels.prompt.tokens) < self._spec.audit,
             looked=[] if composition.ready is None else [composition.ready],
             apart=apart(decisions, poor),
         )

@@ -51,18 +51,27 @@ class Admission:
         Raises:
             RequestTooLongError: it would not fit even if it were alone.
         """
-        need, alone = self._runner.need(request.capacity), not self.held and not self.beside
-        if need > request.source.limit:
-            raise _never_fits(request, need)
+        whole, alone = self._runner.size(request.capacity), not self.held and not self.beside
+        if whole > request.source.limit:
+            raise _never_fits(request, whole)
         first = all(request.rank <= other.rank for other in self.waiting)
-        if first and request.source.room(need, alone=alone):
+        if first and self._has_room(request, alone=alone):
             if request in self.waiting:
                 self.waiting.remove(request)
             self.wake()
             return True
         if first and alone:
-            raise _never_fits(request, need)
+            raise _never_fits(request, whole)
         self.postpone(request)
+        return False
+
+    def _has_room(self, request: Request, *, alone: bool) -> bool:
+        """Make room for a request's cache. Making it may free the very arena that would have been used again."""
+        need = self._runner.need(request.capacity)
+        while request.source.room(need, alone=alone):
+            if self._runner.need(request.capacity) <= need:
+                return True
+            need = self._runner.size(request.capacity)
         return False
 
     def postpone(self, request: Request) -> None:

@@ -36,12 +36,12 @@ from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import ModelError
 
 TURN_TOKENS, TURN_S = 2048, 2.0
-"""Prompt tokens that may be computed, and seconds, before sequences that are live get their next token."""
+"""Prompt tokens that may be computed, and seconds of work, before sequences that are live get their next token."""
 
 
 @dataclass
 class SinceStep:
-    """What prompts have taken of the thread since the last step: computed tokens, and seconds."""
+    """What the thread has done since the last step: computed tokens of prompts, and seconds of all work."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -130,7 +130,9 @@ class EngineCore:
                 composition, parts = request.source.compose()
             request.prefill = self._runner.begin(cache, composition, parts)
             request.source.placed()
-            self.spent.prefill_s += time.perf_counter() - begun
+            took = time.perf_counter() - begun
+            self.spent.prefill_s += took
+            self._since.seconds += took
             self._go_on_with(request, request.prefill)
             return True
 
@@ -194,7 +196,9 @@ class EngineCore:
         if arena is not None:
             with self._spans.part(Part.KEEP):
                 source.prefilled(arena)
-            self.spent.keep_s += time.perf_counter() - begun
+            took = time.perf_counter() - begun
+            self.spent.keep_s += took
+            self._since.seconds += took
 
     def _go_on(self) -> None:
         """See to it that the live sequences get their next token, after whatever has begun to wait for the thread."""
@@ -244,7 +248,8 @@ class EngineCore:
         self._stepping = False
         paused = self._paused
         if paused is not None and not self.closing:
-            self._thread.submit(partial(self._resume, paused)).add_done_callback(partial(_pass_on, paused))
+            with suppress(RuntimeError):  # the thread was closed meanwhile, and cancels what waits
+                self._thread.submit(partial(self._resume, paused)).add_done_callback(partial(_pass_on, paused))
         error = CancelledError() if self.closing or step.cancelled() else step.exception()
         if error is not None:
             failed, self.live = self.live, []
@@ -269,7 +274,11 @@ class EngineCore:
     def advance(self, work: Slices[Result]) -> tuple[Result, ...]:
         """The next slice of long work beside requests; as long as that is under way none of them counts as alone."""
         self.admission.beside.add(work)
+        if self._others_first:
+            return ()
+        begun = time.perf_counter()
         given = advance(work)
+        self._since.seconds += time.perf_counter() - begun
         if given:
             self.end(work)
         return given
@@ -286,6 +295,8 @@ class EngineCore:
         cache, begun = request.cache, time.perf_counter()
         if not isinstance(cache, ArenaCache):
             return True
+        if request.checking is not None and self._others_first:
+            return False
         with self._spans.part(Part.KEEP):
             if request.checking is None:
                 sequence = request.begun
@@ -295,6 +306,7 @@ class EngineCore:
         took = time.perf_counter() - begun
         request.learn_s += took
         self.spent.keep_s += took
+        self._since.seconds += took
         return over
 
 

@@ -68,6 +68,10 @@ class ArenaRunner:
         """Bytes of all arenas, those that wait to be used again included."""
         return self.pool.lent_bytes + self.pool.nbytes
 
+    def size(self, capacity: int) -> int:
+        """Bytes of one sequence of so many tokens."""
+        return capacity * self.shape.bytes_per_token
+
     def need(self, capacity: int) -> int:
         """Bytes that ``open`` would allocate: none where an arena that was given back fits."""
         return self.pool.need(self.shape, capacity)
@@ -223,14 +227,14 @@ class PlainRunner:
 
     Args:
         model: a causal language model in eval mode.
-        size: of its caches, as measured.
+        caches: their size, as measured.
         pool: stays empty: nothing that transformers makes is used again.
         spans: notes where the time goes, while a profile is on.
         lent: bytes that each cache which is open may come to, by its id.
     """
 
     model: Any
-    size: CacheSize = CacheSize()
+    caches: CacheSize = CacheSize()
     pool: ArenaPool = field(default_factory=ArenaPool)
     spans: Spans = field(default_factory=Spans)
     lent: dict[int, int] = field(default_factory=dict)
@@ -243,12 +247,16 @@ class PlainRunner:
     def open(self, capacity: int) -> Cache:
         """A fresh cache of the model's own kind."""
         cache = DynamicCache(config=self.model.config)
-        self.lent[id(cache)] = self.size.of(capacity)
+        self.lent[id(cache)] = self.size(capacity)
         return cache
 
-    def need(self, capacity: int) -> int:
+    def size(self, capacity: int) -> int:
         """Bytes of one sequence of so many tokens."""
-        return self.size.of(capacity)
+        return self.caches.of(capacity)
+
+    def need(self, capacity: int) -> int:
+        """As much: nothing is used again."""
+        return self.size(capacity)
 
     def side_by_side(self, caches: Sequence[Cache]) -> list[int]:
         """Any order is as good as another."""

@@ -56,6 +56,7 @@ class Engine:
         self.tokenizer = HubTokenizer(loaded.tokenizer)
         self.thread = ModelThread() if thread is None else thread
         self.core = EngineCore(loaded, support, self.tokenizer, batch, self.thread)
+        self._users = 0
 
     @classmethod
     def open(cls, model: ModelSpec, progress: Progress | None = None, *, batch: int = BATCH) -> Engine:
@@ -83,6 +84,16 @@ class Engine:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+    def join(self) -> None:
+        """One more backend works with it."""
+        self._users += 1
+
+    def leave(self) -> None:
+        """One backend less; with the last one it closes."""
+        self._users -= 1
+        if not self._users:
+            self.close()
 
     def close(self) -> None:
         """Stop the thread; waits for the forward that is running. What has begun and what waits then is cancelled."""

@@ -172,6 +172,9 @@ class QuickLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply rows ``[…, in]``; ``[…, out]``."""
+        if self.switch.way is Way.OWN:
+            own: torch.Tensor = self.inner(rows)
+            return own
         flat = rows.reshape(-1, rows.shape[-1])
         return self.product.multiply(flat, self.switch.way).view(*rows.shape[:-1], -1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class Sampler:
         """The next token id for logits ``[V]``; special tokens other than stops are never picked.
 
         Raises:
-            ModelError: the logits are no numbers to draw from.
+            ModelError: the logits are no numbers.
         """
         if self._greedy and (likeliest := _likeliest(logits)) not in self._never:
             return likeliest
@@ -72,15 +73,25 @@ class Sampler:
         warped = self._warpers(None, scores - scores.max())  # so that no temperature, however low, makes them infinite
         odds = warped.softmax(-1).cpu()
         if not odds.isfinite().all():
-            raise ModelError(
-                "the model's logits for the next token are not numbers (NaN): its weights are damaged, or they "
-                "overflow in this dtype; try model.dtype: float32, and `agentmesh doctor`"
-            )
+            raise _no_numbers()
         return int(torch.multinomial(odds, 1, generator=self._generator))
 
 
 def _likeliest(logits: torch.Tensor) -> int:
     """The first of the largest logits ``[V]``. torch looks at one number after the other on a CPU, numpy at many."""
     if logits.device.type == "cpu" and logits.dtype is torch.float32:
-        return int(logits.numpy().argmax())
-    return int(logits.argmax())
+        row = logits.numpy()
+        index = int(row.argmax())
+        largest = float(row[index])
+    else:
+        largest, index = float((found := logits.max(dim=0)).values), int(found.indices)
+    if math.isnan(largest):  # what is no number counts as the largest
+        raise _no_numbers()
+    return index
+
+
+def _no_numbers() -> ModelError:
+    return ModelError(
+        "the model's logits for the next token are not numbers (NaN): its weights are damaged, or they "
+        "overflow in this dtype; try model.dtype: float32, and `agentmesh doctor`"
+    )

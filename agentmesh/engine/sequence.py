@@ -82,6 +82,10 @@ class Sequence:
 
     def _end(self, finish: str) -> None:
         self.finish = finish
+        rest = self._text.end()
+        if rest:
+            self.pieces.append(rest)
+            self._tell(rest)
         self.ended = time.perf_counter()
         self.done.set_result(None)
 

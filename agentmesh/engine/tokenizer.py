@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers.decoders import DecodeStream
 
 GUARD = "\n"
+
+UNFINISHED = "\ufffd"
+"""What stands for bytes that are no whole character."""
 
 
 class HubTokenizer:
@@ -48,7 +50,8 @@ class HubTokenizer:
 
     def stream(self) -> TextStream:
         """A fresh decoder for one generated message."""
-        return TextStream(self._tokenizer.backend_tokenizer)
+        backend = self._tokenizer.backend_tokenizer
+        return TextStream(lambda ids: str(backend.decode(list(ids), skip_special_tokens=True)))
 
     def _ids(self, text: str, *, control: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not control)
@@ -68,12 +71,34 @@ class HubTokenizer:
 
 
 class TextStream:
-    """Turns generated ids into text as they come, whole characters at a time."""
+    """Turns generated ids into text as they come, whole characters at a time.
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
+    A few ids before the new ones are decoded with them, since a tokenizer may write an id otherwise at the beginning
+    of a text. Bytes that are no character are told with the next one that is.
+
+    Args:
+        decode: turns ids into text.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._begin = self._told = 0
+        self._before = ""
 
     def push(self, token: int) -> str:
         """The text that a token completes; empty while a character is unfinished."""
-        return self._stream.step(self._backend, token) or ""
+        self._ids.append(token)
+        return self._tell(whole=True)
+
+    def end(self) -> str:
+        """What is left: bytes of a character that was not finished."""
+        return self._tell(whole=False)
+
+    def _tell(self, *, whole: bool) -> str:
+        text = self._decode(self._ids[self._begin :])
+        if len(text) <= len(self._before) or (whole and text.endswith(UNFINISHED)):
+            return ""
+        new, self._begin, self._told = text[len(self._before) :], self._told, len(self._ids)
+        self._before = self._decode(self._ids[self._begin :])
+        return new

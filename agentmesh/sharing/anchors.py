@@ -8,7 +8,8 @@ Notation: ``A`` anchors in a pool; ``L, H, T, D`` as everywhere.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -26,12 +27,14 @@ class Anchor:
         slot: the offset of its KV in the consumer's context, as long as ``base``.
         fixed: the offset of the fixed text behind it; ``None`` where there is none.
         uses: in how many predictions it took part with weight.
+        mark: what it is known by, however often it is used and whatever becomes of its pool meanwhile.
     """
 
     base: KV
     slot: KV
     fixed: KV | None
     uses: int = 0
+    mark: object = field(default_factory=object, repr=False, compare=False)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -46,11 +49,11 @@ class Weighing:
 
     Args:
         anchors: those that are as long.
-        used: indices in the pool of the anchors that carry nine tenths of the gate's weights.
+        used: marks of the anchors that carry nine tenths of the gate's weights.
     """
 
     anchors: tuple[Anchor, ...]
-    used: tuple[int, ...]
+    used: tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,16 @@ class AnchorPool:
             base: the content's base KV.
             gamma: share of the largest possible entropy that the weights may have.
         """
-        fitting = [(index, a) for index, a in enumerate(self.anchors) if a.base.tokens >= base.tokens]
+        fitting = [anchor for anchor in self.anchors if anchor.base.tokens >= base.tokens]
         if len(fitting) < 2:
             return Reason.NO_ANCHOR_AS_LONG
         wanted = base.values.float()
-        distances = torch.stack([(a.base.values[:, :, : base.tokens].float() - wanted).norm() for _, a in fitting])
+        distances = torch.stack([(a.base.values[:, :, : base.tokens].float() - wanted).norm() for a in fitting])
         weights = (-distances).softmax(dim=0)
         entropy = float(-(weights * weights.clamp_min(1e-30).log()).sum())
         if entropy > gamma * math.log(len(fitting)):
             return Reason.ANCHORS_TOO_EVEN
-        return Weighing(tuple(anchor for _, anchor in fitting), _leading(weights, [i for i, _ in fitting]))
+        return Weighing(tuple(fitting), _leading(weights, fitting))
 
     def add(self, anchor: Anchor, limit: int, window: int) -> AnchorPool:
         """This pool with one more anchor; among the oldest ``window`` the least used one makes room for it."""
@@ -101,14 +104,11 @@ class AnchorPool:
 
     def without(self, one: Anchor) -> AnchorPool:
         """This pool without an anchor, however often that was used in the meantime."""
-        return replace(self, anchors=tuple(anchor for anchor in self.anchors if anchor.slot is not one.slot))
+        return replace(self, anchors=tuple(anchor for anchor in self.anchors if anchor.mark is not one.mark))
 
-    def used(self, indices: tuple[int, ...]) -> AnchorPool:
-        """This pool with one use more for some anchors."""
-        return replace(
-            self,
-            anchors=tuple(replace(a, uses=a.uses + (i in indices)) for i, a in enumerate(self.anchors)),
-        )
+    def used(self, marks: tuple[object, ...]) -> AnchorPool:
+        """This pool with one use more for the anchors with these marks, as far as they are still in it."""
+        return replace(self, anchors=tuple(replace(a, uses=a.uses + (a.mark in marks)) for a in self.anchors))
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,13 @@ def offset(base: KV, truth: KV) -> KV:
     return KV(keys, values, base.frame)
 
 
-def _leading(weights: torch.Tensor, indices: list[int], share: float = 0.9) -> tuple[int, ...]:
-    """Indices of the fewest anchors whose weights add up to a share of all."""
+def _leading(weights: torch.Tensor, anchors: Sequence[Anchor], share: float = 0.9) -> tuple[object, ...]:
+    """Marks of the fewest anchors whose weights add up to a share of all."""
     order = weights.argsort(descending=True).tolist()
-    found, total = [], 0.0
+    found: list[object] = []
+    total = 0.0
     for place in order:
-        found.append(indices[place])
+        found.append(anchors[place].mark)
         total += float(weights[place])
         if total >= share:
             break

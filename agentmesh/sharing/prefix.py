@@ -108,7 +108,7 @@ class PrefixStore:
             start = 0 if parent is None else self._reach(parent)
             kv = read(start, start + len(piece))
             self._growing = parent
-            if not self.budget.room(kv.nbytes):
+            if not self.budget.room(kv.nbytes, most=Worth.LATER):
                 self.stats.refused += 1
                 break
             if parent is not None:

@@ -174,12 +174,13 @@ class SegmentStore:
         Returns:
             Its number, or ``None`` where the budget has no room for it.
         """
-        if not self.budget.room(reading.nbytes):
+        origins = {span.origin for span in reading.spans}
+        most = Worth.LATER if origins.isdisjoint(awaited) else Worth.AWAITED
+        if not self.budget.room(reading.nbytes, most):
             self.stats.refused += 1
             self._note_lost(reading)
             return None
         number, self._count = self._count, self._count + 1
-        origins = {span.origin for span in reading.spans}
         self._kept[number] = _Kept(reading, number, {o: awaited[o] for o in origins if o in awaited})
         self._index(number, reading)
         self.nbytes += reading.nbytes

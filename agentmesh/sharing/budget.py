@@ -39,7 +39,7 @@ class Budget:
     """A hard limit that several stores share.
 
     Args:
-        limit: bytes that all stores hold together at most, at any time.
+        limit: bytes that all stores hold together at most, whenever they asked for room.
         low: share of the limit down to which eviction goes once it has begun, but for what is awaited.
     """
 

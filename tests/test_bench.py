@@ -399,7 +399,7 @@ def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(monkeypatch: pytes
     [
         ("ttft", "prefix@rolelast", "expected prefix@role-first, role-last"),
         ("fidelity", "linear@role-last", "layouts are for `bench ttft`"),
-        ("ttft", "prefixx@role-last", "did you mean 'prefix'?"),
+        ("ttft", "prefixx@role-last", "Did you mean 'prefix'?"),
     ],
 )
 def test_a_layout_that_is_none_is_refused_before_anything_is_loaded(
@@ -413,7 +413,7 @@ def test_a_layout_that_is_none_is_refused_before_anything_is_loaded(
 
 
 def test_throughput_refuses_a_mesh_with_a_store(folder: Path) -> None:
-    options = ["--set", "communicator={preset: linear, store: {path: kept}}"]
+    options = ["--warmup", "1", "--limit", "1", "--set", "communicator={preset: linear, store: {path: kept}}"]
     found = command("bench", "throughput", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
 
     assert found.returncode == 2

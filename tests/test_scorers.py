@@ -154,7 +154,7 @@ def processes() -> list[psutil.Process]:
 
 def test_a_formula_that_hangs_is_killed_and_the_next_sample_is_scored() -> None:
     before = processes()
-    scorer = MathScorer(limit_s=0.7)
+    scorer = MathScorer(limit_s=3)
 
     async def three() -> tuple[list[Scored], float]:
         """The loop goes on meanwhile: the longest time it stood still comes back too."""
@@ -176,7 +176,7 @@ def test_a_formula_that_hangs_is_killed_and_the_next_sample_is_scored() -> None:
     scorer.close()
 
     assert [each.values["math"] for each in scored] == [1, 0, 1]
-    assert scored[1].note == "stopped after 0.7 s"
+    assert scored[1].note == "stopped after 3 s"
     assert longest < 0.5
     assert len(started) == 1
     assert not started[0].is_running()

@@ -393,8 +393,9 @@ class AnyOrder(RuleBasedStateMachine):
             assert (old in found) == (old in self.store._kept) or span.written
 
     def _keep(self, new: Reading, awaited: dict[str, int]) -> int | None:
-        """Whatever is not pinned makes room, and nothing else."""
-        pinned = {number: kept.reading for number, kept in self.store._kept.items() if kept.pins}
+        """Whatever is not pinned makes room, for what nobody awaits only what nobody awaits, and nothing else."""
+        kept_on = {n: kept for n, kept in self.store._kept.items() if kept.pins or (kept.awaited and not awaited)}
+        pinned = {number: kept.reading for number, kept in kept_on.items()}
         held = sum(one.nbytes for one in pinned.values())
         number = self.store.add(new, awaited)
         assert (number is None) == (held + new.nbytes > self.store.budget.limit)

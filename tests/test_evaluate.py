@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from small import MESH, TASK
 from agentmesh.cli import invoke
 from agentmesh.errors import InputError, NodeError, RecordError, UsageError
 from agentmesh.evaluate import evaluate as agentmesh_evaluate
+from agentmesh.evaluate import report
 from agentmesh.evaluate.journal import Journal, Row
 from agentmesh.evaluate.report import Report, evaluate, read_report
 from agentmesh.evaluate.results import summarise
@@ -101,6 +103,21 @@ def test_the_command_goes_on_with_an_evaluation_that_was_killed(mesh: Path) -> N
 
     assert outcome(read_report(path)) == outcome(whole)
     assert len((path / "samples.jsonl").read_text().splitlines()) == 8
+
+
+def test_an_evaluation_that_is_interrupted_says_how_to_go_on(
+    mesh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(request: Request, _progress: object, started: Callable[[Path, int], Callable[[], None]]) -> None:
+        started(request.runs_dir / "20260101T000000-mesh-1", 4)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "evaluate", interrupted)
+
+    assert invoke(["eval", str(mesh), "--task", str(mesh.parent / "task")]) == 130
+
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the same command with --resume 20260101T000000-mesh-1" in said
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))

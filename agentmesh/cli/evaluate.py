@@ -99,13 +99,20 @@ def evaluate(
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars, fetching(console, quiet=True) as progress:
+        folders: list[Path] = []
 
         def started(path: Path, runs: int) -> Callable[[], None]:
+            folders.append(path)
             console.print(f"{path}; if it is cut off: --resume {path.name}", soft_wrap=True, highlight=False)
             bar = bars.add_task("samples", total=runs)
             return lambda: bars.advance(bar)
 
-        report = work(request, progress, started)
+        try:
+            report = work(request, progress, started)
+        except KeyboardInterrupt:
+            for path in folders:
+                console.print(f"cut off; to go on, the same command with --resume {path.name}", highlight=False)
+            raise
     _show(report, format)
 
 

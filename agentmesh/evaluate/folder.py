@@ -80,8 +80,13 @@ def read_settings(path: Path) -> Settings:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if "eval" not in manifest:
+            raise RecordError(
+                f"{path} is no folder of an `agentmesh eval`, but of a single run (`agentmesh runs show`); "
+                "`agentmesh runs ls` lists both"
+            )
         return Settings.model_validate(manifest["eval"])
-    except (OSError, ValueError, KeyError, ValidationError) as error:
+    except (OSError, ValueError, ValidationError) as error:
         raise RecordError(f"{path} is no folder of an `agentmesh eval`: {error}") from error
 
 

@@ -246,6 +246,7 @@ async def leg(mesh: Mesh, work: Iterator[Job], alone: Mapping[Job, tuple[str, ..
             await backend.engine.do(look)
             await asyncio.sleep(0.05)
 
+    await backend.engine.do(backend.engine.core.admission.drop_spare)  # another mesh's, whose budget may be larger
     watching = asyncio.ensure_future(watch())
     workers = [asyncio.ensure_future(worker()) for _ in range(plan.concurrency)]
     try:

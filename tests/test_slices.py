@@ -17,6 +17,7 @@ from agentmesh.engine import composition, core
 from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.forward import ArenaRunner
+from agentmesh.engine.generation import Generation
 from agentmesh.engine.loading import load
 from agentmesh.engine.loop import Engine
 from agentmesh.engine.probe import probe
@@ -89,7 +90,16 @@ def counted(slices: int, seen: list[int]) -> Slices[str]:
         seen.append(-1)
 
 
-def test_work_in_turns_gives_what_it_gives_at_once() -> None:
+async def in_its_fourth_slice(engine: Engine, checked: Checked) -> asyncio.Future[Generation]:
+    """A call whose check has begun and goes on."""
+    fourth, event_loop = asyncio.Event(), asyncio.get_running_loop()
+    checked.fourth = lambda: event_loop.call_soon_threadsafe(fourth.set)
+    asked = asyncio.ensure_future(engine.generate(checked, 4, Sampling(2), lambda _report: None, lambda _piece: None))
+    await fourth.wait()
+    return asked
+
+
+def test_work_in_slices_gives_what_it_gives_at_once() -> None:
     seen: list[int] = []
     work = counted(2, seen)
 
@@ -98,7 +108,7 @@ def test_work_in_turns_gives_what_it_gives_at_once() -> None:
     assert seen == [0, 1, -1] * 3
 
 
-def test_work_that_is_given_up_between_two_turns_is_closed() -> None:
+def test_work_that_is_given_up_between_two_slices_is_closed() -> None:
     seen: list[int] = []
     work = noted(Spans(), Part.AUDIT, counted(9, seen))
     advance(work)
@@ -144,12 +154,7 @@ def test_who_gives_up_during_a_check_ends_it_and_holds_nothing(engine: Engine) -
     checked = Checked(10**6)
 
     async def given_up() -> None:
-        fourth, event_loop = asyncio.Event(), asyncio.get_running_loop()
-        checked.fourth = lambda: event_loop.call_soon_threadsafe(fourth.set)
-        asked = asyncio.ensure_future(
-            engine.generate(checked, 4, Sampling(2), lambda _report: None, lambda _piece: None)
-        )
-        await fourth.wait()
+        asked = await in_its_fourth_slice(engine, checked)
         asked.cancel()
         await asyncio.wait({asked})
         await engine.do(lambda: None)
@@ -167,12 +172,7 @@ def test_an_engine_that_is_closed_between_two_slices_of_a_check_cancels_the_call
     engine, checked = Engine(loaded, probe(loaded.model, loaded.step)), Checked(10**6)
 
     async def closed_meanwhile() -> None:
-        fourth, event_loop = asyncio.Event(), asyncio.get_running_loop()
-        checked.fourth = lambda: event_loop.call_soon_threadsafe(fourth.set)
-        asked = asyncio.ensure_future(
-            engine.generate(checked, 4, Sampling(2), lambda _report: None, lambda _piece: None)
-        )
-        await fourth.wait()
+        asked = await in_its_fourth_slice(engine, checked)
         await asyncio.to_thread(engine.close)
         with pytest.raises(asyncio.CancelledError):
             await asked
@@ -315,7 +315,7 @@ def test_an_audit_is_computed_in_the_calls_own_cache(monkeypatch: pytest.MonkeyP
     assert all(lent == own for lent, own in held)
 
 
-def test_a_passage_in_turns_has_the_kv_and_the_weights_of_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_passage_in_slices_has_the_kv_and_the_weights_of_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(ModelSpec(name="random:tiny-llama"))
     runner = probe(loaded.model, loaded.step).runner
     assert isinstance(runner, ArenaRunner)

@@ -30,7 +30,7 @@ from typing import final
 from agentmesh.communicator.base import Plan, Preset, demand_memory
 from agentmesh.communicator.keeper import Keeper, KeptPlan
 from agentmesh.communicator.labels import Label, Labels, computed
-from agentmesh.communicator.learner import PENDING_SHARE
+from agentmesh.communicator.learner import pending_part
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.communicator.pools import NewAnchor, Pools
 from agentmesh.config.presets import CommunicatorSpec
@@ -265,7 +265,7 @@ class KVComm(Preset):
         if reader.sees is None:
             return self.budget.room(need, most=Worth.LATER)
         held = self.pools.taught_bytes(reader.run)
-        return not held or held + need <= PENDING_SHARE * self.budget.limit / (reader.order - reader.sees)
+        return not held or held + need <= pending_part(self.budget, reader.order - reader.sees)
 
     def _new(self, prompt: Prompt, slot: Slot, arena: Arena) -> NewAnchor:
         """An anchor from a dense call."""

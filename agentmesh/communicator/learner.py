@@ -40,6 +40,11 @@ PENDING_SHARE = 0.5
 """Of the budget, what findings of deterministic runs may hold until they are committed, the same part for each run."""
 
 
+def pending_part(budget: Budget, overlapping: int) -> float:
+    """Bytes of findings that each of some deterministic runs may hold that overlap."""
+    return PENDING_SHARE * budget.limit / overlapping
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a match may be placed: with which realigner, or why not."""
@@ -277,7 +282,7 @@ class Learner:
             fits = bool(state.observations) or self._holds(one)
             return fits and self._budget.room(one, most=Worth.LATER)
         noted = sum(isinstance(finding, Observed) for finding in self.ledger.noted(reader.run))
-        part = PENDING_SHARE * self._budget.limit / (reader.order - reader.sees)
+        part = pending_part(self._budget, reader.order - reader.sees)
         cold = realigner.observations < self._spec.warmup
         return (noted + 1) * one <= (part if cold else part / 2) or (cold and not noted)
 

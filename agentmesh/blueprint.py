@@ -89,6 +89,12 @@ class Blueprint:
         """The input that a bare question goes to: ``question``, or the first one where there is none of that name."""
         return "question" if "question" in self.inputs else self.inputs[0]
 
+    @property
+    def realigners(self) -> Path | None:
+        """The file with what the mesh's realigners have learned before, if it names one."""
+        named = self.communicator.realigners
+        return None if named is None else self.folder / Path(named).expanduser()
+
     def local_model(self) -> ModelSpec:
         """The model, for what only a model of this machine can do.
 

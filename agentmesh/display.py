@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -157,16 +166,21 @@ def showing(mode: Display, console: Console) -> Iterator[Sequence[Sink]]:
 
 @contextmanager
 def fetching(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback for fetching and converting a model, shown as bars where something is to be done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bars:
-        tasks = {}
+    """A progress callback for fetching and converting a model, shown as bars where something is to be done.
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(f"{stage} the model", total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+    Until then, and while the weights are read, a terminal shows that something goes on.
+    """
+    loading = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    loading.add_task("loading the model", total=None)
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
 
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(f"{stage} the model", total=total)
+        bars.update(tasks[stage], completed=done, total=total)
+
+    with nullcontext() if quiet else Live(Group(loading, bars), console=console, transient=True):
         yield report
 
 

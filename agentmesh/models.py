@@ -112,9 +112,8 @@ def _open_local(blueprint: Blueprint, progress: Progress | None, beside: Backend
     else:
         backend = LocalBackend.open(blueprint.local_model(), spec, progress, deterministic=exact)
     try:
-        if spec.realigners is not None:
-            path = blueprint.folder / Path(spec.realigners).expanduser()
-            backend.load_realigners(path, blueprint.digests)
+        if blueprint.realigners is not None:
+            backend.load_realigners(blueprint.realigners, blueprint.digests)
         if spec.store is not None:
             folder = blueprint.folder / Path(spec.store.path).expanduser()
             backend.keep_in(folder, spec.store, blueprint.digests, reads=not exact)

@@ -221,9 +221,14 @@ def _event(line: str) -> Event | None:
         return None
 
 
+def has_events(path: Path) -> bool:
+    """Whether a folder is the record of one run; that of an evaluation has samples instead of events."""
+    return (path / "events.jsonl").exists()
+
+
 def outcome(path: Path) -> str:
     """How a run or evaluation ended: ``finished``, ``failed``, ``cancelled``, or ``cut off`` for a killed process."""
-    if not (path / "events.jsonl").exists() and (path / "results.json").is_file():
+    if not has_events(path) and (path / "results.json").is_file():
         return "finished"
     last = next(reversed(list(read_events(path))), None)
     if isinstance(last, RunFinished):

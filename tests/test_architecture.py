@@ -34,6 +34,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "executors",
             "mesh",
             "models",
+            "parts",
             "planned",
             "remote",
             "record",

@@ -196,7 +196,9 @@ def test_options_can_be_set_in_the_environment(mesh: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_leaves_a_readable_record(mesh: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_run_leaves_a_readable_record(
+    mesh: Path, tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
     def heeding() -> None:
         """Shells let what they start in the background ignore SIGINT, and with it all its children."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -229,6 +231,7 @@ def test_an_interrupted_run_leaves_a_readable_record(mesh: Path, tmp_path: Path,
     else:
         assert outcome(record) == "cut off"
     assert invoke(["runs", "show", "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert ("cancelled after" in capsys.readouterr().out) == (number == signal.SIGINT)
 
 
 def test_a_full_disk_fails_the_run_and_keeps_what_was_finished(mesh: Path, tmp_path: Path) -> None:
@@ -284,3 +287,29 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["model random:tiny-smollm3"]["layers"] == "2 rope, 1 nope"
     assert {"versions", "machine", "models", "sandbox"} <= set(report)
+
+
+def test_validate_looks_at_all_files_and_at_what_they_name(
+    mesh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(mesh.parent)
+    text = mesh.read_text(encoding="utf-8")
+    learned = "communicator: {preset: linear, realigners: r.safetensors}"
+    wrong = {
+        "model.yaml": ("model: random:tiny-llama", "model: smolm2-135m", "Did you mean 'smollm2-135m'"),
+        "learned.yaml": ("version: 1", f"version: 1\n{learned}", "calibrate"),
+        "role.yaml": ("  agent:", "  agent:\n    python: nowhere:Role", "cannot import 'nowhere'"),
+    }
+    for name, (old, new, _) in wrong.items():
+        assert old in text, name
+        Path(name).write_text(text.replace(old, new), encoding="utf-8")
+
+    assert invoke(["validate", *wrong, "mesh.yaml"]) == 2
+
+    shown = capsys.readouterr()
+    assert shown.out.startswith("mesh.yaml: ok"), "a wrong file keeps no other from being looked at"
+    for _, _, message in wrong.values():
+        assert message in shown.err
+    assert invoke(["validate", *wrong, "mesh.yaml", "--format", "json"]) == 2
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["config"], row["ok"]) for row in rows] == [*((name, False) for name in wrong), ("mesh.yaml", True)]

@@ -403,6 +403,10 @@ BAD_SETS = {
     "empty part": ("agents..x=1", "expected path=value"),
     "unknown key": ("agents.agent.promt=x", "--set agents.agent.promt=x: agents.agent.promt: unknown key"),
     "wrong type": ("run.seed=x", "--set run.seed=x: run.seed: found 'x'; expected a whole number"),
+    "unknown agent": (
+        "agents.agnt.generate.max_tokens=3",
+        "agents.agnt: missing key 'prompt'; add it here (the file has no agents.agnt. Did you mean 'agent'?)",
+    ),
     "parameter": ("topology.agnts=1", "--set topology.agnts=1: topology.agnts: unknown parameter"),
     "below text": ("agents.agent.prompt.x=1", "agents.agent.prompt is '{{ question }}"),
     "no such place": ("agents.agent.role.2=X", "found '2'; expected a position in agents.agent.role, which has 2"),

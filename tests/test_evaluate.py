@@ -83,7 +83,7 @@ def test_nothing_is_learned_from_measured_samples(mesh: Path) -> None:
     assert placed[0][1] > 0
 
 
-def test_the_command_goes_on_with_an_evaluation_that_was_killed(mesh: Path) -> None:
+def test_the_command_goes_on_with_an_evaluation_that_was_killed(mesh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Test_kills.py kills more often, without the command line."""
     whole = evaluate(a_request(mesh, presets=("dense", "linear")))
     runs_dir = mesh.parent / "killed"
@@ -98,10 +98,17 @@ def test_the_command_goes_on_with_an_evaluation_that_was_killed(mesh: Path) -> N
         process.communicate(timeout=60)
     path = next(runs_dir.iterdir())
     assert not (path / "results.json").exists()
+    shown = ["runs", "show", path.name, "--runs-dir", str(runs_dir)]
+    assert invoke(shown) == 0
+    assert f"{path.name}: cut off" in capsys.readouterr().out
 
     assert invoke([*line, "--resume", path.name]) == 0
 
     assert outcome(read_report(path)) == outcome(whole)
+    capsys.readouterr()
+    assert invoke([*shown, "--format", "json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["outcome"], said["results"]["presets"]["linear"]["n"]) == ("finished", 4)
     assert len((path / "samples.jsonl").read_text().splitlines()) == 8
 
 

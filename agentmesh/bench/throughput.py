@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from agentmesh.bench.baseline import GenerateBackend
 from agentmesh.bench.data import Question
@@ -96,8 +95,8 @@ def measure(
         for width in plan.widths:
             for name, spec in chosen.items():
                 backend = LocalBackend(engine, spec)
-                if spec.realigners is not None and backend.adds_up:
-                    backend.load_realigners(blueprint.folder / Path(spec.realigners).expanduser(), blueprint.digests)
+                if blueprint.realigners is not None and backend.adds_up:
+                    backend.load_realigners(blueprint.realigners, blueprint.digests)
                 runs.append(_load(mesh_of(width), backend, warm, timed, name, width, tick, profiles=profiles))
     return Throughput(
         model=loaded.name,

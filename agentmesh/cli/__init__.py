@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version as installed
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -39,6 +41,24 @@ app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
 app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")
+
+
+def _version(asked: bool) -> None:  # typer hands over the option's value
+    if asked:
+        typer.echo(f"agentmesh {installed('agentmesh-kv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, allow_from_autoenv=False, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a verb."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from agentmesh import library as shelf
 from agentmesh.blueprint import draft, slot_warnings
@@ -14,8 +15,9 @@ from agentmesh.cli.options import Format, FormatOption, Libraries, Sets
 from agentmesh.config.load import load_mesh, load_topology
 from agentmesh.config.load import schema as file_schema
 from agentmesh.config.yaml import read
-from agentmesh.errors import ConfigError, NotFoundError
+from agentmesh.errors import ConfigError, NotFoundError, UsageError
 from agentmesh.graphview import render
+from agentmesh.parts import check_parts
 from agentmesh.topology import Topology
 
 
@@ -25,10 +27,21 @@ def validate(
     library: Libraries = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """Check mesh files: keys, values, graph, agents, templates. Loads no model."""
-    rows = []
+    """Check mesh files: keys, values, graph, templates, and that what they name is there. Loads no model.
+
+    All files are checked, whatever is found in one of them; exit code 2 where something is wrong.
+    """
+    rows: list[dict[str, Any]] = []
+    errors = Console(stderr=True)
     for config in configs:
-        blueprint = draft(load_mesh(config, overrides=set or (), libraries=library or ()))
+        try:
+            blueprint = draft(load_mesh(config, overrides=set or (), libraries=library or ()))
+            check_parts(blueprint)
+        except UsageError as error:
+            rows.append({"config": config, "ok": False, "error": str(error)})
+            if format is Format.TEXT:
+                errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+            continue
         warnings = slot_warnings(blueprint)
         rows.append({"config": config, "ok": True, "nodes": len(blueprint.members), "warnings": warnings})
         if format is Format.TEXT:
@@ -38,6 +51,8 @@ def validate(
                 typer.echo(f"  advice: {warning}")
     if format is Format.JSON:
         typer.echo(json.dumps(rows, indent=2))
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(UsageError.exit_code)
 
 
 def graph(

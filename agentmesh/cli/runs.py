@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,9 +13,12 @@ from rich.console import Console
 from agentmesh.cli.options import DEFAULT_RUNS, Format, FormatOption, RunsDir
 from agentmesh.config.base import Choice
 from agentmesh.display import calls_table
-from agentmesh.events import ModelFinished, NodeFinished, RunFailed, RunFinished
-from agentmesh.record import find_run, outcome, read_events
+from agentmesh.events import Event, ModelFinished, NodeFinished, RunCancelled, RunFailed, RunFinished
+from agentmesh.record import find_run, has_events, outcome, read_events
 from agentmesh.record import runs as run_folders
+
+if TYPE_CHECKING:
+    from agentmesh.evaluate.results import Results
 
 
 class Export(Choice):
@@ -113,22 +117,47 @@ def show(
     runs_dir: RunsDir = DEFAULT_RUNS,
     format: FormatOption = Format.TEXT,
 ) -> None:
-    """Show one run: its messages, model calls and answer."""
+    """Show one run: its messages, model calls and answer; of an evaluation, its figures so far."""
     path = find_run(runs_dir, name)
-    events = list(read_events(path))
+    known = {"run": path.name, "outcome": outcome(path)}
+    evaluation = not has_events(path)
     if format is Format.JSON:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        found = {"run": path.name, "outcome": outcome(path), "manifest": manifest}
-        typer.echo(json.dumps({**found, "events": [event.model_dump(mode="json") for event in events]}, indent=2))
+        if evaluation:
+            more: dict[str, Any] = {"results": _results(path).model_dump(mode="json")}
+        else:
+            more = {"events": [event.model_dump(mode="json") for event in read_events(path)]}
+        typer.echo(json.dumps({**known, "manifest": manifest, **more}, indent=2))
         return
-    typer.echo(f"{path.name}: {outcome(path)}")
+    typer.echo(f"{path.name}: {known['outcome']}")
+    if evaluation:
+        from agentmesh.evaluate.tables import results_table  # noqa: PLC0415  # keeps `agentmesh --help` light
+
+        Console().print(results_table(_results(path)))
+        typer.echo(f"a page with every sample: agentmesh report {path}")
+    else:
+        _show_run(list(read_events(path)))
+
+
+def _results(path: Path) -> Results:
+    from agentmesh.evaluate.report import read_report  # noqa: PLC0415  # keeps `agentmesh --help` light
+
+    return read_report(path).results
+
+
+def _show_run(events: Sequence[Event]) -> None:
+    """Messages, calls, and how it ended."""
     for event in events:
         if isinstance(event, NodeFinished):
             said = event.message
             typer.echo(f"\n{said.node} ({said.role}), round {said.round}, {said.tokens} tokens:\n{said.text}")
-    Console().print(calls_table([event.call for event in events if isinstance(event, ModelFinished)]))
+    calls = [event.call for event in events if isinstance(event, ModelFinished)]
+    if calls:
+        Console().print(calls_table(calls))
     for event in events:
         if isinstance(event, RunFinished):
             typer.echo(f"answer: {event.answer}")
         elif isinstance(event, RunFailed):
             typer.echo(f"failed: {event.error}")
+        elif isinstance(event, RunCancelled):
+            typer.echo(f"cancelled after {event.wall_s:.1f} s; {len(calls)} model call(s) had ended by then")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentmesh.config.nodes import Document, KeyPath, excerpt
-from agentmesh.errors import ConfigError
+from agentmesh.errors import ConfigError, did_you_mean
 
 EXCERPTS = 5
 MAX_LINES = 50
@@ -74,12 +74,26 @@ class Source:
         lines: list[str] = []
         for index, problem in enumerate(ordered[:MAX_LINES]):
             place = self.place(problem.path, at_key=problem.at_key)
-            lines.append(": ".join(filter(None, [place, dotted(problem.path), problem.message])))
+            lines.append(": ".join(filter(None, [place, dotted(problem.path), problem.message])) + self._added(problem))
             if index < EXCERPTS and self.document is not None and self.override_of(problem.path) is None:
                 lines.append(excerpt(self.document.text, *self.document.locate(problem.path, at_key=problem.at_key)))
         if len(ordered) > MAX_LINES:
             lines.append(f"… and {len(ordered) - MAX_LINES} more")
         return ConfigError("\n".join(lines))
+
+    def _added(self, problem: Problem) -> str:
+        """What an override put where the file has nothing, beside what the file has there: often a name's typo."""
+        override = self.override_of(problem.path)
+        if override is None or self.document is None or "Did you mean" in problem.message:
+            return ""
+        node = self.document.root
+        for size, part in enumerate(override.path[: len(problem.path)], 1):
+            if part not in node.children:
+                names = [str(name) for name in node.children]
+                hint = did_you_mean(str(part), names)
+                return f" (the file has no {dotted(override.path[:size])}.{hint})" if hint else ""
+            node = node.children[part]
+        return ""
 
     def _order(self, problem: Problem) -> tuple[bool, tuple[int, int]]:
         override = self.override_of(problem.path)

@@ -137,7 +137,7 @@ def main() -> None:
         model = Llama(str(file), n_ctx=CONTEXT, n_threads=torch.get_num_threads(), verbose=False)
     backend = LlamaBackend(model, HubTokenizer(loaded.tokenizer), loaded.stop_token_ids)
     mesh = Mesh.from_loaded(mesh_of(1), model=backend)
-    samples = [{mesh.blueprint.main_input: question.text} for question in questions[asked.warmup :][: asked.limit]]
+    samples = [question.inputs(mesh.blueprint) for question in questions[asked.warmup :][: asked.limit]]
     begun = time.perf_counter()
     results = asyncio.run(mesh.arun_all(samples))
     wall = time.perf_counter() - begun

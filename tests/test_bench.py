@@ -16,8 +16,9 @@ import torch
 from inprocess import command
 from safetensors import safe_open
 
+from agentmesh import Mesh
 from agentmesh.bench import session, ttft
-from agentmesh.bench.data import Question
+from agentmesh.bench.data import Question, read_questions
 from agentmesh.bench.fidelity import _Unrotated
 from agentmesh.bench.figures import ScalingPoint
 from agentmesh.bench.rig import Rig, observe
@@ -280,6 +281,17 @@ def word_problem(number: int) -> Question:
         f"{name} keeps {a} boxes in a shed at the harbour, and each box holds {b} {thing}. On Monday {name} sells {c} "
         f"of the {thing} and a boat brings {2 * c} more. How many {thing} are in the shed on Monday evening?"
     )
+
+
+def test_a_line_gives_all_inputs_that_a_mesh_reads(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"id": "a", "question": "How many?", "style": "short", "answer": "3", "context": None}))
+    agents = {"agent": {"prompt": "{{ style }}\n{{ problem }}"}}
+    blueprint = Mesh(agents=agents, topology={"use": "chain", "agents": 1}, inputs=["problem", "style"]).blueprint
+
+    (found,) = read_questions(path, 1)
+
+    assert found.inputs(blueprint) == {"problem": "How many?", "style": "short"}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -589,8 +590,52 @@ def test_agents_with_one_beginning_share_what_they_all_read_as_an_exact_prefix(p
     assert "question" in exact[1]
     if preset == "prefix":
         assert "message agent.1@0" in exact[2]
+        inside = [
+            row.tokens for row in calls[1].plan if row.segment == "question" and row.kind is not Treatment.COMPUTED
+        ]
+        assert calls[1].placed_slots == calls[1].slot_tokens == sum(inside), (
+            "an exact prefix shares what it holds of slots"
+        )
+        assert calls[0].slot_tokens == 0
     else:
         assert Reason.SAME_HISTORY in reasons(calls[2])
+
+
+def test_what_was_decoded_never_becomes_part_of_an_exact_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is exact to rounding only (METHOD 3), also where an agent goes on from its own message."""
+    kept: dict[tuple[int, ...], int] = {}
+    insert = PrefixStore.insert
+
+    def noted(store: PrefixStore, root: bytes, tokens: Sequence[int], points: Sequence[int], read: Any) -> None:
+        kept[tuple(tokens)] = max(points, default=0)
+        insert(store, root, tokens, points, read)
+
+    monkeypatch.setattr(PrefixStore, "insert", noted)
+    agents = {"debater": member("Debater", memory="conversation"), "judge": member("Judge")}
+    topology = {"use": "debate", "debaters": 1, "rounds": 2}
+    with Mesh(agents=agents, topology=topology, model="random:tiny-llama", communicator="rotate") as one:
+        calls = one.run(question=question(1)).calls
+
+    again = next(call for call in calls if (call.node, call.round) == ("debater", 1))
+    assert Reason.SAME_HISTORY in reasons(again)
+    segments = [row.segment for row in again.plan]
+    decoded = sum(row.tokens for row in again.plan[: segments.index("message debater@0")])
+    assert 0 < next(end for tokens, end in kept.items() if len(tokens) == again.prompt_tokens) <= decoded
+
+
+def test_as_many_runs_overlap_as_cores_and_memory_serve_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    with mesh("linear") as one:
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        longest = backend.engine.loaded.max_context * backend.engine.support.runner.shape.bytes_per_token
+        for cores, runs_of_memory, width in ((2, 1000, 16), (2, 5, 5), (64, 1000, 32), (2, 0, 1)):
+            monkeypatch.setattr("torch.get_num_threads", lambda cores=cores: cores)
+            free = SimpleNamespace(available=2 * longest * runs_of_memory)
+            monkeypatch.setattr("psutil.virtual_memory", lambda free=free: free)
+            assert one.width == width
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * longest * 1000))
+        with mesh("linear", concurrency=3) as asked:
+            assert asked.width == 3
 
 
 def a_match(depth: int = 0) -> Match:

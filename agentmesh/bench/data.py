@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, final
@@ -24,10 +24,16 @@ EXPECTED = '{"question": …, "context": [{"title": …, "text": …}]}'
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the file: its text, and paragraphs that go with it (``title`` and ``text`` joined)."""
+    """One line of the file: its text, paragraphs that go with it (``title`` and ``text`` joined), its other texts."""
 
     text: str
     context: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def inputs(self, blueprint: Blueprint) -> dict[str, str]:
+        """What a mesh is asked: the question, and what the line has under the names of the mesh's other inputs."""
+        others = {name: self.others[name] for name in blueprint.inputs if name in self.others}
+        return {**others, blueprint.main_input: self.text}
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ def read_questions(path: Path, limit: int) -> list[Question]:
 def _question(row: Mapping[str, Any], place: str) -> Question:
     try:
         context = tuple(f"{part.get('title', '')}\n{part['text']}".strip() for part in row.get("context") or ())
-        return Question(str(row["question"]), context)
+        others = {name: text for name, text in row.items() if isinstance(text, str)}
+        return Question(str(row["question"]), context, others)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{place}: expected {EXPECTED}, found the fields {', '.join(list(row)[:12])}") from error
 
@@ -148,5 +155,5 @@ def dense_runs(
                 agent.passages[question.text] = contents
     for low in range(0, len(questions), mesh.width):
         group = questions[low : low + mesh.width]
-        asyncio.run(mesh.arun_all({mesh.blueprint.main_input: question.text} for question in group))
+        asyncio.run(mesh.arun_all(question.inputs(mesh.blueprint) for question in group))
         yield from recording.take()

@@ -165,7 +165,7 @@ def _load(
 
 def _answer(mesh: Mesh, questions: Sequence[Question], tick: Callable[[], None]) -> tuple[list[RunResult], float]:
     """Answer questions, as many at once as the mesh allows: the results and the seconds that took."""
-    samples = [{mesh.blueprint.main_input: question.text} for question in questions]
+    samples = [question.inputs(mesh.blueprint) for question in questions]
     begun = time.perf_counter()
     return asyncio.run(mesh.arun_all(samples, tick)), time.perf_counter() - begun
 

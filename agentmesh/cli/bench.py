@@ -115,7 +115,7 @@ def _budgeted(config: str, sets: Sequence[str], libraries: Sequence[Path], budge
 @app.command("fidelity")
 def fidelity(
     config: Config,
-    data: Annotated[Path, typer.Option(help="JSONL file with a question on each line (and its context).")],
+    data: Annotated[Path, typer.Option(help="JSONL file: a question on each line, other inputs by name, its context.")],
     warmup: Annotated[int, typer.Option(min=1, help="Questions that are only observed.")] = 20,
     limit: Annotated[int, typer.Option(min=1, help="Questions that are measured.")] = 40,
     presets: Presets = "prefix,rotate,epic,kvcomm,linear,blend",
@@ -242,7 +242,7 @@ def scaling(
 @app.command("throughput")
 def throughput(
     config: Config,
-    data: Annotated[Path, typer.Option(help="JSONL file with a question on each line.")],
+    data: Annotated[Path, typer.Option(help="JSONL file: a question on each line, and other inputs by name.")],
     warmup: Annotated[int, typer.Option(min=0, help="Questions before the clock starts; slots warm up in them.")] = 8,
     limit: Annotated[int, typer.Option(min=1, help="Questions that are timed.")] = 16,
     concurrency: Annotated[str, typer.Option(help="Runs at once, separated by commas.")] = "1,4,16",

@@ -22,7 +22,7 @@ from agentmesh.mesh import Mesh
 
 def calibrate(
     config: Config,
-    data: Annotated[Path, typer.Option(help="JSONL file with a question on each line.")],
+    data: Annotated[Path, typer.Option(help="JSONL file: a question on each line, and other inputs by name.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The file to write; name it under communicator.realigners.")
     ] = Path("realigners.safetensors"),
@@ -59,7 +59,7 @@ def calibrate(
         backend.observe_only(on=True, checked=True)
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task("observing", total=limit)
-            samples = [{mesh.blueprint.main_input: question.text} for question in questions[:limit]]
+            samples = [question.inputs(mesh.blueprint) for question in questions[:limit]]
             for wave in (samples[: len(samples) // 2], samples[len(samples) // 2 :]):  # runs see what ended before them
                 asyncio.run(mesh.arun_all(wave, lambda: bars.advance(task)))
         for line in backend.save_realigners(output, mesh.blueprint.digests):

@@ -38,7 +38,7 @@ class Prefix(Preset):
         self._limit = limit
 
     def plan(self, prompt: Prompt) -> Plan:
-        """Place the longest stored prefix that ends at a reuse point."""
+        """Place the longest stored prefix that ends at a reuse point; what it holds of slots counts as shareable."""
         placed, at = [], 0
         for kv in self._beginnings.match(prompt):
             placed.append(Placement(at, kv))
@@ -46,7 +46,12 @@ class Prefix(Preset):
         limited = self._limit is not Reason.BEHIND_PREFIX
         reason = self._limit if at or limited else Reason.NOT_SEEN
         composition = Composition(prompt.tokens, tuple(placed), prompt.points)
-        return Plan(composition, rows(prompt, at, "prefix store", reason))
+        slots = sum(
+            min(max(at - start, 0), len(segment.tokens))
+            for segment, start in zip(prompt.segments, prompt.starts, strict=True)
+            if segment.content is not None
+        )
+        return Plan(composition, rows(prompt, at, "prefix store", reason), slots, slots)
 
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:  # noqa: ARG002  # all of it is exact
         """Keep the prompt's pieces up to its last reuse point, or all of it where a conversation goes on from it."""

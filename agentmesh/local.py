@@ -277,7 +277,7 @@ class LocalBackend:
             reads: whether what is there is used, too; not in deterministic runs.
 
         Raises:
-            InputError: no folder, but a file.
+            InputError: no folder, but a file, or none can be made.
         """
         runner = self.engine.support.runner
         if not isinstance(runner, ArenaRunner):

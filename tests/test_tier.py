@@ -348,6 +348,8 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="found a file, expected a folder"):
         DiskStore(tmp_path / "kv", 64 * MIB)
+    with pytest.raises(InputError, match=r"cannot make the folder \(Not a directory\); name another place"):
+        DiskStore(tmp_path / "kv" / "below", 64 * MIB)
 
 
 CHILD = """

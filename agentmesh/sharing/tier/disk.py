@@ -60,7 +60,8 @@ class DiskStore:
         twin: whether another one has put the folder in order already.
 
     Raises:
-        InputError: something that is no folder lies there.
+        InputError: something that is no folder lies there, or none can be made. One that is there and cannot be
+            written is used as far as it can be.
     """
 
     def __init__(
@@ -76,6 +77,12 @@ class DiskStore:
         if path.exists() and not path.is_dir():
             raise InputError(f"store {path}: found a file, expected a folder; name another place for it")
         self.folder = Folder(path)
+        if not path.exists():
+            try:
+                self.folder.prepare()
+            except OSError as error:
+                why = error.strerror or error
+                raise InputError(f"store {path}: cannot make the folder ({why}); name another place for it") from error
         self.budget = budget
         self.ttl = ttl
         self.counts = counts or Counts()

@@ -6,7 +6,7 @@ errors) is left to the run; what depends on graph, templates and settings is dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -58,10 +58,11 @@ class VisitForecast(Frozen):
 
 
 class Forecast(Frozen):
-    """The whole schedule, and advice about the order of texts."""
+    """The whole schedule, what it takes for granted (``given``), and advice about the order of texts."""
 
     preset: str
     visits: tuple[VisitForecast, ...]
+    given: tuple[str, ...]
     advice: tuple[str, ...]
 
 
@@ -202,7 +203,27 @@ def forecast(blueprint: Blueprint) -> Forecast:
         gains = _gains(pieces, bases, others)
         if gains and visit.node not in advice:
             advice[visit.node] = f"{visit.node}: {LAYOUT}, {gains}"
-    return Forecast(preset=blueprint.communicator.preset, visits=tuple(visits), advice=tuple(advice.values()))
+    return Forecast(
+        preset=blueprint.communicator.preset,
+        visits=tuple(visits),
+        given=tuple(_given(blueprint)),
+        advice=tuple(advice.values()),
+    )
+
+
+def _given(blueprint: Blueprint) -> Iterator[str]:
+    """What must be so in a run for it to share as the forecast says."""
+    spec, choice = blueprint.communicator, choices(blueprint.communicator)
+    if choice.share is not Share.SLOTS:
+        return
+    yield f"slots of {spec.min_tokens} tokens or more, and memory for their KV (communicator.budget)"
+    if choice.realigner is RealignerKind.LINEAR:
+        ready = (
+            "as those in the mesh's realigners" if blueprint.realigners else "`agentmesh calibrate` sees to it ahead"
+        )
+        yield f"slots that were observed {spec.warmup} times: {ready}"
+    elif choice.realigner is RealignerKind.ANCHORS:
+        yield "anchors that are as long as what is read: the first runs make them"
 
 
 def _each(pieces: Sequence[Piece], bases: Bases) -> dict[int, Base]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,24 @@ def test_dense_and_prefix_share_no_slots_across_prefixes(root: Path) -> None:
     assert {reason for _, _, reason in slots(dense, "agent.3")} == {Reason.PRESET_DENSE}
     assert {reason for _, _, reason in slots(prefix, "agent.3")} == {Reason.BEHIND_PREFIX}
     assert not dense.advice
+    assert not dense.given
+
+
+@pytest.mark.parametrize(
+    ("set_to", "said"),
+    [
+        ("communicator.preset=linear", ("slots of 64 tokens or more", "observed 7 times: `agentmesh calibrate`")),
+        ("communicator={preset: linear, realigners: r}", ("slots of 32", "observed 5 times: as those in the mesh's")),
+        ("communicator.preset=kvcomm", ("slots of 64", "anchors that are as long")),
+        ("communicator.preset=rotate", ("slots of 64",)),
+    ],
+)
+def test_a_forecast_says_what_it_takes_for_granted(root: Path, set_to: str, said: Sequence[str]) -> None:
+    sets = [set_to] if "{" in set_to else [set_to, "communicator.min_tokens=64", "communicator.warmup=7"]
+    given = of(root, "math-fully-connected", *sets).given
+
+    assert len(given) == len(said)
+    assert all(part in line for part, line in zip(said, given, strict=True)), given
 
 
 def test_passages_are_read_as_a_block_by_the_second_reader(root: Path) -> None:

@@ -52,5 +52,7 @@ def plan(
         if visit.note and visit.slots:
             line = f"{visit.node}, round {visit.round}: {visit.note}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in found.given:
+        console.print(f"given: {line}", markup=False, highlight=False, soft_wrap=True)
     for line in found.advice:
         console.print(f"advice: {line}", markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
@@ -22,15 +21,14 @@ from agentmesh.cli.options import (
     ProfileOption,
     Sets,
     TraceOption,
-    parts,
 )
+from agentmesh.cli.parsing import counts, model_spec, preset_names, shares
 from agentmesh.cli.profiling import profiling, show_profiles
 from agentmesh.config.base import Frozen
 from agentmesh.config.load import LoadedMesh, load_mesh
-from agentmesh.config.mesh import Decode, Dtype, ModelSpec
-from agentmesh.config.presets import PRESETS
+from agentmesh.config.mesh import Decode, Dtype
 from agentmesh.display import fetching
-from agentmesh.errors import InputError, did_you_mean, listing
+from agentmesh.errors import InputError
 from agentmesh.tables import fidelity_table, scaling_table, throughput_table, ttft_table
 
 if TYPE_CHECKING:
@@ -64,7 +62,7 @@ def prefix(
 
     with _bars(repeat + 1) as (progress, tick):
         figures = speed.prefix(
-            _spec(model, dtype), prompt=prompt, seen=seen, repeats=repeat, progress=progress, tick=tick
+            model_spec(model, dtype), prompt=prompt, seen=seen, repeats=repeat, progress=progress, tick=tick
         )
     _show(figures, format, _rows(figures))
 
@@ -89,7 +87,7 @@ def decode(
         from agentmesh.bench import speed  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
         figures = speed.decode(
-            _spec(model, dtype, decode),
+            model_spec(model, dtype, decode),
             prompt=prompt,
             output=output,
             repeats=repeat,
@@ -140,7 +138,7 @@ def fidelity(
     from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
     from agentmesh.bench import session  # noqa: PLC0415
 
-    names = _names(presets)
+    names = preset_names(presets)
     found = questions_of.read_questions(data, warmup + limit)
     cut = None if passages is None else questions_of.Passages.parse(passages)
     with _bars(warmup + limit) as (progress, tick):
@@ -185,11 +183,11 @@ def ttft(
     """
     from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
-    names = _names(presets, session.LAYOUTS)
+    names = preset_names(presets, session.LAYOUTS)
     sizes = session.setting(agents, question, prefix, output, layout, passages, corpus=corpus)
     with _bars((warmup + repeat) * len(names)) as (progress, tick):
         figures = session.ttft(
-            _spec(model, dtype),
+            model_spec(model, dtype),
             names,
             sizes,
             warmup,
@@ -225,13 +223,13 @@ def scaling(
 
     Example: agentmesh bench scaling --lengths 512,1024,2048,4096,7680 --placed 0,0.5,0.9 --plot scaling.png
     """
-    tokens, shares = _counts("--lengths", lengths, "512,1024"), _shares(placed)
+    tokens, portions = counts("--lengths", lengths, "512,1024"), shares(placed)
     from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
     from agentmesh.bench.scaling import Grid  # noqa: PLC0415
 
-    grid = Grid(tuple(tokens), tuple(shares), repeat)
+    grid = Grid(tuple(tokens), tuple(portions), repeat)
     with _bars(grid.ticks) as (progress, tick):
-        figures = session.scaling(_spec(model, dtype), grid, budget=budget, progress=progress, tick=tick)
+        figures = session.scaling(model_spec(model, dtype), grid, budget=budget, progress=progress, tick=tick)
     if plot is not None:
         from agentmesh.plots import plot_scaling  # noqa: PLC0415  # matplotlib is slow to import
 
@@ -258,7 +256,7 @@ def throughput(
 
     Example: agentmesh bench throughput math-fully-connected --data gsm8k.jsonl --warmup 8 --limit 16
     """
-    widths, names = _counts("--concurrency", concurrency, "1,4,16"), _names(presets)
+    widths, names = counts("--concurrency", concurrency, "1,4,16"), preset_names(presets)
 
     def mesh_of(width: int) -> LoadedMesh:
         return load_mesh(config, overrides=[*(set or ()), f"run.concurrency={width}"], libraries=library or ())
@@ -273,62 +271,6 @@ def throughput(
         with _bars(plan.ticks) as (progress, tick):
             figures = load.measure(mesh_of, found, plan, profiles=profiles, progress=progress, tick=tick)
     _show(figures, format, throughput_table(figures), profiles)
-
-
-def _counts(option: str, text: str, example: str) -> list[int]:
-    """Numbers from 1 on, each once.
-
-    Raises:
-        InputError: something else.
-    """
-    found = parts(text)
-    if not found or not all(part.isdecimal() and int(part) for part in found):
-        raise InputError(f"{option} {text!r}: expected numbers from 1 on, separated by commas, such as {example}")
-    return list(dict.fromkeys(int(part) for part in found))
-
-
-def _shares(text: str) -> list[float]:
-    """Shares of a whole, each once.
-
-    Raises:
-        InputError: something else.
-    """
-    try:
-        found = [float(part) for part in parts(text)]
-    except ValueError:
-        found = []
-    if not found or not all(0 <= share < 1 for share in found):
-        raise InputError(
-            f"--placed {text!r}: expected shares from 0 to below 1, separated by commas, such as 0,0.5,0.9"
-        )
-    return list(dict.fromkeys(found))
-
-
-def _names(text: str, layouts: Sequence[str] = ()) -> list[str]:
-    """Preset names of an option, each with a layout behind an ``@`` where there are some.
-
-    Raises:
-        InputError: a name that is no preset, a layout that is none, or no name at all.
-    """
-    names = parts(text)
-    for name in names:
-        preset, _, layout = name.partition("@")
-        if preset not in PRESETS:
-            hint = did_you_mean(preset, PRESETS)
-            raise InputError(f"--presets: no preset named {preset!r}; there are {listing(PRESETS)}.{hint}")
-        if "@" in name and layout not in layouts:
-            expected = f"expected {preset}@{listing(layouts)}" if layouts else "layouts are for `bench ttft`"
-            raise InputError(f"--presets: {name!r} asks for the layout {layout!r}; {expected}")
-    if not names:
-        raise InputError(f"--presets is empty; name some of {listing(PRESETS)}")
-    return names
-
-
-def _spec(model: str, dtype: Dtype, decode: Decode = Decode.AUTO) -> ModelSpec:
-    try:
-        return ModelSpec(name=model, dtype=dtype, decode=decode)
-    except ValidationError as error:
-        raise InputError("--model is empty; give a model's name, such as smollm2-135m") from error
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from agentmesh.cli.options import (
     Libraries,
     RunsDir,
     Sets,
-    parts,
 )
+from agentmesh.cli.parsing import parts
 from agentmesh.display import fetching
 from agentmesh.executors import Where
 from agentmesh.record import find_run

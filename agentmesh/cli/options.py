@@ -50,8 +50,3 @@ Deterministic = Annotated[
 ExecutorOption = Annotated[Where, typer.Option(help="Where runs happen: in this process, or on replicas under Ray.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all run records.")]
 DEFAULT_RUNS = Path("runs")
-
-
-def parts(text: str) -> list[str]:
-    """The parts of an option between its commas, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

@@ -13,8 +13,9 @@ QUESTION ?= A box holds 6 eggs. How many eggs are in 5 boxes?
 run: $(READY)   ## three agents on a small question, with the embedded model
 	$(BIN)/agentmesh run configs/demo.yaml -i question="$(QUESTION)"
 
+# By file name and not by number of tests: test_bench.py, which takes longest, begins early.
 test: $(READY)  ## all tests; the slowest are listed at the end
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## lint, types, architecture
 	$(BIN)/ruff check .

@@ -158,8 +158,8 @@ def test_looking_at_files_is_quick_and_loads_no_model(tmp_path: Path) -> None:
         ["schema"],
         ["--help"],
     ):
-        ratios = []
-        for _ in range(3):
+        ratios: list[float] = []
+        while len(ratios) < 3 and min(ratios, default=4) >= 4:
             start = seconds(libraries)
             ratios.append(seconds(partial(look, arguments)) / start)
         assert min(ratios) < 4, (arguments, ratios)

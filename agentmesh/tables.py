@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -56,13 +58,21 @@ def ttft_table(figures: Times) -> Group:
         table.add_row(name, *(f"{ms} ({r:.1f}×)" for ms, r in zip(shown, ratios, strict=True)) if ratios else shown)
         parts.add_row(name, *(f"{ms:.0f}" for ms in times.parts_ms.values()), f"{times.learn_ms:.0f}")
     computed = [
-        f"{name}, agent {agent}: {', '.join(f'{tokens} {reason}' for reason, tokens in reasons.items())}"
+        f"{name}, agent {agent}: {_listed(reasons)}"
         for name, times in figures.presets.items()
         for agent, reasons in enumerate(times.reasons, 1)
         if reasons
     ]
-    lines = ["shareable tokens that were computed in the last round:", *computed] if computed else []
-    return Group(table, parts, *map(Text, lines))
+    return Group(table, parts, *_computed("shareable tokens that were computed in the last round:", computed))
+
+
+def _listed(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{tokens} {reason}" for reason, tokens in reasons.items())
+
+
+def _computed(title: str, lines: Sequence[str]) -> list[Text]:
+    """Why tokens were not placed, line by line under a title; nothing where there is nothing to be said."""
+    return [Text(line) for line in (title, *lines)] if lines else []
 
 
 def _table(title: str, columns: tuple[str, ...], leading: tuple[str, ...] = ("preset",)) -> Table:
@@ -74,42 +84,41 @@ def _table(title: str, columns: tuple[str, ...], leading: tuple[str, ...] = ("pr
     return table
 
 
-def throughput_table(figures: Throughput) -> Table:
-    """Presets and concurrencies by their speed."""
-    table = _table(
+def throughput_table(figures: Throughput) -> Group:
+    """Presets and concurrencies by their speed, where the time went, and why shareable tokens were computed."""
+    runs = ("preset", "at once")
+    speed = _table(
         f"throughput: {figures.model}, {figures.dtype}",
-        (
-            "tokens/s",
-            "decoding",
-            "samples/min",
-            "prefill",
-            "decode",
-            "keep",
-            "placed",
-            "shared",
-            "peak MiB",
-            "TTFT p50",
-        ),
-        leading=("preset", "at once"),
+        ("tokens/s", "decoding", "samples/min", "TTFT p50, ms"),
+        leading=runs,
+    )
+    use = _table(
+        "shares of the time, and what was placed",
+        ("prefill", "decode", "keep", "placed", "shared", "MiB"),
+        leading=runs,
     )
     base = figures.baseline
     if base is not None:
         rates = (f"{base.tokens_per_s:.1f}", f"{base.decode_tokens_per_s:.1f}", f"{base.samples_per_min:.2f}")
-        table.add_row("generate", "1", *rates)
+        speed.add_row("generate", "1", *rates)
+    lines = []
     for run in figures.runs:
         ratios = (run.tokens_per_s / base.tokens_per_s, run.samples_per_min / base.samples_per_min) if base else ()
-        table.add_row(
+        width = str(run.concurrency) if run.at_once == run.concurrency else f"{run.concurrency} (at most {run.at_once})"
+        speed.add_row(
             run.preset,
-            str(run.concurrency) if run.at_once == run.concurrency else f"{run.concurrency} (at most {run.at_once})",
+            width,
             f"{run.tokens_per_s:.1f}" + (f" ({ratios[0]:.1f}×)" if ratios else ""),
             f"{run.decode_tokens_per_s:.1f}",
             f"{run.samples_per_min:.2f}" + (f" ({ratios[1]:.1f}×)" if ratios else ""),
-            *(f"{share:.0%}" for share in (run.prefill_share, run.decode_share, run.keep_share, run.placed_share)),
-            f"{run.calls_shared}/{run.calls_shareable}",
-            f"{run.peak_bytes / 2**20:.0f}",
             f"{run.ttft_ms.p50:.0f}",
         )
-    return table
+        shares = (run.prefill_share, run.decode_share, run.keep_share, run.placed_share)
+        shared = f"{run.calls_shared}/{run.calls_shareable}"
+        use.add_row(run.preset, width, *(f"{share:.0%}" for share in shares), shared, f"{run.peak_bytes / 2**20:.0f}")
+        if run.reasons:
+            lines.append(f"{run.preset}, {width}: {_listed(run.reasons)}")
+    return Group(speed, use, *_computed("shareable tokens that were computed:", lines))
 
 
 def scaling_table(figures: Scaling) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -14,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from inprocess import command
+from rich.console import Console
 from safetensors import safe_open
 
 from agentmesh import Mesh
 from agentmesh.bench import session, ttft
 from agentmesh.bench.data import Question, read_questions
 from agentmesh.bench.fidelity import _Unrotated
-from agentmesh.bench.figures import ScalingPoint
+from agentmesh.bench.figures import ScalingPoint, Throughput
 from agentmesh.bench.rig import Rig, observe
 from agentmesh.bench.scaling import Grid, fit_of
 from agentmesh.bench.ttft import Layout, Setting, round_of_calls
@@ -37,6 +39,7 @@ from agentmesh.engine.probe import probe
 from agentmesh.engine.slices import at_once
 from agentmesh.events import Reason
 from agentmesh.metering import Audit
+from agentmesh.tables import throughput_table
 from agentmesh.testing import ByteTokenizer
 
 MESH = """
@@ -461,6 +464,12 @@ def test_throughput_compares_presets_and_concurrencies_with_one_call_at_a_time(f
         assert (run["calls_shared"] > 0) == (run["preset"] == "linear")
         assert run["calls_shared"] <= run["calls_shareable"]
         assert bool(run["reasons"]) == (run["calls_shareable"] > 0)
+    shown = Console(width=80, file=io.StringIO())
+    shown.print(throughput_table(Throughput.model_validate(found)))
+    assert isinstance(shown.file, io.StringIO)
+    text = shown.file.getvalue()
+    assert "…" not in text, "a terminal of 80 columns shows all of it"
+    assert all(reason in text for run in found["runs"] for reason in run["reasons"])
     wrong = command("bench", "throughput", "mesh.yaml", "--data", "data.jsonl", "--concurrency", "two", cwd=folder)
     assert wrong.returncode == 2
     assert "expected numbers from 1 on" in wrong.stderr

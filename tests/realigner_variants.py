@@ -4,7 +4,7 @@
 
 Every variant sees the same calls as ``linear``, learns the same, and differs in one thing: the map that it makes of
 what it has learned, or which tokens of a block are computed all the same. ``full rank`` is ``linear`` itself. With all
-variants a question takes minutes on one core; ``--variants "full rank,rank 8"`` names some.
+variants a question takes minutes on one core; ``--variants "full rank;rank 8"`` names some.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import psutil
@@ -59,10 +60,10 @@ class Changed(Linear):
         return LinearMap(offsets + identity)
 
 
-class ByOffset(Linear):
-    """``linear`` where picks by leverage go by how large the predicted offsets are instead."""
+class InAllLayers(Linear):
+    """``linear`` whose picks by offset go by all layers."""
 
-    def leverage(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+    def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
         """The predicted offset of each token, squared, against the mean of the others'; mean over layers and heads."""
         given = self.realign(base, numbers).fetch()
         offsets = torch.cat([given.keys - base.keys, given.values - base.values], dim=3)[1:]
@@ -76,10 +77,10 @@ def changed(change: Change, shape: KVShape) -> Changed:
     return Changed(empty.gram, empty.cross, empty.trial, empty.heads, change=change)
 
 
-def by_offset(shape: KVShape) -> ByOffset:
+def in_all_layers(shape: KVShape) -> InAllLayers:
     """A variant that has learned nothing."""
     empty = Linear.empty(shape)
-    return ByOffset(empty.gram, empty.cross, empty.trial, empty.heads)
+    return InAllLayers(empty.gram, empty.cross, empty.trial, empty.heads)
 
 
 def of_rank(rank: int, linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
@@ -140,10 +141,17 @@ def maps(shape: KVShape) -> dict[str, Change]:
     }
 
 
-PICKED = {
-    f"{share} % by {by}": {"ratio": share / 100, "by": "leverage" if by == "offset" else by}
-    for share in (6, 15)
-    for by in ("leverage", "offset", "attention")
+ALL_LAYERS = ", all layers"
+PICKED: dict[str, dict[str, Any]] = {
+    **{
+        f"{share} % by {by}": {"ratio": share / 100, "by": by}
+        for share in (6, 15)
+        for by in ("leverage", "offset", "attention")
+    },
+    f"6 % by offset{ALL_LAYERS}": {"ratio": 0.06, "by": "offset"},
+    "12 % by offset, no line breaks": {"ratio": 0.12, "by": "offset", "breaks": 0},
+    "6 % by offset, no line breaks": {"ratio": 0.06, "by": "offset", "breaks": 0},
+    "6 % by offset, first 8": {"ratio": 0.06, "by": "offset", "first": 8},
 }
 """Variants of what is computed all the same, besides the first tokens and line breaks."""
 
@@ -155,7 +163,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--limit", type=int, default=20)
-    parser.add_argument("--variants", default="", help="names, separated by commas; all by default")
+    parser.add_argument("--variants", default="", help="names, separated by semicolons; all by default")
     asked = parser.parse_args()
 
     mesh = load_mesh(asked.config)
@@ -163,7 +171,7 @@ def main() -> None:
     loaded = load(blueprint.local_model(), None)
     support = probe(loaded.model, loaded.step)
     changes = maps(support.runner.shape)
-    names = [name for name in (*changes, *PICKED) if not asked.variants or name in asked.variants.split(",")]
+    names = [name for name in (*changes, *PICKED) if not asked.variants or name in asked.variants.split(";")]
     budget = int(psutil.virtual_memory().available * 0.6) // (2 * len(names))
     linear = specs(blueprint.communicator, ["linear"])["linear"].model_copy(update={"budget": budget})
     chosen = {}
@@ -173,7 +181,7 @@ def main() -> None:
             given["recompute"] = PICKED[name]
         chosen[name] = CommunicatorSpec.model_validate(given)
     makers = {name: partial(changed, change) for name, change in changes.items()}
-    makers |= {name: by_offset if name.endswith("offset") else Linear.empty for name in PICKED}
+    makers |= {name: in_all_layers if name.endswith(ALL_LAYERS) else Linear.empty for name in PICKED}
     of = {id(spec): makers[name] for name, spec in chosen.items()}
 
     def made(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Preset:
@@ -195,7 +203,7 @@ def main() -> None:
         low, high = figures.ci95
         share = figures.placed_tokens / max(figures.slot_tokens, 1)
         print(
-            f"{name:18} kl {figures.kl_mean:.4f} [{low:.4f}, {high:.4f}] chained {figures.kl_chained:.4f} "
+            f"{name:30} kl {figures.kl_mean:.4f} [{low:.4f}, {high:.4f}] chained {figures.kl_chained:.4f} "
             f"placed {share:.0%} shared {figures.calls_shared}/{figures.calls_shareable}",
             flush=True,
         )

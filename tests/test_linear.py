@@ -15,7 +15,7 @@ from agentmesh.events import Reason
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV, Frame
 from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
-from agentmesh.sharing.linear import Linear, features, robust_weights
+from agentmesh.sharing.linear import SAMPLED_LAYERS, Linear, features, robust_weights
 
 SHAPE = KVShape(3, 2, 8, torch.float32, torch.device("cpu"))
 
@@ -90,6 +90,21 @@ def test_tokens_unlike_all_that_was_seen_have_the_largest_leverage() -> None:
     assert int(found.argmax()) == 7
     assert float(found.max()) > 5 * float(found.median())
     assert float(learned(8).leverage(base, range(30, 42)).max()) < float(found.max()), "more was seen"
+
+
+def test_the_tokens_that_are_moved_farthest_are_known() -> None:
+    known, base = learned(4), random_kv(1000, 12)
+    base.keys[1:, :, 7] *= 6.0
+    base.values[1:, :, 7] *= 6.0
+
+    found = known.moves(base, range(30, 42))
+
+    given = known.realign(base, range(30, 42)).fetch()
+    offsets = torch.cat([given.keys - base.keys, given.values - base.values], dim=3)[SAMPLED_LAYERS].flatten(0, 1)
+    sizes = offsets.square().sum(dim=2)
+    torch.testing.assert_close(found, (sizes / sizes.mean(dim=1, keepdim=True)).mean(dim=0), atol=1e-4, rtol=1e-3)
+    assert int(found.argmax()) == 7
+    assert float(known.moves(base, range(30, 42)).mean()) == pytest.approx(1.0), "against the mean of all of them"
 
 
 def test_layers_can_be_made_in_parts() -> None:

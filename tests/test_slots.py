@@ -897,31 +897,44 @@ def test_what_a_look_has_placed_is_not_made_again(monkeypatch: pytest.MonkeyPatc
     assert Reason.PICKED in reasons(answers[0].calls[1])
 
 
-def test_a_share_is_picked_by_what_the_realigner_has_not_seen_the_like_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def picked_in(call: CallRecord) -> set[int]:
+    """Positions of a call's prompt that were picked."""
+    found, at = set(), 0
+    for row in call.plan:
+        found |= set(range(at, at + row.tokens)) if row.reason is Reason.PICKED else set()
+        at += row.tokens
+    return found
+
+
+@pytest.mark.parametrize(("by", "asked"), [("leverage", "leverage"), ("offset", "moves")])
+def test_a_share_is_picked_by_what_the_realigner_knows_without_a_look(
+    monkeypatch: pytest.MonkeyPatch, by: str, asked: str
+) -> None:
     monkeypatch.setattr(Scout, "deviation", None)
     monkeypatch.setattr(Scout, "attention", None)
-    unlike: list[int] = []
-    leverage = Linear.leverage
+    farthest: list[int] = []
+    known = getattr(Linear, asked)
 
     def noted(self: Linear, base: KV, numbers: Sequence[int]) -> torch.Tensor:
-        found = leverage(self, base, numbers)
-        unlike.append(int(found.argmax()))
+        found: torch.Tensor = known(self, base, numbers)
+        farthest.append(int(found.argmax()))
         return found
 
-    monkeypatch.setattr(Linear, "leverage", noted)
-    recompute = {"first": 0, "ratio": 0.1, "by": "leverage"}
+    monkeypatch.setattr(Linear, asked, noted)
+    recompute = {"first": 0, "breaks": 0, "ratio": 0.1, "by": by}
     with mesh({"preset": "linear", "max_kl": 1e6, "recompute": recompute, "repeats": False}, agents=2) as one:
         call = ask(one, range(7))[-1].calls[1]
+    few = {**recompute, "most_picked": 2}
+    with mesh({"preset": "linear", "max_kl": 1e6, "recompute": few, "repeats": False}, agents=2) as one:
+        limited = ask(one, range(7))[-1].calls[1]
 
-    picked, at = set(), 0
-    for row in call.plan:
-        picked |= set(range(at, at + row.tokens)) if row.reason is Reason.PICKED else set()
-        at += row.tokens
+    picked = picked_in(call)
     start = next(sum(r.tokens for r in call.plan[:i]) for i, r in enumerate(call.plan) if r.segment == "question")
     assert len(picked) == round(0.1 * (call.placed_slots + len(picked)))
-    assert start + unlike[-2] in picked or start + unlike[-1] in picked
+    assert start + farthest[-2] in picked or start + farthest[-1] in picked
+    assert len(picked_in(limited)) == 2 * 2, "two for each of the two blocks"
 
-    with pytest.raises(ConfigError, match=r"`by: leverage` asks what `realigner: linear` has seen"):
+    with pytest.raises(ConfigError, match=rf"`by: {by}` asks what `realigner: linear` has seen"):
         mesh({"preset": "epic", "recompute": recompute})
 
 

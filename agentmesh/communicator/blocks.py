@@ -5,7 +5,7 @@ It decides nothing about whether a match may be placed at all; that is said of e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -113,18 +113,25 @@ class Brush:
             labels.paint(position, position + 1, computed(Reason.LINE_BREAK, number))
 
 
-def paint_best(labels: Labels, numbers: Sequence[int], ratio: float, scores: torch.Tensor) -> None:
-    """Label the placed tokens of some matches with the highest scores as computed."""
+def paint_best(labels: Labels, numbers: Sequence[int], count: Callable[[int, int], int], scores: torch.Tensor) -> None:
+    """Label the placed tokens of some matches with the highest scores as computed.
+
+    Args:
+        labels: of the prompt.
+        numbers: of the matches.
+        count: placed tokens, matches → how many of them.
+        scores: of every position.
+    """
     placed = [
         position
         for low, high, label in labels.runs()
         if label.match in numbers and label.kind is not Treatment.COMPUTED
         for position in range(low, high)
     ]
-    count = round(ratio * len(placed))
-    if count:
+    wanted = count(len(placed), len(numbers))
+    if wanted:
         index = torch.tensor(placed, device=scores.device)
-        for position in index[scores[index].topk(count).indices].tolist():
+        for position in index[scores[index].topk(wanted).indices].tolist():
             labels.paint(position, position + 1, computed(Reason.PICKED, labels[position].match))
 
 

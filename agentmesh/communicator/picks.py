@@ -18,7 +18,7 @@ import torch
 from agentmesh.communicator.blocks import Decision, compose, compose_whole, paint_best
 from agentmesh.communicator.labels import Labels
 from agentmesh.communicator.linkstate import shares
-from agentmesh.config.presets import Picking, Recompute
+from agentmesh.config.presets import OF_LINEAR, Picking, Recompute
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.scout import Look, Scout
 from agentmesh.kv.arena import Arena
@@ -49,7 +49,7 @@ class Picker:
         """Whether what a match's picks go by is to be had with this model."""
         if self._by_weights(match):
             return match.reading.weights is not None
-        looks = self.recompute.ratio > 0 and self.recompute.by is not Picking.LEVERAGE
+        looks = self.recompute.ratio > 0 and self.recompute.by not in OF_LINEAR
         return not looks or self.scout.can(self.recompute.by)
 
     def pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Arena | None:
@@ -58,19 +58,30 @@ class Picker:
         passages = [number for number in placed if self._by_weights(decisions[number].match)]
         if passages:
             scores = weigh(labels.prompt, [decisions[number].match for number in passages])
-            paint_best(labels, passages, self.recompute.documents, scores)
+            paint_best(labels, passages, lambda tokens, _blocks: round(self.recompute.documents * tokens), scores)
         others = [number for number in placed if number not in passages]
         if not others or not self.recompute.ratio:
             return None
-        if self.recompute.by is Picking.LEVERAGE:
-            paint_best(labels, others, self.recompute.ratio, unlike(labels.prompt, [decisions[n] for n in others]))
+        if self.recompute.by in OF_LINEAR:
+            scores = self._known(labels.prompt, [decisions[number] for number in others])
+            paint_best(labels, others, self.recompute.picked, scores)
             return None
         look = self._look(labels, lead, decisions)
-        paint_best(labels, others, self.recompute.ratio, look.scores)
+        paint_best(labels, others, self.recompute.picked, look.scores)
         return look.arena
 
     def _by_weights(self, match: Match) -> bool:
         return match.relation is Relation.CORPUS and bool(self.recompute.documents)
+
+    def _known(self, prompt: Prompt, placed: Sequence[Decision]) -> torch.Tensor:
+        """What their realigners know of the tokens of placed matches, fp32 ``[T]``."""
+        scores = torch.zeros(len(prompt.tokens))
+        for decision in placed:
+            match, realigner = decision.match, decision.verdict.realigner
+            assert realigner is not None, "a placed match has a realigner"
+            asked = realigner.leverage if self.recompute.by is Picking.LEVERAGE else realigner.moves
+            scores[match.start : match.stop] = asked(match.cut(match.start, match.stop), range(match.tokens)).cpu()
+        return scores
 
     def _look(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Look:
         """What a look says of every position; an attention is watched over whole blocks, their heads included."""
@@ -79,17 +90,6 @@ class Picker:
         last = max(low for low, _, label in labels.runs() if label.match >= 0)
         asking = [p for low, high, label in labels.runs(last) for p in range(low, high) if label.match < 0]
         return self.scout.attention(compose_whole(labels, lead, decisions), asking)
-
-
-def unlike(prompt: Prompt, placed: Sequence[Decision]) -> torch.Tensor:
-    """How unlike all that their realigners have seen the tokens of placed matches are, fp32 ``[T]``."""
-    scores = torch.zeros(len(prompt.tokens))
-    for decision in placed:
-        match, realigner = decision.match, decision.verdict.realigner
-        assert realigner is not None, "a placed match has a realigner"
-        found = realigner.leverage(match.cut(match.start, match.stop), range(match.tokens))
-        scores[match.start : match.stop] = found.cpu()
-    return scores
 
 
 def weigh(prompt: Prompt, passages: Sequence[Match]) -> torch.Tensor:

@@ -53,16 +53,23 @@ class Picking(Choice):
     LEVERAGE = "leverage"
     """By how unlike everything they are that the ``linear`` realigner has seen (METHOD 4); takes no look."""
 
+    OFFSET = "offset"
+    """By how far the ``linear`` realigner would move them: what moves far is placed worst; takes no look."""
+
+
+OF_LINEAR = (Picking.LEVERAGE, Picking.OFFSET)
+"""What the ``linear`` realigner knows without a look at the cache."""
+
 
 class Recompute(Frozen):
     """Which tokens of a placed block are computed all the same.
 
     ``first`` tokens of each block, at most a share ``most_first`` of it; its last ``breaks`` tokens with a line break,
     at most a share ``most_breaks`` of it, whose offsets are the largest and the least predictable (docs/method.md); and
-    ``ratio`` of the others, picked ``by`` a look at the cache, or by what the realigner knows. Of passages that are
-    known from the corpus alone it is ``documents_first`` tokens, and a share ``documents`` that their own later text
-    and the prompt's words make most of (``communicator.picks``). ``fixed`` says whether fixed text between blocks is
-    computed; only the ``anchors`` realigner can place it.
+    ``ratio`` of the others, at most ``most_picked`` for each block, picked ``by`` a look at the cache, or by what the
+    realigner knows. Of passages that are known from the corpus alone it is ``documents_first`` tokens, and a share
+    ``documents`` that their own later text and the prompt's words make most of (``communicator.picks``). ``fixed`` says
+    whether fixed text between blocks is computed; only the ``anchors`` realigner can place it.
     """
 
     first: Count = 0
@@ -70,6 +77,7 @@ class Recompute(Frozen):
     most_first: Part = 1.0
     most_breaks: Part = 1.0
     ratio: Part = 0.0
+    most_picked: Annotated[Integer, Field(ge=1)] = 1 << 20
     by: Picking = Picking.DEVIATION
     documents: Part = 0.0
     documents_first: Count = 8
@@ -79,6 +87,10 @@ class Recompute(Frozen):
         """Tokens at the beginning of a block of so many that are computed, less where a look picks more of them."""
         first = min(self.first, self.documents_first) if corpus and self.documents else self.first
         return min(first, int(self.most_first * tokens))
+
+    def picked(self, tokens: int, blocks: int) -> int:
+        """How many of so many placed tokens of so many blocks are picked."""
+        return min(round(self.ratio * tokens), self.most_picked * blocks)
 
     def line_breaks(self, tokens: int) -> int:
         """Line breaks at the end of a block of so many tokens that are computed at most."""
@@ -93,6 +105,7 @@ class RecomputeSpec(Frozen):
     most_first: Part | None = None
     most_breaks: Part | None = None
     ratio: Part | None = None
+    most_picked: Annotated[Integer, Field(ge=1)] | None = None
     by: Picking | None = None
     documents: Part | None = None
     documents_first: Count | None = None
@@ -227,10 +240,10 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
             "`realigner: anchors` computes a call whole or nothing of its slots and fixed text; expected "
             "`repeats: false` and no other `recompute` than {fixed: false}"
         )
-    if found.recompute.by is Picking.LEVERAGE and found.realigner is not RealignerKind.LINEAR:
+    if found.recompute.by in OF_LINEAR and found.realigner is not RealignerKind.LINEAR:
         raise ValueError(
-            f"`by: leverage` asks what `realigner: linear` has seen; found `realigner: {found.realigner}`, expected "
-            "`linear`, or `by: attention` or `deviation`"
+            f"`by: {found.recompute.by}` asks what `realigner: linear` has seen; found `realigner: {found.realigner}`, "
+            "expected `linear`, or `by: attention` or `deviation`"
         )
     if not anchors and not found.recompute.fixed:
         raise ValueError(f"`fixed: false` places fixed text, which `realigner: {found.realigner}` cannot; use anchors")

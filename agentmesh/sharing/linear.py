@@ -28,6 +28,9 @@ POSITION_FEATURES = 4
 POSITION_SCALE = 3.0
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 TRIAL_SUMS = ("cross", "square", "energy", "scale")
+SAMPLED_LAYERS = slice(1, None, 4)
+"""Layers by which ``moves`` goes: enough to know the tokens that move farthest, at a quarter of the work."""
+
 MEMORY = 0.9
 """Share of the prequential sums that is kept at each observation: early predictions were made from little."""
 
@@ -279,6 +282,15 @@ class Linear(Realigner[LinearFinding]):
         factor = self._factor(RIDGES[len(RIDGES) // 2])[self.heads :]
         halves: torch.Tensor = torch.linalg.solve_triangular(factor, rows.mT, upper=False)
         return halves.square().sum(dim=1).mean(dim=0)
+
+    @torch.inference_mode()
+    def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        """Mean over heads and every fourth layer of each token's offset, squared, against the mean of all tokens."""
+        some = base.fetch(SAMPLED_LAYERS)
+        moved = self.map.apply(base, numbers, SAMPLED_LAYERS)
+        offsets = torch.cat([moved.keys - some.keys, moved.values - some.values], dim=3).flatten(0, 1)
+        sizes = offsets.float().square().sum(dim=2)
+        return (sizes / sizes.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
 
     def _solutions(self) -> list[torch.Tensor]:
         """Ridge solutions ``[L·H, F, 2D]``, one for each strength."""

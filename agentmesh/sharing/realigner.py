@@ -83,6 +83,10 @@ class Realigner(ABC, Generic[Finding]):
         """How unlike all that it has seen tokens with these numbers are, fp32 ``[T]``."""
 
     @abstractmethod
+    def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        """How far it moves tokens with these numbers, squared, against the mean of all of them, fp32 ``[T]``."""
+
+    @abstractmethod
     def realign(self, base: KV, numbers: Sequence[int]) -> KVSource:
         """KV of the tokens with these numbers in a block, as the consumer's context would have made it."""
 
@@ -137,6 +141,10 @@ class NoOffset(Realigner[None]):
 
     def leverage(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
         """Nothing was learned of any token."""
+        return torch.zeros(len(numbers), device=base.keys.device)
+
+    def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        """Nothing is added to any token."""
         return torch.zeros(len(numbers), device=base.keys.device)
 
     def realign(self, base: KV, numbers: Sequence[int]) -> KVSource:  # noqa: ARG002  # nothing depends on it

@@ -222,11 +222,15 @@ def test_what_kvcomm_would_not_heed_is_refused(changes: dict[str, Any]) -> None:
 
 
 def test_of_what_is_computed_only_what_is_named_changes() -> None:
-    same = CommunicatorSpec(preset="linear", recompute=RecomputeSpec(first=16, ratio=0.0, fixed=True))
+    plain = PRESETS["linear"].recompute
+    same = CommunicatorSpec(preset="linear", recompute=RecomputeSpec(first=plain.first, fixed=True))
     more = CommunicatorSpec(preset="linear", recompute=RecomputeSpec(ratio=0.2))
+    unlimited = Recompute().most_picked
 
     assert choices(same) == PRESETS["linear"]
-    assert choices(more).recompute == PRESETS["linear"].recompute.model_copy(update={"ratio": 0.2})
+    assert choices(more).recompute == plain.model_copy(update={"ratio": 0.2, "most_picked": unlimited})
+    assert choices(more).recompute.picked(1000, 1) == 200, "a share that is asked for has no other limit"
+    assert plain.picked(1000, 2) == 2 * plain.most_picked
     assert choices(CommunicatorSpec.model_validate(more.model_dump())) == choices(more), "written and read again"
     assert choices(more.model_copy(update={"recompute": RecomputeSpec.exactly(Recompute())})).recompute == Recompute()
 
@@ -363,8 +367,8 @@ def test_siblings_that_start_together_compute_a_new_question_once(preset: str, w
     leaves = [call for call in last.calls if call.node.startswith("leaf") and call.node not in computed]
     assert len(leaves) == 2
     for call in leaves:
-        placed = [row.source for row in call.plan if row.segment == "question" and row.reason is Reason.READ_BEFORE]
-        assert placed == computed
+        placed = {row.source for row in call.plan if row.segment == "question" and row.reason is Reason.READ_BEFORE}
+        assert placed == set(computed)
 
 
 async def all_at_once(one: Mesh, count: int) -> list[RunResult]:

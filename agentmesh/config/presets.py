@@ -117,8 +117,11 @@ class RecomputeSpec(Frozen):
         return cls.model_validate(recompute.model_dump())
 
     def changed(self, preset: Recompute) -> Recompute:
-        """What a preset computes with these changes."""
-        return preset.model_copy(update=self.model_dump(exclude_none=True))
+        """What a preset computes with these changes; a share that is named here is not held to the preset's limit."""
+        named = self.model_dump(exclude_none=True)
+        if self.most_picked is None and (self.ratio is not None or self.by is not None):
+            named["most_picked"] = Recompute().most_picked
+        return preset.model_copy(update=named)
 
 
 class AnchorSpec(Frozen):
@@ -209,7 +212,16 @@ PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
         "linear": PresetSpec(
             share=Share.SLOTS,
             realigner=RealignerKind.LINEAR,
-            recompute=Recompute(first=16, breaks=8, most_first=0.2, most_breaks=0.1, documents=0.28),
+            recompute=Recompute(
+                first=8,
+                breaks=8,
+                most_first=0.2,
+                most_breaks=0.1,
+                ratio=0.08,
+                most_picked=8,
+                by=Picking.OFFSET,
+                documents=0.28,
+            ),
             repeats=True,
         ),
         "blend": PresetSpec(share=Share.SLOTS, recompute=Recompute(ratio=0.15)),

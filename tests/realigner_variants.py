@@ -5,7 +5,8 @@
 Every variant sees the same calls, learns the same, and differs in one thing: the map that it makes of what it has
 learned, or which tokens of a block are computed all the same. ``full rank`` is the map of ``linear``; unless a variant
 says otherwise the first 16 tokens and up to 8 line breaks of a block are computed, and none are picked, which would
-hide how good a map is. With all variants a question takes minutes on one core; ``--variants "full rank;rank 8"`` names some.
+hide how good a map is. With all variants a question takes minutes on one core; ``--variants "full rank;rank 8"`` names
+some.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which tokens of placed blocks are computed all the same, besides their heads and line breaks.
 
 Of what an agent has read or written, a look at the cache picks a share, or the realigner does: what it would move
-farthest, or has never seen the like of. Passages of a corpus, which nobody in the run has read, are the hard case: there it is a larger share, and no
-look. What a token means to the rest of its passage is known since the passage was ingested; what it means to the
-question is told by the words that both have.
+farthest, or has never seen the like of. Passages of a corpus, which nobody in the run has read, are the hard case:
+there it is a larger share, and no look. What a token means to the rest of its passage is known since the passage was
+ingested; what it means to the question is told by the words that both have.
 """
 
 from __future__ import annotations

@@ -82,14 +82,33 @@ class LinearMap:
             layers: which layers to make.
         """
         base = base.fetch(layers)
-        count, heads, tokens, dim = base.keys.shape
-        weights = self.weights.view(-1, heads, *self.weights.shape[1:])[layers].flatten(0, 1).to(base.keys.dtype)
-        places = position_features(numbers, base.keys.device).to(base.keys.dtype)
-        out = places @ weights[:, 2 * dim :]
-        out.baddbmm_(base.keys.flatten(0, 1), weights[:, :dim])
-        out.baddbmm_(base.values.flatten(0, 1), weights[:, dim : 2 * dim])
-        out = out.view(count, heads, tokens, 2 * dim)
+        dim = base.keys.shape[3]
+        out = _mapped(base, numbers, self._of(layers, base.keys.shape[1]))
         return KV(out[..., :dim], out[..., dim:], base.frame)
+
+    @torch.inference_mode()
+    def sizes(self, base: KV, numbers: Sequence[int], layers: slice) -> torch.Tensor:
+        """How far it moves tokens: squared lengths of their offsets in some layers, ``[L, H, T]``."""
+        base = base.fetch(layers)
+        weights = self._of(layers, base.keys.shape[1]).clone()
+        weights.diagonal(dim1=1, dim2=2).sub_(1.0)
+        lengths: torch.Tensor = torch.linalg.vector_norm(_mapped(base, numbers, weights), dim=3)
+        return lengths.float().square()
+
+    def _of(self, layers: slice, heads: int) -> torch.Tensor:
+        """The weights of some layers, ``[L·H, 2D + 4, 2D]``."""
+        return self.weights.view(-1, heads, *self.weights.shape[1:])[layers].flatten(0, 1)
+
+
+def _mapped(base: KV, numbers: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
+    """``xᵀW`` of tokens, ``[L, H, T, 2D]``."""
+    count, heads, tokens, dim = base.keys.shape
+    weights = weights.to(base.keys.dtype)
+    places = position_features(numbers, base.keys.device).to(base.keys.dtype)
+    out = places @ weights[:, 2 * dim :]
+    out.baddbmm_(base.keys.flatten(0, 1), weights[:, :dim])
+    out.baddbmm_(base.values.flatten(0, 1), weights[:, dim : 2 * dim])
+    return out.view(count, heads, tokens, 2 * dim)
 
 
 @dataclass(frozen=True)
@@ -286,10 +305,7 @@ class Linear(Realigner[LinearFinding]):
     @torch.inference_mode()
     def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
         """Mean over heads and every fourth layer of each token's offset, squared, against the mean of all tokens."""
-        some = base.fetch(SAMPLED_LAYERS)
-        moved = self.map.apply(base, numbers, SAMPLED_LAYERS)
-        offsets = torch.cat([moved.keys - some.keys, moved.values - some.values], dim=3).flatten(0, 1)
-        sizes = offsets.float().square().sum(dim=2)
+        sizes = self.map.sizes(base, numbers, SAMPLED_LAYERS).flatten(0, 1)
         return (sizes / sizes.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
 
     def _solutions(self) -> list[torch.Tensor]:

@@ -38,7 +38,8 @@ from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
-from agentmesh.sharing.linear import RIDGES, Linear, LinearMap
+from agentmesh.sharing.linear import RIDGES, Linear
+from agentmesh.sharing.linearmap import LinearMap
 
 Change = Callable[[Linear, torch.Tensor], torch.Tensor]
 """Makes another offset map ``[L·H, F, 2D]`` of a realigner's own."""

@@ -21,11 +21,10 @@ from typing import final
 import torch
 
 from agentmesh.kv.arena import KVShape
-from agentmesh.kv.values import ALL, KV, KVSource
+from agentmesh.kv.values import KV, KVSource
+from agentmesh.sharing.linearmap import POSITION_FEATURES, LinearMap, Realigned, position_features
 from agentmesh.sharing.realigner import Realigner
 
-POSITION_FEATURES = 4
-POSITION_SCALE = 3.0
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 TRIAL_SUMS = ("cross", "square", "energy", "scale")
 SAMPLED_LAYERS = slice(1, None, 4)
@@ -33,13 +32,6 @@ SAMPLED_LAYERS = slice(1, None, 4)
 
 MEMORY = 0.9
 """Share of the prequential sums that is kept at each observation: early predictions were made from little."""
-
-
-def position_features(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Features ``[T, 4]`` of the tokens with these numbers in a block."""
-    t = torch.tensor(numbers, dtype=torch.float32, device=device)
-    stacked = torch.stack([torch.ones_like(t), 1 / (1 + t), torch.exp(-t / 8), torch.exp(-t / 32)], dim=1)
-    return POSITION_SCALE * stacked
 
 
 def features(base: KV, numbers: Sequence[int]) -> torch.Tensor:
@@ -60,55 +52,6 @@ def robust_weights(offsets: torch.Tensor) -> torch.Tensor:
     relative = (parts / parts.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=2)
     weights = 1 / (relative + relative.median(dim=1, keepdim=True).values + 1e-6)
     return weights / weights.mean(dim=1, keepdim=True)
-
-
-@dataclass(frozen=True)
-class LinearMap:
-    """A solved realigner, ready to be applied.
-
-    Args:
-        weights: fp32 ``[L·H, 2D + 4, 2D]``; the identity is part of it, so it gives the new KV, not the offset.
-    """
-
-    weights: torch.Tensor
-
-    @torch.inference_mode()
-    def apply(self, base: KV, numbers: Sequence[int], layers: slice = ALL) -> KV:
-        """Some layers of the base as the consumer's context would have made them.
-
-        Args:
-            base: the whole base.
-            numbers: of its tokens in their block.
-            layers: which layers to make.
-        """
-        base = base.fetch(layers)
-        dim = base.keys.shape[3]
-        out = _mapped(base, numbers, self._of(layers, base.keys.shape[1]))
-        return KV(out[..., :dim], out[..., dim:], base.frame)
-
-    @torch.inference_mode()
-    def sizes(self, base: KV, numbers: Sequence[int], layers: slice) -> torch.Tensor:
-        """How far it moves tokens: squared lengths of their offsets in some layers, ``[L, H, T]``."""
-        base = base.fetch(layers)
-        weights = self._of(layers, base.keys.shape[1]).clone()
-        weights.diagonal(dim1=1, dim2=2).sub_(1.0)
-        lengths: torch.Tensor = torch.linalg.vector_norm(_mapped(base, numbers, weights), dim=3)
-        return lengths.float().square()
-
-    def _of(self, layers: slice, heads: int) -> torch.Tensor:
-        """The weights of some layers, ``[L·H, 2D + 4, 2D]``."""
-        return self.weights.view(-1, heads, *self.weights.shape[1:])[layers].flatten(0, 1)
-
-
-def _mapped(base: KV, numbers: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
-    """``xᵀW`` of tokens, ``[L, H, T, 2D]``."""
-    count, heads, tokens, dim = base.keys.shape
-    weights = weights.to(base.keys.dtype)
-    places = position_features(numbers, base.keys.device).to(base.keys.dtype)
-    out = places @ weights[:, 2 * dim :]
-    out.baddbmm_(base.keys.flatten(0, 1), weights[:, :dim])
-    out.baddbmm_(base.values.flatten(0, 1), weights[:, dim : 2 * dim])
-    return out.view(count, heads, tokens, 2 * dim)
 
 
 @dataclass(frozen=True)
@@ -146,24 +89,6 @@ class Trial:
         """Squared error at the best shrinkage, ``[G, L·H, 2]``; never above ``energy``."""
         s = self.shrinkage
         return self.energy - 2 * s * self.cross + s * s * self.square
-
-
-@dataclass(frozen=True)
-class Realigned:
-    """KV that a linear map makes when it is placed."""
-
-    base: KV
-    numbers: Sequence[int]
-    map: LinearMap
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens ``T``."""
-        return self.base.tokens
-
-    def fetch(self, layers: slice = ALL) -> KV:
-        """Apply the map to some layers."""
-        return self.map.apply(self.base, self.numbers, layers)
 
 
 @dataclass(frozen=True)

@@ -360,14 +360,17 @@ def soak(plan: Plan, report: float = 60.0) -> Tally:
     work, tally, process = jobs(random.Random(plan.seed), longest, pool), Tally(), psutil.Process()
     with rig(plan, loaded) as made:
         begun = shown = time.monotonic()
+        told = False
         while time.monotonic() - begun < plan.seconds:
             for preset, mesh in made.meshes.items():
+                if told:
+                    tally.live = tally.stored = 0
                 asyncio.run(leg(mesh, work, alone.get(preset, {}), plan, tally))
                 tally.rss.append(held(process))
-                if time.monotonic() - shown > report:
+                told = time.monotonic() - shown > report
+                if told:
                     shown = time.monotonic()
                     print(tally.line(shown - begun), flush=True)
-                    tally.live = tally.stored = 0
             check_growth(tally.rss)
     print(tally.line(time.monotonic() - begun), flush=True)
     if tally.ends["short"] > tally.ends["done"]:

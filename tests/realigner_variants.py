@@ -68,9 +68,7 @@ class InAllLayers(Linear):
 
     def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
         """The predicted offset of each token, squared, against the mean of the others'; mean over layers and heads."""
-        given = self.realign(base, numbers).fetch()
-        offsets = torch.cat([given.keys - base.keys, given.values - base.values], dim=3)[1:]
-        sizes = offsets.float().square().sum(dim=3).flatten(0, 1)
+        sizes = self.map.sizes(base, numbers, slice(1, None)).flatten(0, 1)
         return (sizes / sizes.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
 
 

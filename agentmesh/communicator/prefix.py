@@ -11,9 +11,9 @@ from agentmesh.communicator.base import Plan, Preset, rows
 from agentmesh.communicator.beginnings import Beginnings
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.engine.composition import Composition, Placement
-from agentmesh.events import Reason
+from agentmesh.events import Reason, Treatment
 from agentmesh.kv.arena import Arena
-from agentmesh.prompt.segments import Prompt
+from agentmesh.prompt.segments import FIXED, Prompt
 from agentmesh.sharing.prefix import PrefixStore
 
 
@@ -46,12 +46,9 @@ class Prefix(Preset):
         limited = self._limit is not Reason.BEHIND_PREFIX
         reason = self._limit if at or limited else Reason.NOT_SEEN
         composition = Composition(prompt.tokens, tuple(placed), prompt.points)
-        slots = sum(
-            min(max(at - start, 0), len(segment.tokens))
-            for segment, start in zip(prompt.segments, prompt.starts, strict=True)
-            if segment.content is not None
-        )
-        return Plan(composition, rows(prompt, at, "prefix store", reason), slots, slots)
+        found = rows(prompt, at, "prefix store", reason)
+        slots = sum(row.tokens for row in found if row.kind is Treatment.PLACED_EXACT and row.segment != FIXED)
+        return Plan(composition, found, slots, slots)
 
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:  # noqa: ARG002  # all of it is exact
         """Keep the prompt's pieces up to its last reuse point, or all of it where a conversation goes on from it."""

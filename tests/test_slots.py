@@ -231,6 +231,8 @@ def test_of_what_is_computed_only_what_is_named_changes() -> None:
     assert choices(more).recompute == plain.model_copy(update={"ratio": 0.2, "most_picked": unlimited})
     assert choices(more).recompute.picked(1000, 1) == 200, "a share that is asked for has no other limit"
     assert plain.picked(1000, 2) == 2 * plain.most_picked
+    still = choices(CommunicatorSpec(preset="linear", realigner="none")).recompute
+    assert (still.first, still.breaks, still.ratio) == (plain.first, plain.breaks, 0.0), "nobody knows offsets there"
     assert choices(CommunicatorSpec.model_validate(more.model_dump())) == choices(more), "written and read again"
     assert choices(more.model_copy(update={"recompute": RecomputeSpec.exactly(Recompute())})).recompute == Recompute()
 

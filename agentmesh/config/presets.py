@@ -230,13 +230,16 @@ PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
 
 
 def choices(spec: CommunicatorSpec) -> PresetSpec:
-    """A mesh's communicator with its preset's choices filled in.
+    """A mesh's communicator with its preset's choices filled in; what the preset's realigner picks goes with it.
 
     Raises:
         KeyError: no preset of that name; ``blueprint.draft`` says so with a position.
         ValueError: choices that exclude each other.
     """
     preset = PRESETS[spec.preset]
+    if preset.recompute.by in OF_LINEAR and spec.realigner not in (None, preset.realigner):
+        unpicked = {name: getattr(Recompute(), name) for name in ("ratio", "most_picked", "by")}
+        preset = preset.model_copy(update={"recompute": preset.recompute.model_copy(update=unpicked)})
     found = PresetSpec(
         share=preset.share if spec.share is None else spec.share,
         realigner=preset.realigner if spec.realigner is None else spec.realigner,

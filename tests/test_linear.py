@@ -16,6 +16,7 @@ from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV, Frame
 from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
 from agentmesh.sharing.linear import SAMPLED_LAYERS, Linear, features, robust_weights
+from agentmesh.sharing.linearmap import LinearMap
 
 SHAPE = KVShape(3, 2, 8, torch.float32, torch.device("cpu"))
 
@@ -99,12 +100,27 @@ def test_the_tokens_that_are_moved_farthest_are_known() -> None:
 
     found = known.moves(base, range(30, 42))
 
-    given = known.realign(base, range(30, 42)).fetch()
-    offsets = torch.cat([given.keys - base.keys, given.values - base.values], dim=3)[SAMPLED_LAYERS].flatten(0, 1)
-    sizes = offsets.square().sum(dim=2)
+    sizes = known.map.sizes(base, range(30, 42), SAMPLED_LAYERS).flatten(0, 1)
     torch.testing.assert_close(found, (sizes / sizes.mean(dim=1, keepdim=True)).mean(dim=0), atol=1e-4, rtol=1e-3)
     assert int(found.argmax()) == 7
     assert float(known.moves(base, range(30, 42)).mean()) == pytest.approx(1.0), "against the mean of all of them"
+
+
+def test_how_far_tokens_are_moved_is_known_to_a_few_percent() -> None:
+    rows, dim = 8 * 3, 64
+    generator = torch.Generator().manual_seed(3)
+    weights = 0.1 * torch.randn(rows, 2 * dim + 4, 2 * dim, generator=generator)
+    weights[:, : 2 * dim] += torch.eye(2 * dim)
+    keys, values = torch.randn(2, 8, 3, 50, dim, generator=generator)
+    base, made = KV(keys, values, Frame.FREE), LinearMap(weights)
+
+    found = made.sizes(base, range(50), slice(2, None)).flatten(0, 1).mean(dim=0)
+
+    moved = made.apply(base, range(50), slice(2, None))
+    offsets = torch.cat([moved.keys - keys[2:], moved.values - values[2:]], dim=3)
+    wanted = offsets.square().sum(dim=3).flatten(0, 1).mean(dim=0)
+    assert float((found / wanted - 1).abs().max()) < 4 * (2 / 16 / 18) ** 0.5, "four deviations of 18 heads' mean"
+    torch.testing.assert_close(found, made.sizes(base, range(50), slice(2, None)).flatten(0, 1).mean(dim=0))
 
 
 def test_layers_can_be_made_in_parts() -> None:

@@ -11,6 +11,8 @@ from agentmesh.kv.values import ALL, KV
 
 POSITION_FEATURES = 4
 POSITION_SCALE = 3.0
+DIRECTIONS = 16
+"""Random directions by which ``sizes`` measures offsets: an eighth of the work of whole ones at a head dim of 64."""
 
 
 def position_features(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -46,11 +48,17 @@ class LinearMap:
 
     @torch.inference_mode()
     def sizes(self, base: KV, numbers: Sequence[int], layers: slice) -> torch.Tensor:
-        """How far it moves tokens: squared lengths of their offsets in some layers, ``[L, H, T]``."""
+        """How far it moves tokens: about the squared lengths of their offsets in some layers, ``[L, H, T]``.
+
+        A random projection keeps lengths (Johnson and Lindenstrauss): one head's with a deviation of √(2/16), a third;
+        the mean over 24 heads with one of 7 %.
+        """
         base = base.fetch(layers)
-        weights = self._of(layers, base.keys.shape[1]).clone()
-        weights.diagonal(dim1=1, dim2=2).sub_(1.0)
-        lengths: torch.Tensor = torch.linalg.vector_norm(_mapped(base, numbers, weights), dim=3)
+        weights = self._of(layers, base.keys.shape[1])
+        directions = _directions(weights.shape[2], weights.device)
+        offsets = weights @ directions
+        offsets[:, : len(directions)] -= directions
+        lengths: torch.Tensor = torch.linalg.vector_norm(_mapped(base, numbers, offsets), dim=3)
         return lengths.float().square()
 
     def _of(self, layers: slice, heads: int) -> torch.Tensor:
@@ -58,15 +66,21 @@ class LinearMap:
         return self.weights.view(-1, heads, *self.weights.shape[1:])[layers].flatten(0, 1)
 
 
+def _directions(size: int, device: torch.device) -> torch.Tensor:
+    """Random signs ``[size, 16]``, the same every time, scaled so that projecting keeps mean squared lengths."""
+    chosen = torch.randint(2, (size, DIRECTIONS), generator=torch.Generator().manual_seed(0))
+    return ((2.0 * chosen - 1.0) / DIRECTIONS**0.5).to(device)
+
+
 def _mapped(base: KV, numbers: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
-    """``xᵀW`` of tokens, ``[L, H, T, 2D]``."""
+    """``xᵀW`` of tokens with weights ``[L·H, 2D + 4, N]``: ``[L, H, T, N]``."""
     count, heads, tokens, dim = base.keys.shape
     weights = weights.to(base.keys.dtype)
     places = position_features(numbers, base.keys.device).to(base.keys.dtype)
     out = places @ weights[:, 2 * dim :]
     out.baddbmm_(base.keys.flatten(0, 1), weights[:, :dim])
     out.baddbmm_(base.values.flatten(0, 1), weights[:, dim : 2 * dim])
-    return out.view(count, heads, tokens, 2 * dim)
+    return out.view(count, heads, tokens, -1)
 
 
 @dataclass(frozen=True)

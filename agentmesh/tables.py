@@ -17,22 +17,27 @@ def fidelity_table(figures: Fidelity) -> Group:
     """Presets by their distance from dense."""
     table = _table(
         f"KL(dense ‖ preset), nats a token: {figures.model}, {figures.dtype}, {figures.n} questions",
-        ("exact bases", "95 %", "chained", "first", "p99", "top-1", "placed", "calls shared"),
+        ("exact", "95 %", "chained", "first", "p99", "top-1", "placed", "calls", "chained"),
     )
     for name, one in figures.presets.items():
         placed = one.placed_tokens / one.slot_tokens if one.slot_tokens else 0.0
         table.add_row(
             name,
             f"{one.kl_mean:.4f}",
-            f"{one.ci95[0]:.4f}-{one.ci95[1]:.4f}",
+            f"{one.ci95[0]:.3f}-{one.ci95[1]:.3f}",
             f"{one.kl_chained:.4f}",
             f"{one.kl_first:.4f}",
             f"{one.kl_p99:.3f}",
             f"{one.top1:.3f}",
             f"{placed:.0%}",
             f"{one.calls_shared}/{one.calls_shareable}",
+            f"{one.chained.calls_shared}/{one.chained.calls_shareable}",
         )
-    controls = [f"{name} {'shares nothing' if kl is None else f'{kl:.4f}'}" for name, kl in figures.controls.items()]
+    paired = {name: one.calls for name, one in figures.controls_minus_linear.items()}
+    controls = [
+        f"{name} shares nothing" if kl is None else f"{name} {kl:.4f} ({paired.get(name, 0)} calls)"
+        for name, kl in figures.controls.items()
+    ]
     pairs = [
         f"{name} {one.kl_mean:+.4f} [{one.ci95[0]:+.4f}, {one.ci95[1]:+.4f}]"
         for name, one in figures.minus_linear.items()

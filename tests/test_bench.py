@@ -22,7 +22,7 @@ from agentmesh import Mesh
 from agentmesh.bench import session, ttft
 from agentmesh.bench.data import Question, read_questions
 from agentmesh.bench.fidelity import _Unrotated
-from agentmesh.bench.figures import ScalingPoint, Throughput
+from agentmesh.bench.figures import Fidelity, ScalingPoint, Throughput
 from agentmesh.bench.rig import Rig, observe
 from agentmesh.bench.scaling import Grid, fit_of
 from agentmesh.bench.ttft import Layout, Setting, round_of_calls
@@ -39,7 +39,7 @@ from agentmesh.engine.probe import probe
 from agentmesh.engine.slices import at_once
 from agentmesh.events import Reason
 from agentmesh.metering import Audit
-from agentmesh.tables import throughput_table
+from agentmesh.tables import fidelity_table, throughput_table
 from agentmesh.testing import ByteTokenizer
 
 MESH = """
@@ -72,6 +72,7 @@ PRESET = {
     *("slot_tokens", "placed_tokens", "computed_tokens"),
     *("calls", "calls_shareable", "calls_shared", "anchors_held", "by_agent"),
 }
+SHARED = {"slot_tokens", "placed_tokens", "calls_shareable", "calls_shared", "reasons"}
 AGENT = {"kl_mean", "top1", "placed_tokens", "slot_tokens"}
 TIMES = {"by_agent_ms", "sum_ms", "parts_ms", "learn_ms", "kv_bytes", "placed", "computed"}
 PARTS = {"plan", "match", "realign", "compose", "forward"}
@@ -95,17 +96,20 @@ def test_fidelity_gives_the_documented_figures_and_a_plot(folder: Path) -> None:
     options = ["--warmup", "6", "--limit", "2", "--presets", "prefix,epic,linear,kvcomm", "--plot", "f.png"]
     found = figures("bench", "fidelity", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
 
-    assert set(found) == FIDELITY | {"minus_linear"}
+    assert set(found) == FIDELITY | {"minus_linear", "controls_minus_linear"}
     assert found["n"] == 2
     assert set(found["controls"]) == {"wrong_consumer", "unrotated", "nothing_computed"}
     assert set(found["presets"]) == set(found["settings"]) == {"prefix", "epic", "linear", "kvcomm"}
     for preset in found["presets"].values():
-        assert set(preset) == PRESET | {"reasons", "chained_by_agent"}
+        assert set(preset) == PRESET | {"reasons", "chained_by_agent", "chained"}
+        assert set(preset["chained"]) == SHARED
         assert len(preset["ci95"]) == 2
         assert {frozenset(agent) for agent in preset["by_agent"].values()} == {frozenset(AGENT)}
     linear, prefix = found["presets"]["linear"], found["presets"]["prefix"]
     assert linear["calls"] == 6
     assert linear["calls_shareable"] == linear["calls_shared"] == 4
+    assert linear["chained"]["calls_shareable"] == linear["chained"]["calls_shared"] == 4
+    assert {one["calls"] for one in found["controls_minus_linear"].values()} == {4}
     assert 0 < linear["placed_tokens"] < linear["slot_tokens"]
     assert set(linear["by_agent"]) == {"agent.1", "agent.2", "agent.3"}
     assert prefix["placed_tokens"] == 0
@@ -116,6 +120,23 @@ def test_fidelity_gives_the_documented_figures_and_a_plot(folder: Path) -> None:
     assert epic["kl_mean"] == pytest.approx(found["presets"]["epic"]["kl_mean"] - linear["kl_mean"], abs=1e-6)
     assert found["settings"]["linear"]["recompute"]["first"] == 8
     assert (folder / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_consumer_is_no_control_where_no_other_has_learned(folder: Path) -> None:
+    options = ["--warmup", "6", "--limit", "1", "--presets", "linear"]
+    text = MESH.replace("agents: 3", "agents: 2").replace("[Solver, Analyst, Inspector]", "[Solver, Analyst]")
+    (folder / "mesh.yaml").write_text(text)
+    found = figures("bench", "fidelity", "mesh.yaml", "--data", "data.jsonl", *options, cwd=folder)
+
+    assert found["presets"]["linear"]["calls_shared"] == 1
+    assert found["controls"]["wrong_consumer"] is None
+    assert set(found["controls_minus_linear"]) == {"unrotated", "nothing_computed"}
+    shown = Console(width=80, file=io.StringIO())
+    shown.print(fidelity_table(Fidelity.model_validate(found)))
+    assert isinstance(shown.file, io.StringIO)
+    text = shown.file.getvalue()
+    assert "wrong_consumer shares nothing" in text
+    assert "…" not in text, "a terminal of 80 columns shows all of it"
 
 
 def test_ttft_gives_the_documented_figures_and_a_plot(tmp_path: Path) -> None:

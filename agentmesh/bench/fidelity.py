@@ -17,7 +17,9 @@ from agentmesh.communicator import Preset, make
 from agentmesh.communicator.base import Plan
 from agentmesh.communicator.keeper import KeptPlan
 from agentmesh.communicator.kvcomm import KVComm
+from agentmesh.communicator.linkstate import shares
 from agentmesh.communicator.measures import divergence
+from agentmesh.communicator.slots import SlotPlan
 from agentmesh.config.presets import CommunicatorSpec, Recompute, RecomputeSpec, settings
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner
@@ -73,12 +75,13 @@ class Control(Subject):
 
     def measure(self, rig: Rig, call: Call, dense: Said, question: int, nodes: Sequence[str]) -> None:
         """A measured call with exact bases, spoilt."""
-        prompt = call.prompt
-        if self.name == "wrong_consumer":
-            others = [node for node in nodes[1:] if node != call.node]  # the first one has learned nothing
-            wrong = others[nodes.index(call.node) % len(others)] if others else call.node
-            prompt = replace(prompt, reader=replace(prompt.reader, consumer=wrong))
-        plan = self.exact.plan(prompt)
+        plan = self._misled(call, nodes) if self.name == "wrong_consumer" else self.exact.plan(call.prompt)
+        if plan is None:
+            plan = self.exact.plan(call.prompt)
+            unshared = _measured(question, len(self.results), call, plan, dense, dense)
+            self.results.append(replace(unshared, placed_slots=0))
+            keep(self.exact, call, _forgetting(plan), dense)
+            return
         composition = plan.composition
         if self.name == "unrotated":
             pieces = [Placement(piece.start, _Unrotated(piece.kv)) for piece in composition.placed]
@@ -86,6 +89,23 @@ class Control(Subject):
         said = rig.composed(call, composition)
         self.results.append(_measured(question, len(self.results), call, plan, dense, said))
         keep(self.exact, call, _forgetting(plan), dense)
+
+    def _misled(self, call: Call, nodes: Sequence[str]) -> Plan | None:
+        """A plan with offsets of the next agent that has any for this call; ``None`` where nobody has.
+
+        The first agent comes last: of what its team wrote, most is new to it, and what it wrote itself needs no offset.
+        """
+        first, *others = dict.fromkeys(nodes)
+        at = others.index(call.node) if call.node in others else 0
+        for wrong in (*others[at:], *others[:at], first):
+            if wrong == call.node:
+                continue
+            plan = self.exact.plan(replace(call.prompt, reader=replace(call.prompt.reader, consumer=wrong)))
+            assert isinstance(plan, SlotPlan), "controls spoil a preset that shares slots"
+            if any(one.placed and shares(one.match.relation) for one in plan.decisions):
+                return plan
+            self.exact.closed(plan)
+        return None
 
 
 def stores(names: Sequence[str]) -> int:
@@ -157,6 +177,9 @@ def measure(
             if subject.name != "linear" and (found := difference(subject.results, linear)) is not None
         },
         controls={control.name: mean_of_sharing(control.results) for control in spoilt},
+        controls_minus_linear={
+            control.name: found for control in spoilt if (found := difference(control.results, linear)) is not None
+        },
     )
 
 

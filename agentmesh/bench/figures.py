@@ -31,13 +31,24 @@ class AgentFidelity(Frozen):
     slot_tokens: int
 
 
+class Shared(Frozen):
+    """How much was shared: tokens and calls as in ``PresetFidelity``, and why tokens were computed."""
+
+    slot_tokens: int
+    placed_tokens: int
+    calls_shareable: int
+    calls_shared: int
+    reasons: dict[str, int]
+
+
 class PresetFidelity(Frozen):
     """One preset's figures over the measured questions. KL(dense ‖ preset) in nats a token.
 
     ``kl_mean``, ``kl_first`` (first tokens), ``kl_p99``, ``ci95`` (bootstrap over questions) and ``top1`` are over the
     calls that share; ``kl_common`` over those that share under every preset. ``slot_tokens`` are shareable,
-    ``placed_tokens`` of them were placed; ``computed_tokens`` counts whole prompts of the sharing calls. ``prefix``
-    counts no slots: what it places is one beginning, whatever stands in it.
+    ``placed_tokens`` of them were placed; ``computed_tokens`` counts whole prompts of the sharing calls. All that is
+    with exact bases; ``kl_chained`` is over the calls that share in the preset's own run, and ``chained`` says what it
+    shared there. ``prefix`` knows of no shareable tokens but those that it places, so it always places all of them.
     """
 
     kl_mean: float
@@ -57,6 +68,7 @@ class PresetFidelity(Frozen):
     reasons: dict[str, int]
     by_agent: dict[str, AgentFidelity]
     chained_by_agent: dict[str, float]
+    chained: Shared
 
 
 class KLDifference(Frozen):
@@ -70,7 +82,8 @@ class KLDifference(Frozen):
 class Fidelity(Frozen):
     """All presets' figures, and negative controls: what must be worse than ``linear``; ``None`` where none shared.
 
-    ``minus_linear``: how much farther from dense the other presets are than ``linear``, call by call.
+    ``minus_linear``: how much farther from dense the other presets are than ``linear``, call by call;
+    ``controls_minus_linear``: the same of the controls, and over how many calls.
     """
 
     model: str
@@ -80,6 +93,7 @@ class Fidelity(Frozen):
     presets: dict[str, PresetFidelity]
     minus_linear: dict[str, KLDifference]
     controls: dict[str, float | None]
+    controls_minus_linear: dict[str, KLDifference]
 
 
 class PresetTimes(Frozen):

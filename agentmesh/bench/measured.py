@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from agentmesh.bench.figures import AgentFidelity, KLDifference, PresetFidelity
+from agentmesh.bench.figures import AgentFidelity, KLDifference, PresetFidelity, Shared
 from agentmesh.events import PlanRow, Treatment
 
 RESAMPLES = 1000
@@ -67,9 +67,7 @@ def summary(
     own = [m for m in chained if m.shares]
     tokens = torch.cat([m.kl for m in shared]) if shared else torch.zeros(1)
     agents = list(dict.fromkeys(m.node for m in results))
-    reasons: Counter[str] = Counter()
-    for measured in results:
-        reasons.update(measured.computed)
+    use = _shared(results)
     return PresetFidelity(
         kl_mean=_mean(shared),
         kl_chained=_mean(own),
@@ -78,16 +76,30 @@ def summary(
         kl_p99=float(tokens.quantile(0.99)),
         ci95=_interval(shared),
         top1=_top1(shared),
-        slot_tokens=sum(m.slot_tokens for m in results),
-        placed_tokens=sum(m.placed_slots for m in results),
+        slot_tokens=use.slot_tokens,
+        placed_tokens=use.placed_tokens,
         computed_tokens=sum(sum(m.computed.values()) for m in shared),
         calls=len(results),
-        calls_shareable=sum(m.slot_tokens > 0 for m in results),
-        calls_shared=len(shared),
+        calls_shareable=use.calls_shareable,
+        calls_shared=use.calls_shared,
         anchors_held=anchors_held,
-        reasons=dict(reasons),
+        reasons=use.reasons,
         by_agent={node: _agent([m for m in results if m.node == node]) for node in agents},
         chained_by_agent={node: _mean([m for m in own if m.node == node]) for node in agents},
+        chained=_shared(chained),
+    )
+
+
+def _shared(results: Sequence[Measured]) -> Shared:
+    reasons: Counter[str] = Counter()
+    for measured in results:
+        reasons.update(measured.computed)
+    return Shared(
+        slot_tokens=sum(m.slot_tokens for m in results),
+        placed_tokens=sum(m.placed_slots for m in results),
+        calls_shareable=sum(m.slot_tokens > 0 for m in results),
+        calls_shared=sum(m.shares for m in results),
+        reasons=dict(reasons),
     )
 
 

@@ -58,8 +58,8 @@ class LinearMap:
         directions = _directions(weights.shape[2], weights.device)
         offsets = weights @ directions
         offsets[:, : len(directions)] -= directions
-        lengths: torch.Tensor = torch.linalg.vector_norm(_mapped(base, numbers, offsets), dim=3)
-        return lengths.float().square()
+        lengths: torch.Tensor = torch.linalg.vector_norm(_mapped(base, numbers, offsets), dim=3).float()
+        return lengths.square()
 
     def _of(self, layers: slice, heads: int) -> torch.Tensor:
         """The weights of some layers, ``[L·H, 2D + 4, 2D]``."""
@@ -68,8 +68,9 @@ class LinearMap:
 
 def _directions(size: int, device: torch.device) -> torch.Tensor:
     """Random signs ``[size, 16]``, the same every time, scaled so that projecting keeps mean squared lengths."""
-    chosen = torch.randint(2, (size, DIRECTIONS), generator=torch.Generator().manual_seed(0))
-    return ((2.0 * chosen - 1.0) / DIRECTIONS**0.5).to(device)
+    chosen = torch.randint(2, (size, DIRECTIONS), generator=torch.Generator().manual_seed(0)).to(device)
+    scaled: torch.Tensor = (2.0 * chosen - 1.0) / DIRECTIONS**0.5
+    return scaled
 
 
 def _mapped(base: KV, numbers: Sequence[int], weights: torch.Tensor) -> torch.Tensor:

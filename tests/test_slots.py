@@ -1011,6 +1011,70 @@ def test_the_cost_gate_is_told_how_long_looks_took(monkeypatch: pytest.MonkeyPat
     assert min(looks) > 10 * max(look_ms for placed, look_ms in told if not placed)
 
 
+def test_the_cost_gate_learns_from_what_was_moved_and_not_from_exact_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    def see(_costs: Costs, _parts: Parts, _computed: int, placed: int, _look_ms: float = 0.0) -> None:
+        told.append(placed)
+
+    monkeypatch.setattr(Costs, "see", see)
+    with mesh({"preset": "rotate"}) as one:
+        results = ask(one, [1, 2])
+
+    calls = [call for result in results for call in result.calls]
+    realigned = [sum(row.tokens for row in call.plan if row.kind is Treatment.PLACED_REALIGNED) for call in calls]
+    exact = [sum(row.tokens for row in call.plan if row.kind is Treatment.PLACED_EXACT) for call in calls]
+    assert told == realigned
+    assert min(exact[3:]) > 0, "the second run finds the beginnings of the first one's prompts"
+    assert told[0] == told[3] == 0
+
+
+def test_the_cost_gate_is_asked_of_what_would_be_placed_and_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def pays(_costs: Costs, tokens: int) -> bool:
+        asked.append(tokens)
+        return True
+
+    monkeypatch.setattr(Costs, "placing_pays", pays)
+    with mesh({"preset": "linear", "cost_gate": True, "max_kl": 1e6}) as one:
+        results = ask(one, range(7))
+
+    sharing = [call for result in results for call in result.calls if call.placed_slots]
+    assert len(asked) == len(sharing) == 4, "neither by first readers nor by those who observe"
+    for tokens, call in zip(asked, sharing, strict=True):
+        placed = sum(row.tokens for row in call.plan if row.kind is Treatment.PLACED_REALIGNED)
+        assert placed <= tokens <= placed + 8 * 2, "up to the line breaks of two blocks"
+
+
+def test_what_was_measured_long_ago_is_forgotten_where_placing_is_tried_again() -> None:
+    dear = Costs()
+    for _ in range(Costs.WINDOW):
+        dear.see(Parts(forward=10, realign=30, compose=10), computed=100, placed=100)
+    tries = 0
+    for _ in range(8 * Costs.TRY_AGAIN):
+        if dear.placing_pays(100):
+            dear.see(Parts(forward=10, realign=1, compose=1), computed=100, placed=100)
+            tries += 1
+
+    assert tries > 100, "cheap since the first try: it pays again after a few"
+
+
+def test_where_placing_is_slow_the_gate_finds_out_and_runs_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    see = Costs.see
+
+    def slowly(costs: Costs, parts: Parts, computed: int, placed: int, look_ms: float = 0.0) -> None:
+        see(costs, replace(parts, realign=1e4 if placed else 0.0), computed, placed, look_ms)
+
+    monkeypatch.setattr(Costs, "see", slowly)
+    with mesh({"preset": "linear", "cost_gate": True, "max_kl": 1e6}) as one:
+        results = ask(one, range(12))
+
+    late = [call for result in results[5:] for call in result.calls[1:]]
+    assert [call.placed_slots > 0 for call in late] == [True] * Costs.ENOUGH + [False] * (len(late) - Costs.ENOUGH)
+    assert all(Reason.NOT_WORTH_IT in reasons(call) for call in late[Costs.ENOUGH :])
+
+
 def test_prefills_of_nearly_one_size_do_not_tell_a_slope_among_themselves() -> None:
     """The larger of two sizes happened to be quicker: computing still takes time, and placing pays."""
     costs = Costs()

@@ -17,7 +17,6 @@ from agentmesh.communicator import Preset, make
 from agentmesh.communicator.base import Plan
 from agentmesh.communicator.keeper import KeptPlan
 from agentmesh.communicator.kvcomm import KVComm
-from agentmesh.communicator.linkstate import shares
 from agentmesh.communicator.measures import divergence
 from agentmesh.communicator.slots import SlotPlan
 from agentmesh.config.presets import CommunicatorSpec, Recompute, RecomputeSpec, settings
@@ -102,7 +101,7 @@ class Control(Subject):
                 continue
             plan = self.exact.plan(replace(call.prompt, reader=replace(call.prompt.reader, consumer=wrong)))
             assert isinstance(plan, SlotPlan), "controls spoil a preset that shares slots"
-            if any(one.placed and shares(one.match.relation) for one in plan.decisions):
+            if any(one.shared for one in plan.decisions):
                 return plan
             self.exact.closed(plan)
         return None

@@ -35,6 +35,11 @@ class Decision:
         """Whether it is placed."""
         return self.verdict.reason is None
 
+    @property
+    def shared(self) -> bool:
+        """Whether it is placed from what somebody else read or wrote, or wrote elsewhere: no history of its agent."""
+        return self.placed and shares(self.match.relation)
+
     def source(self, low: int, high: int) -> KVSource:
         """The rows of the prompt's tokens ``low`` to ``high``, which it places."""
         assert self.verdict.realigner is not None, "a placed match has a realigner"

@@ -59,7 +59,7 @@ class Costs:
 
     Placing has a price of its own however few tokens it is, so short prompts may be cheaper computed. Lines through the
     last prefills, so that one slow moment of the machine decides nothing; where placing does not pay, some call now and
-    then is placed all the same: what was measured once need not hold for ever.
+    then is placed all the same, and half of what was measured before is forgotten: it need not hold for ever.
     """
 
     ENOUGH = 5
@@ -72,7 +72,14 @@ class Costs:
         self._refused = 0
 
     def see(self, parts: Parts, computed: int, placed: int, look_ms: float = 0.0) -> None:
-        """Learn from a prefill of so many tokens, if it was timed; a look at the cache came before what was placed."""
+        """Learn from a prefill, if it was timed.
+
+        Args:
+            parts: what it took.
+            computed: tokens that were computed.
+            placed: tokens that were placed behind an exact prefix, whose rows are copied and tell nothing of that.
+            look_ms: what picking tokens to be computed took before.
+        """
         if not parts.forward:
             return
         self._computed.append((computed, parts.forward))
@@ -86,4 +93,8 @@ class Costs:
         if Line.through(self._placed).of(tokens) < Line.through(self._computed).slope * tokens:
             return True
         self._refused = (self._refused + 1) % self.TRY_AGAIN
-        return not self._refused
+        if self._refused:
+            return False
+        for _ in range(min(len(self._placed) // 2, len(self._placed) - self.ENOUGH)):
+            self._placed.popleft()
+        return True

@@ -17,7 +17,6 @@ import torch
 
 from agentmesh.communicator.blocks import Decision, compose, compose_whole, paint_best
 from agentmesh.communicator.labels import Labels
-from agentmesh.communicator.linkstate import shares
 from agentmesh.config.presets import OF_LINEAR, Picking, Recompute
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.scout import Look, Scout
@@ -54,7 +53,7 @@ class Picker:
 
     def pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Arena | None:
         """Label what is picked of placed blocks; the arena that a look has seen, if there was one."""
-        placed = [number for number, one in enumerate(decisions) if one.placed and shares(one.match.relation)]
+        placed = [number for number, one in enumerate(decisions) if one.shared]
         passages = [number for number in placed if self._by_weights(decisions[number].match)]
         if passages:
             scores = weigh(labels.prompt, [decisions[number].match for number in passages])
@@ -69,6 +68,10 @@ class Picker:
         look = self._look(labels, lead, decisions)
         paint_best(labels, others, self.recompute.picked, look.scores)
         return look.arena
+
+    def about(self, match: Match, tokens: int) -> int:
+        """How many of so many placed tokens of one match are picked."""
+        return round(self.recompute.documents * tokens) if self._by_weights(match) else self.recompute.picked(tokens, 1)
 
     def _by_weights(self, match: Match) -> bool:
         return match.relation is Relation.CORPUS and bool(self.recompute.documents)

@@ -150,8 +150,9 @@ class Slots(Preset):
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
-        placed = plan.composition.placed_tokens
-        self._costs.see(plan.parts, len(plan.composition.tokens) - placed, placed, plan.look_ms)
+        composition = plan.composition
+        moved = sum(piece.kv.tokens for piece in composition.placed if piece.start >= plan.exact_until)
+        self._costs.see(plan.parts, len(composition.tokens) - composition.placed_tokens, moved, plan.look_ms)
         self.keeper.keep_prompt(prompt, plan, arena)
 
     def finished(self, prompt: Prompt, plan: Plan, arena: Arena, message: tuple[int, ...]) -> None:
@@ -230,18 +231,25 @@ class Slots(Preset):
             self._scout.runner.pool.give(plan.looked.pop())
 
     def _decide(self, prompt: Prompt, matches: Sequence[Match]) -> tuple[Decision, ...]:
-        """Gate every match; where one has to be observed first, none is placed."""
-        tokens = sum(match.tokens - head(self._choice.recompute, match) for match in matches)
-        asks = self._spec.cost_gate and prompt.reader.sees is None and not self.learner.frozen
-        pays = not asks or self._costs.placing_pays(tokens)
-        decisions = [Decision(match, self._gate(prompt, match, pays=pays)) for match in matches]
+        """Gate every match; where one has to be observed first, or all together do not pay, none is placed."""
+        decisions = tuple(Decision(match, self._gate(prompt, match)) for match in matches)
         if any(decision.verdict.cold for decision in decisions) and not self.learner.frozen:
             calm = Verdict(None, Reason.OBSERVING)
-            decisions = [d if not d.placed else Decision(d.match, calm) for d in decisions]
-        return tuple(decisions)
+            return tuple(Decision(one.match, calm) if one.placed else one for one in decisions)
+        asks = self._spec.cost_gate and prompt.reader.sees is None and not self.learner.frozen and not self._rehearses
+        left = [self._left(one.match) for one in decisions if one.shared]
+        if asks and left and not self._costs.placing_pays(sum(left)):
+            dear = Verdict(None, Reason.NOT_WORTH_IT)
+            return tuple(Decision(one.match, dear) if one.shared else one for one in decisions)
+        return decisions
 
-    def _gate(self, prompt: Prompt, match: Match, *, pays: bool) -> Verdict:
-        """Whether a match may be placed (METHOD 6.2)."""
+    def _left(self, match: Match) -> int:
+        """About how many tokens of a match are placed: not its head, and not what is picked of the others."""
+        tokens = match.tokens - head(self._choice.recompute, match)
+        return tokens - self._picker.about(match, tokens)
+
+    def _gate(self, prompt: Prompt, match: Match) -> Verdict:
+        """Whether a match may be placed, whatever it costs (METHOD 6.2)."""
         if prompt.reader.exact:
             return Verdict(None, Reason.READS_EXACTLY)
         if match.tokens < self._spec.min_tokens:
@@ -250,10 +258,7 @@ class Slots(Preset):
             return Verdict(self._still)
         if not self._picker.can(match):
             return Verdict(None, Reason.MODEL_UNSUPPORTED)
-        verdict = self.learner.verdict(prompt.reader, match)
-        if verdict.reason is None and not pays:
-            return Verdict(None, Reason.NOT_WORTH_IT)
-        return verdict
+        return self.learner.verdict(prompt.reader, match)
 
     def _with_copies(self, prompt: Prompt, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:
         """Decisions, and behind them those of parts of their matches that have a nearer base."""

@@ -73,12 +73,12 @@ class PlannedPrompt:
         return self._preset.budget.limit
 
     def room(self, need: int, *, alone: bool) -> bool:
-        """Make room in the budget; what running agents wait for is given up only where nothing else is live.
+        """Make room in the budget; what agents wait for or have taught is given up only where nothing else is live.
 
         What will be kept of the prompt for later visits counts, too: else it would push out what others wait for.
         """
         if alone:
-            found = self._preset.budget.room(need, Worth.AWAITED)
+            found = self._preset.budget.room(need, Worth.TAUGHT)
             if not found:
                 self._preset.starved(self._prompt.reader)
             return found

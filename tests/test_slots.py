@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from agentmesh.agents.base import Turn
 from agentmesh.backend import Completion
 from agentmesh.communicator.kvcomm import KVComm, Slot
 from agentmesh.communicator.learner import LEARNED_SHARE, Learner
-from agentmesh.communicator.linkstate import LinkState, split_link
+from agentmesh.communicator.linkstate import Audited, LinkState, Observed, split_link
 from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.picks import Picker
 from agentmesh.communicator.pools import NewAnchor
@@ -35,6 +36,7 @@ from agentmesh.prompt import ContentKind, Reader
 from agentmesh.prompt.segments import Prompt
 from agentmesh.results import RunResult
 from agentmesh.sharing.budget import Budget, Worth
+from agentmesh.sharing.ledger import Ledger
 from agentmesh.sharing.linear import Linear
 from agentmesh.sharing.matching import Match, Relation
 from agentmesh.sharing.prefix import PrefixStore
@@ -675,7 +677,7 @@ def test_a_breaker_opens_on_bad_audits_and_closes_after_new_observations() -> No
     for order in range(10, 15):
         reader = Reader(f"run {order}", order, consumer="b")
         assert learner.verdict(reader, match).reason is Reason.BREAKER_OPEN
-        learner.ledger.note(reader.run, "b read input", _observed())
+        learner.ledger.note(reader.run, "b read input", Observed(deep=False, finding=None))
         learner.end(reader.run)
 
     assert learner.verdict(Reader("run 15", 15, consumer="b"), match).reason is None
@@ -738,10 +740,37 @@ def test_a_slot_that_is_first_seen_late_is_observed_and_then_shared() -> None:
     assert "message c@0" in {row.segment for row in late[-1].plan if row.reason is Reason.WRITTEN_BEFORE}
 
 
-def _observed() -> Any:
-    from agentmesh.communicator.linkstate import Observed
+def test_findings_make_room_for_a_request_that_has_none_otherwise() -> None:
+    spec = CommunicatorSpec(preset="linear")
+    empty = partial(Linear.empty, KVShape(2, 2, 8, torch.float32, torch.device("cpu")))
+    one = empty().nbytes
+    budget = Budget(4 * one)
+    learner = Learner(spec, empty, budget)
+    for order, run in enumerate(("first", "second")):
+        learner.begin(Reader(run, order, consumer="b"))
+        base = KV(*torch.randn(2, 2, 2, 40, 8, generator=torch.Generator().manual_seed(order)), Frame.FREE)
+        learner.ledger.note(run, "b read input", Observed(deep=False, finding=empty().study(base, base, range(40))))
+        learner.ledger.note(run, "b wrote message", Audited(0.1, flip=False, residual=0.1))
+    assert learner.nbytes == 2 * one
 
-    return Observed(deep=False, finding=None)
+    assert not budget.room(3 * one, Worth.AWAITED), "nobody is kept from learning for what is kept for later"
+    assert budget.room(3 * one, Worth.TAUGHT)
+
+    assert learner.nbytes == one
+    learner.end("first")
+    learner.end("second")
+    assert learner.ledger.states["b read input"].exact.observations == 1, "the earlier run's"
+    assert len(learner.ledger.states["b wrote message"].audits) == 2, "audits take no room"
+
+
+def test_findings_of_runs_that_see_fixed_versions_stay() -> None:
+    ledger: Ledger[int, int] = Ledger(lambda _name, state, finding: (state or 0) + finding, lambda state: state)
+    ledger.view("one", 8, 0)
+    ledger.note("one", "link", 1)
+
+    assert ledger.forget(lambda _finding: True) == 0
+    ledger.end("one")
+    assert ledger.states == {"link": 1}
 
 
 def test_findings_are_committed_in_the_order_of_the_runs() -> None:
@@ -749,7 +778,7 @@ def test_findings_are_committed_in_the_order_of_the_runs() -> None:
     first, second = Reader("one", 0, consumer="b"), Reader("two", 1, consumer="b")
     for reader in (first, second):
         learner.begin(reader)
-        learner.ledger.note(reader.run, "b read input", _observed())
+        learner.ledger.note(reader.run, "b read input", Observed(deep=False, finding=None))
 
     learner.end("two")
     assert not learner.ledger.states

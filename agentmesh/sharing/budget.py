@@ -23,6 +23,9 @@ class Worth(IntEnum):
     AWAITED = 2
     """A run that goes on will read it."""
 
+    TAUGHT = 3
+    """What overlapping runs have taught and is not learned yet: given up for a request that has no room otherwise."""
+
 
 class Store(Protocol):
     """Something that keeps KV or statistics under a budget."""
@@ -64,7 +67,7 @@ class Budget:
         if self.used + need <= self.limit:
             return True
         for worth in (worth for worth in Worth if worth <= most):
-            goal = self.limit if worth is Worth.AWAITED else self._low
+            goal = self.limit if worth >= Worth.AWAITED else self._low
             for store in self._stores:
                 over = self.used + need - goal
                 if over > 0:

@@ -126,6 +126,18 @@ class Ledger(Generic[State, Finding]):
             for _, finding in active.findings:
                 yield finding
 
+    def forget(self, which: Callable[[Finding], bool]) -> int:
+        """Forget such findings of the last run that has taught any; how many. None where runs see fixed versions."""
+        runs = sorted((*self._active.values(), *self._ended.values()), key=lambda one: one.order, reverse=True)
+        for one in runs if not self._reach else ():
+            left = [(name, finding) for name, finding in one.findings if not which(finding)]
+            forgotten = len(one.findings) - len(left)
+            if forgotten:
+                self.changes += 1
+                one.findings = left
+                return forgotten
+        return 0
+
     def end(self, run: str) -> None:
         """Commit a run as soon as every run before it has ended."""
         active = self._active.pop(run, None)

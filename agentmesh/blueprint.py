@@ -166,6 +166,11 @@ def draft(loaded: LoadedMesh, graph: Topology | None = None, objects: Mapping[st
         choice = choices(spec.communicator)
     except ValueError as error:
         raise ConfigError(f"{loaded.position(('communicator',))}: {error}") from error
+    if spec.communicator.strict and choice.share is not Share.SLOTS:
+        raise ConfigError(
+            f"{loaded.position(('communicator',))}: `strict` fails where what an earlier agent has read or written is "
+            f"computed, but preset {spec.communicator.preset!r} shares none of it; use one that does, such as `linear`"
+        )
     kept_apart = [edge for edge in topology.edges if edge.deliver is Deliver.KV]
     if kept_apart and choice.share is not Share.SLOTS:
         edge = kept_apart[0]

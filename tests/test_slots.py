@@ -17,6 +17,7 @@ import torch
 from agentmesh import Mesh, agent
 from agentmesh.agents.base import Turn
 from agentmesh.backend import Completion
+from agentmesh.communicator import make
 from agentmesh.communicator.kvcomm import KVComm, Slot
 from agentmesh.communicator.learner import LEARNED_SHARE, Learner
 from agentmesh.communicator.linkstate import Audited, LinkState, Observed, split_link
@@ -24,16 +25,19 @@ from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.picks import Picker
 from agentmesh.communicator.pools import NewAnchor
 from agentmesh.communicator.slots import Slots
+from agentmesh.config.mesh import ModelSpec
 from agentmesh.config.presets import PRESETS, CommunicatorSpec, Recompute, RecomputeSpec, choices
 from agentmesh.engine.composition import Parts
+from agentmesh.engine.loading import load
+from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.scout import Scout
 from agentmesh.errors import ConfigError, NodeError, RequestTooLongError, SharingError
 from agentmesh.events import CallRecord, Event, ModelFinished, NodeFinished, NodeStarted, Reason, Treatment
 from agentmesh.kv.arena import Arena, KVShape
 from agentmesh.kv.values import KV, Frame
 from agentmesh.local import LocalBackend
-from agentmesh.prompt import ContentKind, Reader
-from agentmesh.prompt.segments import Prompt
+from agentmesh.prompt import Content, ContentKind, Reader
+from agentmesh.prompt.segments import Prompt, Segment
 from agentmesh.results import RunResult
 from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.ledger import Ledger
@@ -283,6 +287,32 @@ def test_a_judge_reads_exactly_unless_its_entry_says_otherwise() -> None:
 def test_strict_fails_instead_of_computing_what_could_be_shared() -> None:
     with mesh({"preset": "linear", "strict": True}) as one, pytest.raises(NodeError, match="agentmesh calibrate"):
         one.run(question=question(1))
+
+
+@pytest.mark.parametrize("preset", ["dense", "prefix"])
+def test_strict_is_refused_where_a_preset_shares_no_slots(preset: str) -> None:
+    with pytest.raises(ConfigError, match=f"`strict` fails where .* preset '{preset}' shares none of it"):
+        mesh({"preset": preset, "strict": True})
+
+
+@pytest.mark.parametrize(
+    ("level", "said"), [(Level.DENSE, "no reuse of KV"), (Level.PREFIX, "nothing but exact prefixes")]
+)
+def test_a_model_that_supports_less_is_refused_where_sharing_is_demanded(level: Level, said: str) -> None:
+    loaded = load(ModelSpec(name="random:tiny-llama"))
+    support = replace(probe(loaded.model, loaded.step), level=level)
+    with pytest.raises(SharingError, match=f"preset 'rotate' needs more than random:tiny-llama supports: {said}"):
+        make(CommunicatorSpec(preset="rotate", strict=True), support, loaded)
+
+    limited = make(CommunicatorSpec(preset="rotate"), support, loaded)
+    message = Content("hi", ContentKind.MESSAGE, "message a@0", deliver="kv")
+    said_by_a = Segment("message a@0", "hi", (4, 5), message)
+    prompt = Prompt((Segment("fixed", "You", (1, 2, 3)), said_by_a), reader=Reader("run", consumer="b"))
+    with pytest.raises(SharingError, match=r"b cannot share .*: model-unsupported, and its edge says `deliver: kv`"):
+        limited.plan(prompt)
+    auto = replace(said_by_a, content=replace(message, deliver="auto"))
+    free = replace(prompt, segments=(prompt.segments[0], auto))
+    assert limited.plan(free).placed_slots == 0
 
 
 @pytest.mark.parametrize(("deliver", "wanted"), [("text", Reason.DELIVERED_AS_TEXT), ("kv", Reason.WRITTEN_BEFORE)])

@@ -15,7 +15,7 @@ from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.probe import Level, Support
 from agentmesh.engine.scout import Scout
-from agentmesh.errors import NotFoundError, did_you_mean, listing
+from agentmesh.errors import NotFoundError, SharingError, did_you_mean, listing
 from agentmesh.events import Reason
 from agentmesh.kv.arena import KVShape
 from agentmesh.sharing.budget import Budget
@@ -42,6 +42,7 @@ def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Prese
 
     Raises:
         NotFoundError: no such preset.
+        SharingError: the mesh is ``strict``, and the model supports less than its preset shares.
     """
     if spec.preset not in PRESETS:
         raise NotFoundError(
@@ -52,7 +53,11 @@ def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Prese
     if choice.share is Share.NOTHING:
         return Dense(Budget(spec.budget))
     if support.level is Level.DENSE or not isinstance(runner, ArenaRunner):
+        if spec.strict:
+            raise _lacking(spec, loaded, "no reuse of KV")
         return Dense(Budget(spec.budget), Reason.MODEL_UNSUPPORTED)
+    if choice.share is Share.SLOTS and support.level is Level.PREFIX and spec.strict:
+        raise _lacking(spec, loaded, "nothing but exact prefixes")
     fingerprint = loaded.fingerprint
     if choice.share is Share.PREFIX:
         return Prefix(PrefixStore(Budget(spec.budget)), fingerprint, spec.min_tokens)
@@ -63,3 +68,10 @@ def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Prese
         return KVComm(spec, fingerprint, runner.rope, runner.spans)
     empty = REALIGNERS[choice.realigner]
     return Slots(spec, choice, Scout(runner), fingerprint, lambda: empty(runner.shape), loaded.line_breaks)
+
+
+def _lacking(spec: CommunicatorSpec, loaded: LoadedModel, supported: str) -> SharingError:
+    return SharingError(
+        f"preset {spec.preset!r} needs more than {loaded.name} supports: {supported}, and `strict` is set. Take "
+        "another model, or leave `strict` out"
+    )

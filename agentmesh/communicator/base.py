@@ -180,6 +180,20 @@ def root_of(fingerprint: str, tenant: str) -> bytes:
     return f"{fingerprint}\n{tenant}".encode()
 
 
+def demand_kv(prompt: Prompt, reason: Reason) -> None:
+    """Refuse to compute a message that must come as KV, where a model cannot share it.
+
+    Raises:
+        SharingError: an edge says ``deliver: kv``, and the reason is the model.
+    """
+    for segment in prompt.segments if reason is Reason.MODEL_UNSUPPORTED else ():
+        if segment.content is not None and segment.content.deliver == "kv":
+            raise SharingError(
+                f"{prompt.reader.consumer or 'this prompt'} cannot share {segment.label}: {reason}, and its edge says "
+                "`deliver: kv`. Take another model, or `deliver: auto`"
+            )
+
+
 def rows(prompt: Prompt, placed: int, source: str, reason: Reason) -> tuple[PlanRow, ...]:
     """Plan rows of a prompt whose first ``placed`` tokens are placed exactly.
 

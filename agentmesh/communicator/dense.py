@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from agentmesh.communicator.base import Plan, Preset, rows
+from agentmesh.communicator.base import Plan, Preset, demand_kv, rows
 from agentmesh.engine.composition import Composition
 from agentmesh.events import Reason
 from agentmesh.kv.arena import Arena
@@ -27,6 +27,7 @@ class Dense(Preset):
 
     def plan(self, prompt: Prompt) -> Plan:
         """Compute the whole prompt in one forward."""
+        demand_kv(prompt, self._reason)
         return Plan(Composition(prompt.tokens), rows(prompt, 0, "", self._reason))
 
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:

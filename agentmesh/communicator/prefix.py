@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import final
 
-from agentmesh.communicator.base import Plan, Preset, rows
+from agentmesh.communicator.base import Plan, Preset, demand_kv, rows
 from agentmesh.communicator.beginnings import Beginnings
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.engine.composition import Composition, Placement
@@ -39,6 +39,7 @@ class Prefix(Preset):
 
     def plan(self, prompt: Prompt) -> Plan:
         """Place the longest stored prefix that ends at a reuse point; what it holds of slots counts as shareable."""
+        demand_kv(prompt, self._limit)
         placed, at = [], 0
         for kv in self._beginnings.match(prompt):
             placed.append(Placement(at, kv))

@@ -18,8 +18,8 @@ from agentmesh.communicator import Preset, make
 from agentmesh.communicator.learner import Learner
 from agentmesh.communicator.linkstate import Taught
 from agentmesh.communicator.persistence import Persistence, Scope
+from agentmesh.communicator.saved import Made, save
 from agentmesh.communicator.saved import load as load_states
-from agentmesh.communicator.saved import save
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec, StoreSpec
@@ -223,7 +223,7 @@ class LocalBackend:
         states = self._learner("saved").ledger.states
         if not states:
             raise UsageError("nothing was learned: no agent of this mesh reads what another one read or wrote")
-        save(path, states, self.engine.loaded.fingerprint, consumers)
+        save(path, states, Made.of(self.engine.loaded.fingerprint, consumers, self._spec))
         return [f"{name}: {state.told()}" for name, state in sorted(states.items())]
 
     def load_realigners(self, path: Path, consumers: Mapping[str, str]) -> None:
@@ -233,7 +233,8 @@ class LocalBackend:
             UsageError: the preset has nothing to load, or the file was made for another model or other texts.
         """
         learner = self._learner("loaded")
-        states = load_states(path, learner.fresh, self.engine.loaded.fingerprint, consumers)
+        here = Made.of(self.engine.loaded.fingerprint, consumers, self._spec)
+        states = load_states(path, learner.fresh, here)
         learner.begin_with(states, str(path))
 
     def _learner(self, what: str) -> Learner:

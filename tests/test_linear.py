@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from agentmesh.communicator.linkstate import Audited, LinkState
-from agentmesh.communicator.saved import load, save
+from agentmesh.communicator.saved import Made, load, save
+from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.errors import InputError
 from agentmesh.events import Reason
 from agentmesh.kv.arena import KVShape
@@ -19,6 +21,8 @@ from agentmesh.sharing.linear import SAMPLED_LAYERS, Linear, features, robust_we
 from agentmesh.sharing.linearmap import LinearMap
 
 SHAPE = KVShape(3, 2, 8, torch.float32, torch.device("cpu"))
+FIRST = {"first": 16}
+MADE = Made.of("model", {"b": "text"}, CommunicatorSpec(preset="linear"))
 
 
 def random_kv(seed: int, tokens: int = 60) -> KV:
@@ -166,9 +170,9 @@ def test_links_are_saved_and_loaded_for_the_same_model_and_texts(tmp_path: Path)
     path, fresh = tmp_path / "r.safetensors", LinkState(Linear.empty(SHAPE), Linear.empty(SHAPE))
     known = learned(6)
     audits = (Audited(0.01, flip=True, residual=0.2), Audited(0.0, flip=False, residual=0.1))
-    save(path, {"b read input": LinkState(known, Linear.empty(SHAPE), audits, wait=2)}, "model", {"b": "text"})
+    save(path, {"b read input": LinkState(known, Linear.empty(SHAPE), audits, wait=2)}, MADE)
 
-    found = load(path, fresh, "model", {"b": "text"})["b read input"]
+    found = load(path, fresh, MADE)["b read input"]
 
     base = random_kv(8)
     assert found.exact.observations == 6
@@ -177,12 +181,15 @@ def test_links_are_saved_and_loaded_for_the_same_model_and_texts(tmp_path: Path)
     loaded, kept = (one.realign(base, range(base.tokens)).fetch() for one in (found.exact, known))
     assert torch.equal(loaded.keys, kept.keys)
     with pytest.raises(InputError, match="another model"):
-        load(path, fresh, "other", {"b": "text"})
+        load(path, fresh, replace(MADE, fingerprint="other"))
     with pytest.raises(InputError, match="texts of b have changed"):
-        load(path, fresh, "model", {"b": "new text"})
+        load(path, fresh, replace(MADE, consumers={"b": "new text"}))
+    more = Made.of("model", {"b": "text"}, CommunicatorSpec.model_validate({"preset": "linear", "recompute": FIRST}))
+    with pytest.raises(InputError, match=r"other choices of the communicator \(recompute.first 8, here 16\)"):
+        load(path, fresh, more)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="agentmesh calibrate"):
-        load(path, fresh, "model", {"b": "text"})
+        load(path, fresh, MADE)
 
 
 def test_links_with_one_observation_each_are_saved(tmp_path: Path) -> None:
@@ -190,9 +197,9 @@ def test_links_with_one_observation_each_are_saved(tmp_path: Path) -> None:
     path, fresh = tmp_path / "r.safetensors", Linear.empty(SHAPE)
     first, second = (fresh.learn(fresh.study(random_kv(n), shifted(random_kv(n)), range(60))) for n in (1, 2))
 
-    save(path, {"b read input": LinkState(first, fresh), "c read input": LinkState(second, fresh)}, "model", {})
+    save(path, {"b read input": LinkState(first, fresh), "c read input": LinkState(second, fresh)}, MADE)
 
-    assert {state.exact.observations for state in load(path, LinkState(fresh, fresh), "model", {}).values()} == {1}
+    assert {state.exact.observations for state in load(path, LinkState(fresh, fresh), MADE).values()} == {1}
 
 
 def anchor(seed: int, tokens: int) -> Anchor:

@@ -700,7 +700,7 @@ def test_a_breaker_opens_on_bad_audits_and_closes_after_new_observations() -> No
     for order in range(10):
         reader = Reader(f"run {order}", order, consumer="b")
         assert learner.verdict(reader, match).reason is None
-        audit = learner.audited(reader, [match], 0.5, flip=False)
+        audit = learner.audited(reader, [(match, learner.fresh.exact)], 0.5, flip=False)
         learner.end(reader.run)
     assert audit.opened == ("b read input",)
 
@@ -719,7 +719,7 @@ def test_one_flip_opens_no_breaker_and_two_in_ten_audits_do(flips: int, opens: b
     match = a_match()
     for order in range(10):
         reader = Reader(f"run {order}", order, consumer="b")
-        audit = learner.audited(reader, [match], 0.001, flip=order < flips)
+        audit = learner.audited(reader, [(match, learner.fresh.exact)], 0.001, flip=order < flips)
         learner.end(reader.run)
 
     assert bool(audit.opened) == opens

@@ -115,7 +115,7 @@ def test_what_a_mesh_was_given_serves_every_tenant_and_each_goes_on_from_there()
 
     assert learner.verdict(reader, a_match()).reason is Reason.BREAKER_OPEN
 
-    learner.audited(reader, [a_match()], 0.0, flip=False)
+    learner.audited(reader, [(a_match(), learner.fresh.exact)], 0.0, flip=False)
     learner.end(reader.run)
     assert len(learner.ledger.states["b read input of t"].audits) == 1
     assert learner.ledger.states["b read input of t"].wait == 3

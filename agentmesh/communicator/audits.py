@@ -105,5 +105,5 @@ class Auditor:
     ) -> Audit:
         kl = divergence(wanted[None], logits[None])
         flip = int(wanted.argmax()) != int(logits.argmax())
-        placed = [d.match for d in decisions if d.placed and shares(d.match.relation)]
+        placed = [(one.match, one.verdict.realigner) for one in decisions if one.shared and one.verdict.realigner]
         return self.learner.audited(prompt.reader, placed, float(kl[0]), flip=flip)

@@ -183,13 +183,17 @@ class Learner:
         finding = realigner.study(base, truth, numbers)
         self.ledger.note(reader.run, name, Observed(deep, finding))
 
-    def audited(self, reader: Reader, matches: Sequence[Match], kl: float, *, flip: bool) -> Audit:
-        """Note an audit for every slot that was placed; names those whose breaker it opens."""
+    def audited(
+        self, reader: Reader, placed: Iterable[tuple[Match, Realigner[Any]]], kl: float, *, flip: bool
+    ) -> Audit:
+        """Note an audit for every slot that was placed, with its realigner; names those whose breaker it opens."""
+        residuals: dict[str, float] = {}
+        for match, realigner in placed:
+            name = link(reader, match)
+            residuals[name] = max(residuals.get(name, 0.0), realigner.residual)
         opened = []
-        for name in sorted({link(reader, match) for match in matches}):
-            state = self._state(reader, name)
-            residual = max(state.exact.residual, state.deep.residual)
-            found = Audited(kl, flip, residual)
+        for name, residual in sorted(residuals.items()):
+            state, found = self._state(reader, name), Audited(kl, flip, residual)
             if not self.frozen:
                 self.ledger.note(reader.run, name, found)
             if not state.wait and too_far((*state.audits, found), self._spec):

@@ -1,10 +1,14 @@
-"""What links have learned, in a file: safetensors with the model's fingerprint, the agents' templates, and audits."""
+"""What links have learned, in a file: safetensors with the model's fingerprint, the agents' texts, and audits.
+
+A map is learned from the tokens that are placed, and audits are of what a preset computes besides; so a file says under
+which choices it was made, too, and serves no others.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +17,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from agentmesh.communicator.linkstate import Audited, LinkState
+from agentmesh.config.presets import CommunicatorSpec, choices
 from agentmesh.errors import InputError, RecordError
 
-VERSION = 2
+VERSION = 3
 
 
-def save(path: Path, states: Mapping[str, LinkState], fingerprint: str, consumers: Mapping[str, str]) -> None:
+@dataclass(frozen=True)
+class Made:
+    """What a file was made for.
+
+    Args:
+        fingerprint: of the model.
+        consumers: agent → digest of its template; offsets hold for this text alone.
+        choices: what the preset does with what it places, by name.
+    """
+
+    fingerprint: str
+    consumers: Mapping[str, str]
+    choices: Mapping[str, Any]
+
+    @staticmethod
+    def of(fingerprint: str, consumers: Mapping[str, str], spec: CommunicatorSpec) -> Made:
+        """For a mesh's agents under a preset."""
+        return Made(fingerprint, consumers, _flat(choices(spec).model_dump(mode="json")))
+
+
+def save(path: Path, states: Mapping[str, LinkState], made: Made) -> None:
     """Write all links.
 
     Args:
         path: the file; replaced whole or not at all.
         states: what each link has learned.
-        fingerprint: of the model.
-        consumers: agent → digest of its template; offsets hold for this text alone.
+        made: what for.
 
     Raises:
         RecordError: the file cannot be written.
@@ -43,7 +67,7 @@ def save(path: Path, states: Mapping[str, LinkState], fingerprint: str, consumer
             if realigner.observations:
                 own = realigner.pack()  # clones: links with one observation share what nothing was learned of yet
                 tensors.update({f"{name}/{part}/{key}": t.clone().contiguous() for key, t in own.items()})
-    about = {"version": VERSION, "fingerprint": fingerprint, "consumers": dict(consumers), "links": links}
+    about = {"version": VERSION, **vars(made), "links": links}
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata={"agentmesh": json.dumps(about)})
@@ -53,22 +77,21 @@ def save(path: Path, states: Mapping[str, LinkState], fingerprint: str, consumer
         raise RecordError(f"{path} cannot be written: {error}; choose another place with --output") from error
 
 
-def load(path: Path, fresh: LinkState, fingerprint: str, consumers: Mapping[str, str]) -> dict[str, LinkState]:
-    """Read links for this model and these agents.
+def load(path: Path, fresh: LinkState, here: Made) -> dict[str, LinkState]:
+    """Read links for this model, these agents and choices.
 
     Args:
         path: the file.
         fresh: a link of this model that has learned nothing.
-        fingerprint: of the model.
-        consumers: agent → digest of its template.
+        here: what it must have been made for.
 
     Raises:
-        InputError: the file cannot be read, or was made for another model or other templates.
+        InputError: the file cannot be read, or was made for another model, other templates or other choices.
     """
     try:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})["agentmesh"])
-            _check(path, about, fingerprint, consumers)
+            _check(path, about, here)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
         return {name: _link(name, known, fresh, tensors) for name, known in about["links"].items()}
     except (OSError, SafetensorError) as error:
@@ -79,18 +102,31 @@ def load(path: Path, fresh: LinkState, fingerprint: str, consumers: Mapping[str,
         ) from error
 
 
-def _check(path: Path, about: Mapping[str, Any], fingerprint: str, consumers: Mapping[str, str]) -> None:
+def _check(path: Path, about: Mapping[str, Any], here: Made) -> None:
     again = "run `agentmesh calibrate` again"
     if about["version"] != VERSION:
         raise InputError(f"realigners {path}: version {about['version']}, expected {VERSION}; {again}")
-    if about["fingerprint"] != fingerprint:
+    made = Made(about["fingerprint"], about["consumers"], about["choices"])
+    if made.fingerprint != here.fingerprint:
         raise InputError(
             f"realigners {path} were learned with another model, dtype or library version "
-            f"({about['fingerprint'][:12]}…, this is {fingerprint[:12]}…); {again}"
+            f"({made.fingerprint[:12]}…, this is {here.fingerprint[:12]}…); {again}"
         )
-    changed = [node for node, digest in about["consumers"].items() if consumers.get(node) != digest]
+    changed = [node for node, digest in made.consumers.items() if here.consumers.get(node) != digest]
     if changed:
         raise InputError(f"realigners {path}: the texts of {', '.join(changed)} have changed since; {again}")
+    names = [name for name in here.choices if made.choices.get(name) != here.choices[name]]
+    if names:
+        other = ", ".join(f"{name} {made.choices.get(name)}, here {here.choices[name]}" for name in names)
+        raise InputError(f"realigners {path} were learned with other choices of the communicator ({other}); {again}")
+
+
+def _flat(fields: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Fields of fields by their whole names, such as ``recompute.first``."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+    return found
 
 
 def _link(name: str, about: Mapping[str, Any], fresh: LinkState, tensors: Mapping[str, torch.Tensor]) -> LinkState:

@@ -68,7 +68,9 @@ def ttft_table(figures: Times) -> Group:
         for agent, reasons in enumerate(times.reasons, 1)
         if reasons
     ]
-    return Group(table, parts, *_computed("shareable tokens that were computed in the last round:", computed))
+    held = [f"{name} {times.anchors_held}" for name, times in figures.presets.items() if times.anchors_held]
+    anchors = [Text(f"anchors held: {', '.join(held)}")] if held else []
+    return Group(table, parts, *anchors, *_computed("shareable tokens that were computed in the last round:", computed))
 
 
 def _listed(reasons: Mapping[str, int]) -> str:

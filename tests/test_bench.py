@@ -147,8 +147,16 @@ def test_ttft_gives_the_documented_figures_and_a_plot(tmp_path: Path) -> None:
 
     assert set(found) == {"model", "dtype", "settings", "presets", "speedup"}
     assert set(found["presets"]) == set(found["speedup"]) == set(presets.split(","))
+    assert {name for name, preset in found["presets"].items() if preset["anchors_held"]} == {"kvcomm"}
     for preset in found["presets"].values():
-        assert set(preset) == TIMES | {"parts_by_agent_ms", "keep_ms", "ingest_ms", "calls_shared", "reasons"}
+        assert set(preset) == TIMES | {
+            "parts_by_agent_ms",
+            "keep_ms",
+            "ingest_ms",
+            "calls_shared",
+            "reasons",
+            "anchors_held",
+        }
         assert {frozenset(parts) for parts in (preset["parts_ms"], *preset["parts_by_agent_ms"])} == {frozenset(PARTS)}
         assert [len(preset[key]) for key in ("by_agent_ms", "placed", "computed")] == [3, 3, 3]
         assert preset["sum_ms"] == pytest.approx(sum(preset["by_agent_ms"]))

@@ -100,8 +100,10 @@ class PresetTimes(Frozen):
     """One preset's medians over the measured rounds, in milliseconds; by agent, the first one first.
 
     ``parts_ms`` are sums over the agents of the medians; ``learn_ms`` is the sum over the warm-up rounds of what was
-    spent outside TTFT on keeping and learning, ``keep_ms`` the same for one measured round, ``ingest_ms`` what making
-    the KV of a round's passages took ahead. ``reasons``: why shareable tokens of the last round were computed.
+    spent outside TTFT on keeping and learning, committing what a round taught included, ``keep_ms`` the same for one
+    measured round, ``ingest_ms`` what making the KV of a round's passages took ahead. ``anchors_held``: at the end, by
+    ``kvcomm``; too few of them say that its budget was short. ``reasons``: why shareable tokens of the last round were
+    computed.
     """
 
     by_agent_ms: tuple[float, ...]
@@ -115,6 +117,7 @@ class PresetTimes(Frozen):
     placed: tuple[int, ...]
     computed: tuple[int, ...]
     calls_shared: tuple[int, ...]
+    anchors_held: int
     reasons: tuple[dict[str, int], ...]
 
 

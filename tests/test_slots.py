@@ -803,6 +803,26 @@ def test_findings_of_runs_that_see_fixed_versions_stay() -> None:
     assert ledger.states == {"link": 1}
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_who_has_waited_long_to_be_committed_does_not_keep_others_waiting(fixed: bool) -> None:
+    ledger: Ledger[tuple[int, ...], int] = Ledger(
+        lambda _name, state, finding: (*(state or ()), finding), lambda state: state
+    )
+    for order in range(7):
+        ledger.view(str(order), order, max(order - 8, 0) if fixed and order else None)
+        ledger.note(str(order), "link", order)
+    for order in (4, 3, 2, 1):
+        ledger.end(str(order))
+    assert not ledger.states, "all of them wait for the first one"
+
+    ledger.end("0")
+    assert ledger.states["link"] == ((0, 1, 2, 3, 4) if fixed else (0, 1))
+    ledger.end("5")
+    assert ledger.states["link"] == ((0, 1, 2, 3, 4, 5) if fixed else (0, 1, 2, 3))
+    ledger.end("6")
+    assert ledger.states["link"] == (0, 1, 2, 3, 4, 5, 6), "in order; when nobody is left, all of them"
+
+
 def test_findings_are_committed_in_the_order_of_the_runs() -> None:
     learner = Learner(CommunicatorSpec(preset="rotate"), NoOffset, Budget(1000))
     first, second = Reader("one", 0, consumer="b"), Reader("two", 1, consumer="b")

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+COMMITTED_AT_ONCE = 2
+"""Runs that are committed when one ends, as long as others go on: committing takes time that theirs would wait for."""
+
 State = TypeVar("State")
 Finding = TypeVar("Finding")
 
@@ -139,7 +142,11 @@ class Ledger(Generic[State, Finding]):
         return 0
 
     def end(self, run: str) -> None:
-        """Commit a run as soon as every run before it has ended."""
+        """Commit a run as soon as every run before it has ended.
+
+        Where many have waited for one, the next ends commit the rest, but for runs that see fixed versions: what they
+        see may not depend on who ended when.
+        """
         active = self._active.pop(run, None)
         if active is None:
             return
@@ -147,9 +154,9 @@ class Ledger(Generic[State, Finding]):
         active.states = {}
         self._ended[active.order] = active
         earliest = min((other.order for other in self._active.values()), default=None)
-        for order in sorted(self._ended):
-            if earliest is not None and order > earliest:
-                break
+        ready = sorted(order for order in self._ended if earliest is None or order < earliest)
+        at_most = len(ready) if self._reach or not self._active else COMMITTED_AT_ONCE
+        for order in ready[:at_most]:
             self._commit(order, self._ended.pop(order))
 
     def _commit(self, order: int, ended: _Active[State, Finding]) -> None:

@@ -104,6 +104,7 @@ def hosts() -> list[int]:
     return found
 
 
+@pytest.mark.timeout(600)  # a minute on an idle machine, five where others compute beside it
 @pytest.mark.usefixtures("threads_of_a_replica")
 def test_two_replicas_of_which_two_are_killed_find_what_one_process_finds(
     session: Any, request_of: dict[str, Any], tmp_path: Path

@@ -793,6 +793,17 @@ def test_findings_make_room_for_a_request_that_has_none_otherwise() -> None:
     assert len(learner.ledger.states["b wrote message"].audits) == 2, "audits take no room"
 
 
+def test_findings_that_take_no_room_are_not_given_up() -> None:
+    budget = Budget(10)
+    learner = Learner(CommunicatorSpec(preset="rotate"), NoOffset, budget)
+    learner.begin(Reader("one", 0, consumer="b"))
+    learner.ledger.note("one", "b read input", Observed(deep=False, finding=None))
+
+    assert not budget.room(11, Worth.TAUGHT)
+    assert learner.evict(5, Worth.TAUGHT) == 0
+    assert len(list(learner.ledger.noted("one"))) == 1
+
+
 def test_findings_of_runs_that_see_fixed_versions_stay() -> None:
     ledger: Ledger[int, int] = Ledger(lambda _name, state, finding: (state or 0) + finding, lambda state: state)
     ledger.view("one", 8, 0)

@@ -119,7 +119,7 @@ class Learner:
     def evict(self, wanted: int, worth: Worth) -> int:
         """Give up what was observed and is not learned yet, the last runs' first; statistics never."""
         freed, one = 0, self.fresh.exact.nbytes
-        while worth is Worth.TAUGHT and freed < wanted:
+        while worth is Worth.TAUGHT and one and freed < wanted:
             forgotten = self.ledger.forget(lambda finding: isinstance(finding, Observed))
             if not forgotten:
                 break

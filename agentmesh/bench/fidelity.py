@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 
 from agentmesh.bench.figures import Fidelity, PresetFidelity
 from agentmesh.bench.measured import Measured, common_calls, difference, mean_of_sharing, summary
-from agentmesh.bench.rig import Call, Rig, Said, give_heap_back, keep, observe
+from agentmesh.bench.rig import Call, Rig, Said, anchors_held, give_heap_back, keep, observe
 from agentmesh.communicator import Preset, make
 from agentmesh.communicator.base import Plan
 from agentmesh.communicator.keeper import KeptPlan
-from agentmesh.communicator.kvcomm import KVComm
 from agentmesh.communicator.measures import divergence
 from agentmesh.communicator.slots import SlotPlan
 from agentmesh.config.presets import CommunicatorSpec, Recompute, RecomputeSpec, settings
@@ -257,5 +256,4 @@ def _measured(question: int, place: int, call: Call, plan: Plan, dense: Said, sa
 
 
 def _summary(subject: Subject, common: set[tuple[int, int]]) -> PresetFidelity:
-    held = subject.exact.pools.held if isinstance(subject.exact, KVComm) else 0
-    return summary(subject.results, subject.own, common, held)
+    return summary(subject.results, subject.own, common, anchors_held(subject.exact))

@@ -67,7 +67,6 @@ def summary(
     own = [m for m in chained if m.shares]
     tokens = torch.cat([m.kl for m in shared]) if shared else torch.zeros(1)
     agents = list(dict.fromkeys(m.node for m in results))
-    use = _shared(results)
     return PresetFidelity(
         kl_mean=_mean(shared),
         kl_chained=_mean(own),
@@ -76,17 +75,13 @@ def summary(
         kl_p99=float(tokens.quantile(0.99)),
         ci95=_interval(shared),
         top1=_top1(shared),
-        slot_tokens=use.slot_tokens,
-        placed_tokens=use.placed_tokens,
         computed_tokens=sum(sum(m.computed.values()) for m in shared),
         calls=len(results),
-        calls_shareable=use.calls_shareable,
-        calls_shared=use.calls_shared,
         anchors_held=anchors_held,
-        reasons=use.reasons,
         by_agent={node: _agent([m for m in results if m.node == node]) for node in agents},
         chained_by_agent={node: _mean([m for m in own if m.node == node]) for node in agents},
         chained=_shared(chained),
+        **_shared(results).model_dump(),
     )
 
 

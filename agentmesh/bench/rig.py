@@ -20,6 +20,7 @@ from agentmesh.backend import Completion, Listener
 from agentmesh.communicator import Preset
 from agentmesh.communicator.base import Plan
 from agentmesh.communicator.keeper import KeptPlan
+from agentmesh.communicator.kvcomm import KVComm
 from agentmesh.config.mesh import GenerateSpec
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.cache import ArenaCache
@@ -122,6 +123,13 @@ class Rig:
         learn = (kept - done) + (time.perf_counter() - again)
         return Timed(plan, (done - begun) * 1e3, learn * 1e3)
 
+    def released(self, preset: Preset, run: str) -> float:
+        """Let a preset free what a run needed, and commit what it taught; the milliseconds that took."""
+        begun = time.perf_counter()
+        preset.release(run)
+        settle(self.runner.shape.device)
+        return (time.perf_counter() - begun) * 1e3
+
     def _open(self, call: Call) -> ArenaCache:
         return self.runner.open(len(call.prompt.tokens) + len(call.message))
 
@@ -148,6 +156,11 @@ def keep(preset: Preset, call: Call, plan: Plan, said: Said, *, check: bool = Fa
     if check:
         at_once(preset.checked(call.prompt, plan, said.cache, said.logits[0]))
     preset.closed(plan)
+
+
+def anchors_held(preset: Preset) -> int:
+    """Anchors in the pools of ``kvcomm``; other presets have none."""
+    return preset.pools.held if isinstance(preset, KVComm) else 0
 
 
 def observe(preset: Preset, call: Call, dense: Said) -> None:

@@ -16,10 +16,9 @@ from dataclasses import asdict, dataclass, field
 from agentmesh.bench.data import Passages
 from agentmesh.bench.fidelity import documents
 from agentmesh.bench.figures import PresetTimes, Speedup, Times, refused
-from agentmesh.bench.rig import Call, Rig, Timed, median_parts
+from agentmesh.bench.rig import Call, Rig, Timed, anchors_held, median_parts
 from agentmesh.bench.text import english_tokens
 from agentmesh.communicator import Preset, make
-from agentmesh.communicator.kvcomm import KVComm
 from agentmesh.config.base import Choice
 from agentmesh.config.presets import CommunicatorSpec, settings, specs
 from agentmesh.engine.forward import ArenaRunner
@@ -68,7 +67,7 @@ class _Subject:
     layout: Layout
     rounds: list[list[Timed]] = field(default_factory=list)
     learn_ms: float = 0.0
-    commit_ms: list[float] = field(default_factory=list)
+    keep_ms: list[float] = field(default_factory=list)
     ingest_ms: list[float] = field(default_factory=list)
     kv_bytes: int = 0
 
@@ -109,14 +108,12 @@ def measure(
                 subject.ingest_ms.append(_ingest(subject.preset, calls[0], neutral_header(backend.tokenizer)))
             timed = [rig.timed(subject.preset, call) for call in calls]
             subject.kv_bytes = max(subject.kv_bytes, subject.preset.nbytes)
-            begun = time.perf_counter()
-            subject.preset.release(f"round {number}")
-            commit_ms = (time.perf_counter() - begun) * 1e3
+            keep_ms = sum(one.learn_ms for one in timed) + rig.released(subject.preset, f"round {number}")
             if number < warmup:
-                subject.learn_ms += sum(one.learn_ms for one in timed) + commit_ms
+                subject.learn_ms += keep_ms
             else:
                 subject.rounds.append(timed)
-                subject.commit_ms.append(commit_ms)
+                subject.keep_ms.append(keep_ms)
             tick()
     presets = {subject.name: _summary(subject, setting.agents) for subject in subjects}
     described = {**asdict(setting), "warmup": warmup, "repeat": repeat, "presets": settings(chosen)}
@@ -201,16 +198,13 @@ def _summary(subject: _Subject, agents: int) -> PresetTimes:
         parts_ms={name: sum(part[name] for part in parts) for name in parts[0]},
         parts_by_agent_ms=parts,
         learn_ms=subject.learn_ms,
-        keep_ms=statistics.median(
-            sum(one.learn_ms for one in timed) + commit_ms
-            for timed, commit_ms in zip(subject.rounds, subject.commit_ms, strict=True)
-        ),
+        keep_ms=statistics.median(subject.keep_ms),
         ingest_ms=statistics.median(subject.ingest_ms) if subject.ingest_ms else 0.0,
         kv_bytes=subject.kv_bytes,
         placed=tuple(column[-1].plan.composition.placed_tokens for column in columns),
         computed=tuple(column[-1].plan.count(Treatment.COMPUTED) for column in columns),
         calls_shared=tuple(sum(one.plan.placed_slots > 0 for one in column) for column in columns),
-        anchors_held=subject.preset.pools.held if isinstance(subject.preset, KVComm) else 0,
+        anchors_held=anchors_held(subject.preset),
         reasons=tuple(refused([column[-1].plan.rows]) for column in columns),
     )
 

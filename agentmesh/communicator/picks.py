@@ -57,7 +57,7 @@ class Picker:
         passages = [number for number in placed if self._by_weights(decisions[number].match)]
         if passages:
             scores = weigh(labels.prompt, [decisions[number].match for number in passages])
-            paint_best(labels, passages, lambda tokens, _blocks: round(self.recompute.documents * tokens), scores)
+            paint_best(labels, passages, lambda tokens, _blocks: self.recompute.picked_of_passages(tokens), scores)
         others = [number for number in placed if number not in passages]
         if not others or not self.recompute.ratio:
             return None
@@ -71,7 +71,9 @@ class Picker:
 
     def about(self, match: Match, tokens: int) -> int:
         """How many of so many placed tokens of one match are picked."""
-        return round(self.recompute.documents * tokens) if self._by_weights(match) else self.recompute.picked(tokens, 1)
+        if self._by_weights(match):
+            return self.recompute.picked_of_passages(tokens)
+        return self.recompute.picked(tokens, 1)
 
     def _by_weights(self, match: Match) -> bool:
         return match.relation is Relation.CORPUS and bool(self.recompute.documents)

@@ -92,6 +92,10 @@ class Recompute(Frozen):
         """How many of so many placed tokens of so many blocks are picked."""
         return min(round(self.ratio * tokens), self.most_picked * blocks)
 
+    def picked_of_passages(self, tokens: int) -> int:
+        """How many of so many placed tokens of a corpus' passages are picked."""
+        return round(self.documents * tokens)
+
     def line_breaks(self, tokens: int) -> int:
         """Line breaks at the end of a block of so many tokens that are computed at most."""
         return min(self.breaks, int(self.most_breaks * tokens))

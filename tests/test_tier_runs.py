@@ -274,6 +274,24 @@ def test_passages_that_were_ingested_once_are_read_from_the_store_ever_after(tmp
     assert Reason.FROM_CORPUS in reasons(without)
 
 
+def test_a_passage_that_was_read_behind_another_question_is_read_again(tmp_path: Path) -> None:
+    def ask(*numbers: int) -> list[RunResult]:
+        agents = {"solo": {"prompt": "{{ question }}\n{{ passage }}\nGo on.", "generate": {"max_tokens": 4}}}
+        spec = {"preset": "rotate", "store": str(tmp_path / "kv"), "cost_gate": False}
+        nodes = {"nodes": {"solo": {}}, "output": "solo"}
+        inputs = ["question", "passage"]
+        with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator=spec, inputs=inputs) as mesh:
+            return [mesh.run(question=question(number), passage=question(9)) for number in numbers]
+
+    ask(0, 1)
+    same, other, again = ask(1, 2, 0)
+
+    assert other.calls[0].placed_slots == 0
+    assert Reason.FIRST_READER in reasons(other)
+    for one in (same, again):
+        assert one.calls[0].placed_slots == one.calls[0].slot_tokens > 100
+
+
 def test_what_was_said_and_what_is_approximate_never_reaches_the_disk(warm: Path) -> None:
     with team("linear", warm) as mesh:
         for number in range(8, 12):

@@ -39,7 +39,7 @@ class Beginnings:
             if piece is None:
                 break
             self.store.insert(root, prompt.tokens, points, lambda _start, _stop, kv=piece: kv)  # type: ignore[misc]
-            if len(self.store.pieces(root, prompt.tokens, points)) < len(points):
+            if len(self.store.match(root, prompt.tokens, points)) < len(points):
                 break  # the memory budget has no room for it
             found.append(piece)
         return found
@@ -49,7 +49,7 @@ class Beginnings:
         root, tenant = self._root(prompt), prompt.reader.tenant
         self.store.insert(root, prompt.tokens, points, arena.read)
         if self.kept is not None:
-            for number, kv in enumerate(self.store.pieces(root, prompt.tokens, points), 1):
+            for number, kv in enumerate(self.store.match(root, prompt.tokens, points), 1):
                 self.kept.keep_piece(tenant, prompt.tokens[: points[number - 1]], tuple(points[:number]), kv)
 
     def _root(self, prompt: Prompt) -> bytes:

@@ -10,13 +10,14 @@ from typing_extensions import Self
 
 from agentmesh.communicator.base import Plan
 from agentmesh.communicator.beginnings import Beginnings
-from agentmesh.communicator.persistence import ANYBODY, Persistence
+from agentmesh.communicator.persistence import ANYBODY, PASSAGES, Persistence
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.composition import Placement
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.rope import Rope
 from agentmesh.prompt.segments import Content, ContentKind, Prompt
 from agentmesh.sharing.budget import Budget
+from agentmesh.sharing.matching import known
 from agentmesh.sharing.prefix import PrefixStore
 from agentmesh.sharing.segments import Reading, Rows, SegmentStore, Span
 
@@ -175,24 +176,29 @@ class Keeper:
 
     def recall(self, prompt: Prompt, begin: int) -> None:
         """Bring back into memory what earlier runs have read of a prompt from token ``begin`` on."""
-        reader = prompt.reader
+        reader, first = prompt.reader, len(prompt.tokens)
         if self._kept is None or not reader.run or reader.exact:
             return
         for segment, start in zip(prompt.segments, prompt.starts, strict=True):
-            content, tokens = segment.content, segment.tokens
-            if content is None or content.kind not in OUTLIVING or content.deliver == "text":
+            content, tokens, stop = segment.content, segment.tokens, start + len(segment.tokens)
+            if content is None or not tokens:
+                continue
+            first = min(first, start)
+            if content.kind not in OUTLIVING or content.deliver == "text":
                 continue
             if start < begin or len(tokens) < self._min_tokens:
                 continue
-            if next(self.segments.find(tokens, reader.run, reader.tenant), None) is None:
-                self._kept.recall(self.segments, tokens, reader.tenant, (reader.consumer, "", ANYBODY))
+            if next(known(self.segments, reader, prompt.tokens, start, stop), None) is None:
+                read = prompt.tokens[first:stop]
+                wanted = ((reader.consumer, read), (PASSAGES, tokens), (ANYBODY, read))
+                self._kept.recall(self.segments, reader.tenant, wanted)
 
     def recall_passage(self, tokens: tuple[int, ...], tenant: str) -> bool:
         """Bring a passage of a corpus back into memory."""
         if self._kept is None:
             return False
         self._kept.next_prompt()
-        return self._kept.recall(self.segments, tokens, tenant, ("",))
+        return self._kept.recall(self.segments, tenant, ((PASSAGES, tokens),))
 
     def passage(self, content: Content, begin: int, arena: Arena, weights: torch.Tensor | None, tenant: str) -> Reading:
         """The reading of a passage whose KV stands at row ``begin`` of an arena, behind a neutral header."""
@@ -212,9 +218,9 @@ class Keeper:
         reader, reading = prompt.reader, exact_reading(prompt, plan.depths, self.segments)
         if self._kept is None or reading is None:
             return
-        contents = [reading.tokens[span.start : span.stop] for span in reading.spans]
-        new = any(next(self.segments.find(one, reader.run, reader.tenant), None) is None for one in contents)
-        if new and max(map(len, contents)) >= self._min_tokens and self._kept.wants(reading):
+        found = [next(known(self.segments, reader, reading.tokens, *span.ends), None) for span in reading.spans]
+        longest = max(span.stop - span.start for span in reading.spans)
+        if None in found and longest >= self._min_tokens and self._kept.wants(reading):
             start, stop = reading.spans[0].start, len(reading.tokens)
             self._kept.keep_reading(replace(reading, rows=(Rows(start, arena.read_free(start, stop, self.rope)),)))
 

@@ -43,7 +43,7 @@ from agentmesh.kv.values import KV, KVSource
 from agentmesh.prompt.segments import Prompt, Reader
 from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
 from agentmesh.sharing.budget import Worth
-from agentmesh.sharing.matching import REASONS, Match, Matcher
+from agentmesh.sharing.matching import REASONS, Match, Matcher, Relation
 
 DEEPEST = 254
 """The paper reuses whatever it has, however often it was predicted before."""
@@ -221,9 +221,8 @@ class KVComm(Preset):
         """A slot and the fixed text behind it, to be placed; the prompt's last token is always computed."""
         match, weighing = slot.match, slot.weighing
         assert isinstance(weighing, Weighing), "only predicted slots are placed"
-        found: list[tuple[int, KVSource, Reason]] = [
-            (match.start, AnchoredSlot(slot.base, weighing.anchors), REASONS[match.relation])
-        ]
+        reason = Reason.READ_BEFORE if match.relation is Relation.HISTORY else REASONS[match.relation]  # it moves both
+        found: list[tuple[int, KVSource, Reason]] = [(match.start, AnchoredSlot(slot.base, weighing.anchors), reason)]
         behind = match.first + 1
         if behind < len(prompt.segments) and prompt.segments[behind].content is None and slot.pool.fixed is not None:
             start = prompt.starts[behind]

@@ -38,7 +38,8 @@ TOUCH_SECONDS = 600.0
 DRAIN_SECONDS = 60.0
 LINKS = 10_000
 KNOWN = 100_000
-ANYBODY = "*"
+ANYBODY, PASSAGES = "*", ""
+"""Names that stand for every agent, and for passages of a corpus, which no agent has read."""
 
 
 def key_of(*parts: str, tokens: Sequence[int] = ()) -> str:
@@ -156,18 +157,18 @@ class Persistence:
             tensors = {"tokens": torch.tensor(tokens), "keys": kv.keys, "values": kv.values}
             self._write(Record("prefix", tenant, self._scope.identity, (key,), tensors, {"cuts": cuts}, kv.tokens))
 
-    def recall(self, segments: SegmentStore, tokens: Sequence[int], tenant: str, readers: Sequence[str]) -> bool:
+    def recall(self, segments: SegmentStore, tenant: str, wanted: Sequence[tuple[str, tuple[int, ...]]]) -> bool:
         """Bring a reading of a content back into memory; whether one was found.
 
         Args:
             segments: the memory.
-            tokens: the content.
             tenant: for whom.
-            readers: whose readings will do, the best first; an empty name stands for passages of a corpus.
+            wanted: whose readings will do (an agent, ``PASSAGES`` or ``ANYBODY``), and their tokens from their first
+                content to the end of this one; the best first.
         """
         if not self._reads:
             return False
-        for whose in readers:
+        for whose, tokens in wanted:
             for entry, record in self._records("reading", tenant, self._content_key(whose, tokens)):
                 reading = self._reading(record, segments)
                 if reading is None:
@@ -191,8 +192,8 @@ class Persistence:
         """Keep an exact reading: its KV in one piece from its first content to its last."""
         assert not any(reading.depths), "only exact KV outlives its run"
         (rows,) = reading.rows
-        contents = [reading.tokens[span.start : span.stop] for span in reading.spans]
-        names = (reading.reader, ANYBODY) if reading.reader else ("",)
+        begun = [reading.tokens[rows.start : span.stop] for span in reading.spans]
+        names = (reading.reader, ANYBODY) if reading.reader else (PASSAGES,)
         whole = self._content_key(reading.reader, reading.tokens[rows.start :])
         about = {
             "reader": reading.reader,
@@ -208,7 +209,7 @@ class Persistence:
         }
         if not reading.reader:
             tensors["weights"] = torch.zeros(0) if reading.weights is None else reading.weights
-        parts = [self._content_key(name, tokens) for name in names for tokens in contents]
+        parts = [self._content_key(name, tokens) for name in names for tokens in begun]
         keys = tuple(dict.fromkeys([whole, *parts]))
         self._write(
             Record("reading", reading.tenant, self._scope.identity, keys, tensors, about, tokens=rows.kv.tokens)
@@ -303,11 +304,12 @@ class Persistence:
         known = weights if len(weights) else None
         return Reading("", "", tokens, spans, rows, bytes(len(tokens)), record.tenant, known)
 
-    def _holds(self, reading: Reading, tokens: Sequence[int], whose: str, record: Record) -> bool:
+    def _holds(self, reading: Reading, tokens: tuple[int, ...], whose: str, record: Record) -> bool:
         """Whether a reading is what its key promised."""
         right = record.about.get("mesh") == self._scope.mesh if reading.reader else not whose
         whole = whose in (ANYBODY, reading.reader)
-        return right and whole and any(reading.tokens[s.start : s.stop] == tuple(tokens) for s in reading.spans)
+        begun = (reading.tokens[reading.spans[0].start : span.stop] for span in reading.spans)
+        return right and whole and tokens in begun
 
     def _piece_key(self, tokens: Sequence[int], cuts: Sequence[int]) -> str:
         return key_of("prefix", json.dumps(list(cuts)), tokens=tokens)

@@ -7,12 +7,13 @@ this very content before one that holds the same text from elsewhere (a small mo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agentmesh.config.base import Choice
 from agentmesh.events import Reason
 from agentmesh.kv.values import KV
-from agentmesh.prompt.segments import ContentKind, Prompt, Segment
+from agentmesh.prompt.segments import ContentKind, Prompt, Reader, Segment
 from agentmesh.sharing.segments import Reading, SegmentStore, Span
 
 
@@ -147,7 +148,9 @@ class Matcher:
         if content.deliver == "text":
             return None, Reason.DELIVERED_AS_TEXT
         tokens, run, tenant = prompt.segments[index].tokens, prompt.reader.run, prompt.reader.tenant
-        candidates = [self._follow(prompt, index, *found) for found in self.store.find(tokens, run, tenant)]
+        start = prompt.starts[index]
+        found = known(self.store, prompt.reader, prompt.tokens, start, start + len(tokens))
+        candidates = [self._follow(prompt, index, *one) for one in found]
         if not candidates:
             evicted = self.store.was_evicted(tokens, run, tenant)
             return None, Reason.EVICTED if evicted else Reason.FIRST_READER
@@ -185,6 +188,20 @@ class Matcher:
         assert content is not None, "a match begins at a slot"
         own = span.origin == content.origin
         return Match(start, stop, index, last, number, reading, at, found, depth, content.kind, own)
+
+
+def known(
+    store: SegmentStore, reader: Reader, tokens: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[int, Reading, Span]]:
+    """Readings from which a prompt's content at ``start`` to ``stop`` may be placed, as in ``SegmentStore.find``.
+
+    One of an earlier process must hold the prompt's own contents ahead of it, too: what a passage was to an agent that
+    had read another question is no base that links know. What contexts of the same run do to it is what they learn.
+    """
+    for number, reading, span in store.find(tokens[start:stop], reader.run, reader.tenant):
+        ahead = 0 if reading.run or not reading.reader else span.start - reading.spans[0].start
+        if reading.tokens[span.start - ahead : span.start] == tokens[max(start - ahead, 0) : start]:
+            yield number, reading, span
 
 
 def _continues(reading: Reading, segment: Segment, at: int) -> bool:

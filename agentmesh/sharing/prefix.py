@@ -37,16 +37,6 @@ class Entry:
 
 
 @dataclass
-class PrefixStats:
-    """What a store did so far, in tokens and entries."""
-
-    hit_tokens: int = 0
-    stored: int = 0
-    evicted: int = 0
-    refused: int = 0
-
-
-@dataclass
 class PrefixStore:
     """Prefix KV under a hard byte budget, least recently used entries evicted first, ends of chains before beginnings.
 
@@ -56,7 +46,6 @@ class PrefixStore:
 
     budget: Budget
     nbytes: int = 0
-    stats: PrefixStats = field(default_factory=PrefixStats)
     _entries: OrderedDict[bytes, Entry] = field(default_factory=OrderedDict)
     _growing: bytes | None = None
 
@@ -74,12 +63,6 @@ class PrefixStore:
             tokens: the prompt.
             points: its reuse points, ascending.
         """
-        found = self.pieces(root, tokens, points)
-        self.stats.hit_tokens += sum(kv.tokens for kv in found)
-        return found
-
-    def pieces(self, root: bytes, tokens: Sequence[int], points: Sequence[int]) -> list[KV]:
-        """What ``match`` finds, without counting it as a hit."""
         found: list[KV] = []
         for key, parent, piece in _chain(root, tokens, points):
             entry = self._entries.get(key)
@@ -109,19 +92,12 @@ class PrefixStore:
             kv = read(start, start + len(piece))
             self._growing = parent
             if not self.budget.room(kv.nbytes, most=Worth.LATER):
-                self.stats.refused += 1
                 break
             if parent is not None:
                 self._entries[parent].children += 1
             self._entries[key] = Entry(root, parent, piece, kv.owned())
             self.nbytes += kv.nbytes
-            self.stats.stored += 1
         self._growing = None
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._entries.clear()
-        self.nbytes = 0
 
     def _reach(self, key: bytes | None) -> int:
         """Position at which the chain that ends with ``key`` ends."""
@@ -149,7 +125,6 @@ class PrefixStore:
         self.nbytes -= entry.kv.nbytes
         if entry.parent is not None:
             self._entries[entry.parent].children -= 1
-        self.stats.evicted += 1
 
 
 def _chain(

@@ -41,6 +41,11 @@ class Span:
     stop: int
     written: bool = False
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Where it begins, and where it stops."""
+        return self.start, self.stop
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -129,15 +134,6 @@ class _Kept:
 
 
 @dataclass
-class SegmentStats:
-    """What a store did so far, in readings."""
-
-    kept: int = 0
-    evicted: int = 0
-    refused: int = 0
-
-
-@dataclass
 class SegmentStore:
     """Readings under a shared byte budget.
 
@@ -152,7 +148,6 @@ class SegmentStore:
     budget: Budget
     root: bytes
     nbytes: int = 0
-    stats: SegmentStats = field(default_factory=SegmentStats)
     _kept: dict[int, _Kept] = field(default_factory=dict)
     _exact: dict[bytes, set[int]] = field(default_factory=dict)
     _approximate: dict[bytes, set[int]] = field(default_factory=dict)
@@ -182,14 +177,12 @@ class SegmentStore:
         origins = {span.origin for span in reading.spans}
         most = Worth.LATER if origins.isdisjoint(awaited) else Worth.AWAITED
         if not self.budget.room(reading.nbytes, most):
-            self.stats.refused += 1
             self._note_lost(reading)
             return None
         number, self._count = self._count, self._count + 1
         self._kept[number] = _Kept(reading, number, {o: awaited[o] for o in origins if o in awaited})
         self._index(number, reading)
         self.nbytes += reading.nbytes
-        self.stats.kept += 1
         if not reading.run:
             self._lost.get("", set()).difference_update(span.key for span in reading.spans)
         return number
@@ -209,7 +202,6 @@ class SegmentStore:
             return
         old = kept.reading
         if rows is not None and not self._room_beside(kept, rows.kv.nbytes):
-            self.stats.refused += 1
             self._lost.setdefault(old.run, set()).add(message.key)
             return
         kept.reading = replace(
@@ -300,7 +292,6 @@ class SegmentStore:
             freed += kept.reading.nbytes
             self._note_lost(kept.reading)
             self._drop(number)
-            self.stats.evicted += 1
         return freed
 
     def _note_lost(self, reading: Reading) -> None:

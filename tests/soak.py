@@ -3,8 +3,9 @@
     make soak MINUTES=60                       # or: python tests/soak.py --minutes 60 --model random:tiny-llama
 
 One mesh runs for some seconds, then the next; in between everything must be at rest. With ``--deterministic`` every run
-is compared with the same run made alone, or has to say that memory was too short for that. What is wrong ends it with a
-message that says what, and exit code 1.
+is compared with the same run made alone, or has to say that memory was too short for that. What meshes know is fixed
+then; between them fresh ones learn from runs that overlap, and must learn what the same runs teach one after the other.
+What is wrong ends it with a message that says what, and exit code 1.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import psutil
@@ -42,7 +44,9 @@ SHORT_SECONDS = 60.0  # nothing can be said of memory in so short a time
 MANY = 1000  # questions: a tokenizer remembers new ones for long, which is no growth of the engine's
 PLENTY = 100_000  # tokens of a budget in which nothing is evicted
 WARM = 6
+LESSON = 16  # runs from which a fresh mesh learns: those behind the eighth see what the first ones taught
 WORDS = ("pears", "boxes", "seven", "how", "many", "left", "river", "each", "of", "them")
+LEARNING = ("linear", "kvcomm")
 AGENTS = {
     "writer": {
         "system": "You are the writer of a small team that answers questions. " * 3,
@@ -121,7 +125,8 @@ class Tally:
 
     def line(self, seconds: float) -> str:
         """One line about all of it."""
-        count = " ".join(f"{name} {self.ends[name]:,}" for name in ("done", "cancelled", "refused", "short"))
+        names = ("done", "cancelled", "refused", "short", "lessons")
+        count = " ".join(f"{name} {self.ends[name]:,}" for name in names)
         most = f"most live {self.live / 2**20:.2f} MiB, most stored {self.stored / 2**20:.2f} MiB"
         return f"{seconds / 60:6.1f} min  {count}  RSS {self.rss[-1] / 2**20:,.0f} MiB, {most}"
 
@@ -141,8 +146,18 @@ class Rig:
             budgets = {"prefix": 3000, "linear": 6000, "kvcomm": 8000, "epic": 4000, "blend": 5000}
         self.meshes = {preset: self._mesh(preset, tokens) for preset, tokens in budgets.items()}
 
+    @contextmanager
+    def fresh(self, preset: str) -> Iterator[Mesh]:
+        """A mesh that has learned nothing, and has room for everything."""
+        mesh = self._mesh(preset, PLENTY)
+        try:
+            yield mesh
+        finally:
+            mesh.close()
+
     def _mesh(self, preset: str, tokens: int) -> Mesh:
         about = {"preset": preset, "budget": tokens * self._token, "min_tokens": 4, "max_kl": 1e6, "audit": 0.1}
+        about["anchors"] = {"gamma": 1.0}  # kvcomm shares what little there is to share
         backend = LocalBackend(self.engine, CommunicatorSpec(**about))
         run = {"concurrency": 256, "deterministic": self._exact}
         return Mesh(agents=AGENTS, topology=TOPOLOGY, model=backend, communicator=about, run=run)
@@ -150,12 +165,12 @@ class Rig:
     def warm(self) -> None:
         """Teach what learns, and freeze it: what runs give then depends on nothing before."""
         for preset, mesh in self.meshes.items():
-            teacher = self._mesh(preset, PLENTY)
-            for number in range(WARM):
-                teacher.run(question=f"How many pears are in {number} boxes?")
-            taught = backend_of(mesh).communicator
-            taught.adopt(backend_of(teacher).communicator)
-            taught.freeze()
+            with self.fresh(preset) as teacher:
+                for number in range(WARM):
+                    teacher.run(question=f"How many pears are in {number} boxes?")
+                taught = backend_of(mesh).communicator
+                taught.adopt(backend_of(teacher).communicator)
+                taught.freeze()
 
 
 def backend_of(mesh: Mesh) -> LocalBackend:
@@ -224,6 +239,44 @@ async def one(mesh: Mesh, job: Job, alone: Mapping[Job, tuple[str, ...]], tally:
     if alone and ("short",) not in (found, alone[key]) and found != alone[key]:
         about = f"preset {backend_of(mesh).preset}, seed {job.seed}, question of {len(job.question)} characters"
         raise SoakError(f"a run among others said {found}, alone it said {alone[key]} ({about})")
+
+
+async def lesson(mesh: Mesh, lessons: Sequence[Job], overlapping: int) -> list[Any]:
+    """What a fresh mesh says and places while it learns: texts and tokens of each run, or how it failed."""
+    room = asyncio.Semaphore(overlapping)
+
+    async def learn(job: Job) -> Any:
+        async with room:
+            try:
+                result = await mesh.arun(question=job.question, seed=job.seed)
+            except NodeError as error:
+                return type(error.__cause__).__name__
+        return [message.text for message in result.messages], [call.placed_slots for call in result.calls]
+
+    return await asyncio.gather(*map(learn, lessons))
+
+
+def check_lesson(made: Rig, preset: str, work: Iterator[Job], plan: Plan, tally: Tally) -> None:
+    """Let two fresh meshes learn from the same runs, overlapping and one after the other.
+
+    Raises:
+        SoakError: they do not say and place the same, or place nothing.
+    """
+    lessons, found = list(islice(work, LESSON)), []
+    for overlapping in (plan.concurrency, 1):
+        with made.fresh(preset) as mesh:
+            found.append(asyncio.run(lesson(mesh, lessons, overlapping)))
+    among, alone = found
+    different = [number for number in range(LESSON) if among[number] != alone[number]]
+    if different:
+        first = different[0]
+        raise SoakError(
+            f"preset {preset} learned something else from runs that overlap: run {first} gave {among[first]}, and "
+            f"{alone[first]} behind the others"
+        )
+    if not any(any(one[1]) for one in among if isinstance(one, tuple)):
+        raise SoakError(f"preset {preset} placed nothing in {LESSON} runs from which it learned")
+    tally.ends["lessons"] += LESSON
 
 
 async def leg(mesh: Mesh, work: Iterator[Job], alone: Mapping[Job, tuple[str, ...]], plan: Plan, tally: Tally) -> None:
@@ -371,6 +424,8 @@ def soak(plan: Plan, report: float = 60.0) -> Tally:
                 if told:
                     shown = time.monotonic()
                     print(tally.line(shown - begun), flush=True)
+            for preset in LEARNING if plan.deterministic else ():
+                check_lesson(made, preset, work, plan, tally)
             check_growth(tally.rss)
     print(tally.line(time.monotonic() - begun), flush=True)
     if tally.ends["short"] > tally.ends["done"]:

@@ -19,6 +19,7 @@ def test_a_soak_of_some_seconds_ends_at_rest(deterministic: bool) -> None:
     assert tally.ends["done"] > 20
     assert tally.ends["cancelled"] > 5
     assert tally.ends["refused"] > 0
+    assert bool(tally.ends["lessons"]) is deterministic
     assert tally.live > 0
     assert tally.stored > 0
 

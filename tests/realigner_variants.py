@@ -154,6 +154,15 @@ PICKED: dict[str, dict[str, Any]] = {
     "12 % by offset, no line breaks": {"ratio": 0.12, "by": "offset", "breaks": 0},
     "6 % by offset, no line breaks": {"ratio": 0.06, "by": "offset", "breaks": 0},
     "6 % by offset, first 8": {"ratio": 0.06, "by": "offset", "first": 8},
+    **{
+        f"{share} % by offset, first {first}, at most 16": {
+            "ratio": share / 100,
+            "by": "offset",
+            "first": first,
+            "most_picked": 16 - first,
+        }
+        for share, first in ((8, 8), (12, 4), (16, 0))
+    },
 }
 """Variants of what is computed all the same, besides the first tokens and line breaks."""
 

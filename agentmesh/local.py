@@ -38,6 +38,9 @@ from agentmesh.sharing.tier.disk import DiskStore
 RUNS_A_CORE = 8
 """Runs at once that a core serves: on two cores sixteen sequences decode as one full group of rows (docs/method.md)."""
 
+SHORT_TOKENS = 512
+"""Tokens of a prompt for which the budget has room in each run at once; where they are longer, runs wait."""
+
 WAITING = 4
 """This part of the memory budget may wait to be written to a store."""
 
@@ -108,7 +111,7 @@ class LocalBackend:
     def width(self) -> int:
         """As many runs as may decode in one forward, if half of the free memory holds their longest prompts.
 
-        On a CPU no more than its cores can serve.
+        On a CPU no more than its cores can serve; nor more than the budget holds short prompts.
         """
         loaded, runner = self.engine.loaded, self.engine.support.runner
         if not isinstance(runner, ArenaRunner) or not runner.batches:
@@ -117,8 +120,8 @@ class LocalBackend:
             most, free = BATCH, torch.cuda.mem_get_info(runner.shape.device)[0]
         else:
             most, free = min(BATCH, RUNS_A_CORE * torch.get_num_threads()), int(psutil.virtual_memory().available)
-        longest = loaded.max_context * runner.shape.bytes_per_token
-        return max(1, min(most, free // 2 // longest))
+        longest, short = (tokens * runner.shape.bytes_per_token for tokens in (loaded.max_context, SHORT_TOKENS))
+        return max(1, min(most, free // 2 // longest, self._spec.budget // short))
 
     @property
     def tokenizer(self) -> HubTokenizer:
@@ -253,7 +256,16 @@ class LocalBackend:
         return kept
 
     async def begin(self, reader: Reader) -> None:
-        """Fix what a run sees of what was learned."""
+        """Fix what a run sees of what was learned.
+
+        Raises:
+            UsageError: a deterministic run, and sequences decode together here, so that each depends on the others.
+        """
+        if reader.sees is not None and self.engine.batch > 1:
+            raise UsageError(
+                "the mesh is deterministic, and its backend decodes several sequences in one forward, which changes "
+                "their last bits: open it with LocalBackend.open(…, deterministic=True), or let the mesh load its model"
+            )
         self._begun[reader.run] = time.perf_counter()
         await self.engine.do(lambda: self.communicator.begin(reader))
 

@@ -72,6 +72,11 @@ class PlannedPrompt:
         """The whole budget."""
         return self._preset.budget.limit
 
+    @property
+    def used(self) -> int:
+        """What all that shares the budget holds."""
+        return self._preset.budget.used
+
     def room(self, need: int, *, alone: bool) -> bool:
         """Make room in the budget; what agents wait for or have taught is given up only where nothing else is live.
 
@@ -90,8 +95,9 @@ class PlannedPrompt:
         return self._plan.composition, self._plan.parts
 
     def placed(self) -> None:
-        """Let the preset give back what it made for the plan alone."""
+        """Let the preset give back what it made for the plan alone, and hold nothing that its stores may evict."""
         self._preset.placed(self.decided)
+        self._plan = self.decided.without_kv()
         self._settle()
         self._noted()
 

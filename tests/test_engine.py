@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from agentmesh import Mesh
 from agentmesh.bench.speed import Silent
 from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec
@@ -29,16 +30,18 @@ from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner, CacheSize, PlainRunner
 from agentmesh.engine.generation import FirstTokenReport, Generation
 from agentmesh.engine.loading import LoadedModel, load
-from agentmesh.engine.loop import Engine
+from agentmesh.engine.loop import BATCH, Engine
 from agentmesh.engine.prefill import Prefill
 from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.sampling import Sampler, Sampling
 from agentmesh.engine.slices import Slices
-from agentmesh.errors import ModelError, RequestTooLongError
+from agentmesh.errors import ModelError, RequestTooLongError, UsageError
+from agentmesh.events import Treatment
 from agentmesh.kv.arena import Arena
-from agentmesh.local import LocalBackend
+from agentmesh.local import RUNS_A_CORE, SHORT_TOKENS, LocalBackend
 from agentmesh.planned import PlannedPrompt
 from agentmesh.prompt import FIXED, Prompt, Segment
+from agentmesh.sharing.budget import Worth
 
 QUESTION = "A box holds 6 eggs. How many eggs are in 5 boxes? Explain step by step."
 
@@ -48,6 +51,7 @@ class Whole:
 
     since: float | None = None
     limit: int = 2**40
+    used: int = 3 * 2**20
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tuple(tokens)
@@ -711,7 +715,8 @@ def test_where_memory_is_short_the_requests_of_earlier_runs_go_first(tiny_engine
 
 
 def test_a_request_that_can_never_fit_is_refused_with_its_size(tiny_engine: Engine) -> None:
-    with pytest.raises(RequestTooLongError, match=r"may take 203 tokens, 0\.\d MiB of KV.*communicator\.budget"):
+    told = r"may take 203 tokens, 0\.\d MiB of KV.* holds 3\.0 MiB that cannot be.*communicator\.budget"
+    with pytest.raises(RequestTooLongError, match=told):
         asyncio.run(
             tiny_engine.generate(
                 Rationed([5, 6, 7], [], most=0), 3, Sampling(max_tokens=200), lambda _r: None, lambda _t: None
@@ -741,6 +746,42 @@ def test_an_arena_that_another_mesh_left_lets_no_request_pass_the_budget() -> No
         ask(large, 250)
         with pytest.raises(RequestTooLongError, match="the budget of"):
             ask(small, 250)
+
+
+@pytest.mark.parametrize("preset", ["prefix", "rotate"])
+def test_a_call_holds_no_kv_that_its_stores_may_evict(tiny_engine: Engine, preset: str) -> None:
+    backend = LocalBackend(tiny_engine, CommunicatorSpec(preset=preset, min_tokens=4))
+    prompt = Prompt((Segment(FIXED, "", tuple(range(40, 80))),), (20,))
+    asyncio.run(backend.complete(prompt, GenerateSpec(max_tokens=4), 0, Silent()))
+    source = PlannedPrompt(backend.communicator, prompt, 0, None, backend.note_bytes)
+    held = [weakref.ref(piece.kv) for piece in source.compose()[0].placed]
+    source.placed()
+    assert all(kv() is not None for kv in held), "the store has it"
+
+    for store in backend.communicator.budget._stores:
+        store.evict(2**40, Worth.LATER)
+
+    assert len(held) == 1
+    assert held[0]() is None
+    assert source.decided.count(Treatment.PLACED_EXACT) == 20
+
+
+def test_as_many_runs_at_once_as_the_budget_has_room_for(tiny_engine: Engine) -> None:
+    bytes_per_token = tiny_engine.support.runner.size(1)
+    budgets = (2**30, 3 * SHORT_TOKENS * bytes_per_token, 100 * bytes_per_token)
+    backends = [LocalBackend(tiny_engine, CommunicatorSpec(preset="dense", budget=budget)) for budget in budgets]
+
+    assert [backend.width for backend in backends] == [min(BATCH, RUNS_A_CORE * torch.get_num_threads()), 3, 1]
+
+
+def test_a_deterministic_run_is_refused_where_sequences_decode_together(tiny_engine: Engine) -> None:
+    backend = LocalBackend(tiny_engine, CommunicatorSpec(preset="dense"))
+    agents = {"solo": {"prompt": "{{ question }}", "generate": {"max_tokens": 4}}}
+    topology = {"nodes": {"solo": {}}, "output": "solo"}
+    one = Mesh(agents=agents, topology=topology, model=backend, communicator="dense", run={"deterministic": True})
+
+    with pytest.raises(UsageError, match=r"decodes several sequences in one forward.*deterministic=True"):
+        one.run(question="How?")
 
 
 def test_placing_and_keeping_count_in_what_live_sequences_wait_for(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.engine.cache import ArenaCache
@@ -40,6 +41,10 @@ class Plan:
     placed_slots: int = 0
     parts: Parts = field(default_factory=Parts)
 
+    def without_kv(self) -> Self:
+        """The plan of a call whose cache holds what was placed: stores may evict that KV while the call goes on."""
+        return replace(self, composition=self.composition.without_kv())
+
     def count(self, treatment: Treatment) -> int:
         """Prompt tokens with one treatment."""
         return sum(row.tokens for row in self.rows if row.kind is treatment)
@@ -70,7 +75,7 @@ class Preset(ABC):
         """
 
     def placed(self, plan: Plan) -> None:  # noqa: B027  # most presets make nothing for a plan alone
-        """What a plan places has been copied to where it is used."""
+        """What a plan places has been copied to where it is used; later methods get the plan ``without_kv``."""
 
     @abstractmethod
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:

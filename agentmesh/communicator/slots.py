@@ -57,6 +57,8 @@ class SlotPlan(KeptPlan):
         looked: the arena of its look, until it was prefilled.
         apart: positions inside matches that are not placed from them, and teach nothing of them.
         look_ms: what picking the tokens that are computed all the same took.
+        computed: tokens that are computed.
+        moved: tokens that are placed behind the exact prefix, those that are computed over them included.
     """
 
     decisions: tuple[Decision, ...] = ()
@@ -64,6 +66,8 @@ class SlotPlan(KeptPlan):
     looked: list[Arena] = field(default_factory=list)
     apart: frozenset[int] = frozenset()
     look_ms: float = 0.0
+    computed: int = 0
+    moved: int = 0
 
 
 @final
@@ -150,9 +154,7 @@ class Slots(Preset):
     def prefilled(self, prompt: Prompt, plan: Plan, arena: Arena) -> None:
         """Keep exact beginnings as prefixes, and what the run's later visits read as a reading."""
         assert isinstance(plan, SlotPlan), "a preset gets its own plans back"
-        composition = plan.composition
-        moved = sum(piece.kv.tokens for piece in composition.placed if piece.start >= plan.exact_until)
-        self._costs.see(plan.parts, len(composition.tokens) - composition.placed_tokens, moved, plan.look_ms)
+        self._costs.see(plan.parts, plan.computed, plan.moved, plan.look_ms)
         self.keeper.keep_prompt(prompt, plan, arena)
 
     def finished(self, prompt: Prompt, plan: Plan, arena: Arena, message: tuple[int, ...]) -> None:
@@ -286,6 +288,7 @@ class Slots(Preset):
         depths = labels.depths(of_match)
         reader = labels.prompt.reader
         moved = [decision.match.start for decision in decisions if decision.placed]
+        exact_until, pieces = min(moved, default=len(labels)), composition.placed
         shareable, placed = labels.slot_tokens()
         plan = SlotPlan(
             composition,
@@ -294,12 +297,14 @@ class Slots(Preset):
             placed,
             parts,
             depths,
-            exact_until=min(moved, default=len(labels)),
+            exact_until=exact_until,
             pinned=tuple(decision.match.number for decision in decisions),
             decisions=decisions,
             audited=any(depths) and reader.run != "" and draw(reader.seed, labels.prompt.tokens) < self._spec.audit,
             looked=[] if composition.ready is None else [composition.ready],
             apart=apart(decisions, poor),
+            computed=len(composition.tokens) - composition.placed_tokens,
+            moved=sum(piece.kv.tokens for piece in pieces if piece.start >= exact_until),
         )
         self.keeper.pin(plan)
         return plan

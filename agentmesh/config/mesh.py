@@ -292,7 +292,7 @@ class RunSpec(Frozen):
     it shares, as do later runs that would see what it has taught. (A run that fails otherwise or is cancelled teaches
     what it has read until then.)
 
-    ``concurrency``: runs at once; ``auto`` takes what cores and free memory (of the model's device) serve well.
+    ``concurrency``: runs at once; ``auto`` takes what cores, free memory (of the model's device) and budget serve well.
     """
 
     concurrency: Annotated[Integer, Field(ge=1)] | Literal["auto"] = "auto"

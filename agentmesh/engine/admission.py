@@ -53,7 +53,7 @@ class Admission:
         """
         whole, alone = self._runner.size(request.capacity), not self.held and not self.beside
         if whole > request.source.limit:
-            raise _never_fits(request, whole)
+            raise _never_fits(request, whole, "is smaller than that")
         first = all(request.rank <= other.rank for other in self.waiting)
         if first and self._has_room(request, alone=alone):
             if request in self.waiting:
@@ -61,7 +61,7 @@ class Admission:
             self.wake()
             return True
         if first and alone:
-            raise _never_fits(request, whole)
+            raise _never_fits(request, whole, f"holds {request.source.used / 2**20:.1f} MiB that cannot be given up")
         self.postpone(request)
         return False
 
@@ -108,11 +108,11 @@ class Admission:
             min(self.waiting, key=lambda request: request.rank).wake()
 
 
-def _never_fits(request: Request, need: int) -> RequestTooLongError:
+def _never_fits(request: Request, need: int, why: str) -> RequestTooLongError:
     return RequestTooLongError(
         f"the prompt and its message may take {request.capacity:,} tokens, {need / 2**20:.1f} MiB of KV, and the "
-        f"budget of {request.source.limit / 2**20:.1f} MiB has no room for them beside what has to stay. Raise "
-        "communicator.budget, or shorten the prompt or generate.max_tokens"
+        f"budget of {request.source.limit / 2**20:.1f} MiB {why}. Raise communicator.budget, or shorten the prompt or "
+        "generate.max_tokens"
     )
 
 

@@ -6,8 +6,10 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+
+from typing_extensions import Self
 
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.values import KVSource
@@ -89,6 +91,10 @@ class Composition:
     def placed_tokens(self) -> int:
         """How many tokens are placed."""
         return sum(piece.kv.tokens for piece in self.placed) - len(self.recomputed)
+
+    def without_kv(self) -> Self:
+        """The same tokens and cuts with nothing placed: it keeps no KV alive."""
+        return replace(self, placed=(), recomputed=frozenset(), ready=None)
 
     @property
     def computed(self) -> list[int]:

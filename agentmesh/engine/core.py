@@ -125,16 +125,21 @@ class EngineCore:
                 return False
             request.waited = time.perf_counter() - request.arrived
             self._spans.waited(request.waited)
-            begun, cache = time.perf_counter(), self.admission.open(request)
-            with self._spans.part(Part.PLAN):
-                composition, parts = request.source.compose()
-            request.prefill = self._runner.begin(cache, composition, parts)
-            request.source.placed()
+            begun = time.perf_counter()
+            request.prefill = self._placed(request.source, self.admission.open(request))
             took = time.perf_counter() - begun
             self.spent.prefill_s += took
             self._since.seconds += took
             self._go_on_with(request, request.prefill)
             return True
+
+    def _placed(self, source: Source, cache: Cache) -> Prefill:
+        """Plan a prompt and copy what is placed into its cache; behind this nothing here holds the KV it came from."""
+        with self._spans.part(Part.PLAN):
+            composition, parts = source.compose()
+        prefill = self._runner.begin(cache, composition, parts)
+        source.placed()
+        return prefill
 
     @property
     def _others_first(self) -> bool:

@@ -45,6 +45,7 @@ class Engine:
         thread: the one that loaded the model; see ``Engine.open``.
 
     Attributes:
+        batch: as given.
         core: what its thread does.
     """
 
@@ -53,6 +54,7 @@ class Engine:
     ) -> None:
         self.loaded = loaded
         self.support = support
+        self.batch = batch
         self.tokenizer = HubTokenizer(loaded.tokenizer)
         self.thread = ModelThread() if thread is None else thread
         self.core = EngineCore(loaded, support, self.tokenizer, batch, self.thread)

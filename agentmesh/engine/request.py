@@ -31,6 +31,10 @@ class Source(Protocol):
     def limit(self) -> int:
         """Bytes of KV that there is ever room for."""
 
+    @property
+    def used(self) -> int:
+        """Bytes of it that are in use now."""
+
     def room(self, need: int, *, alone: bool) -> bool:
         """Make room for ``need`` bytes of KV beside what is live; False where that must wait, or can never be.
 

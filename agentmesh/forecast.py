@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agentmesh.blueprint import Blueprint, Member
 from agentmesh.config.base import Frozen
@@ -121,9 +121,11 @@ class _Walk:
         choice = self.choice
         if choice.share is not Share.SLOTS:
             return Base("", Reason.PRESET_DENSE if choice.share is Share.NOTHING else Reason.BEHIND_PREFIX)
-        limited = limited and choice.realigner is not RealignerKind.ANCHORS
-        deepest = self.blueprint.communicator.max_depth if limited else ANY_DEPTH
-        return base(pieces, index, earlier, blocks=choice.blocks, deepest=deepest)
+        anchored = choice.realigner is RealignerKind.ANCHORS
+        deepest = self.blueprint.communicator.max_depth if limited and not anchored else ANY_DEPTH
+        found = base(pieces, index, earlier, blocks=choice.blocks, deepest=deepest)
+        moved = anchored and found.reason is Reason.SAME_HISTORY  # anchors move it like any other
+        return replace(found, reason=Reason.READ_BEFORE) if moved else found
 
     def _doubt(self, pieces: Sequence[Piece], bases: Bases, earlier: Sequence[Read]) -> str:
         """What is said of a visit whose slots would be placed from elsewhere if nothing was too deep."""

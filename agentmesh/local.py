@@ -114,14 +114,14 @@ class LocalBackend:
         On a CPU no more than its cores can serve; nor more than the budget holds short prompts.
         """
         loaded, runner = self.engine.loaded, self.engine.support.runner
+        affordable = max(1, self._spec.budget // max(runner.size(SHORT_TOKENS), 1))
         if not isinstance(runner, ArenaRunner) or not runner.batches:
-            return os.cpu_count() or 1
+            return min(os.cpu_count() or 1, affordable)
         if runner.shape.device.type == "cuda":
             most, free = BATCH, torch.cuda.mem_get_info(runner.shape.device)[0]
         else:
             most, free = min(BATCH, RUNS_A_CORE * torch.get_num_threads()), int(psutil.virtual_memory().available)
-        longest, short = (tokens * runner.shape.bytes_per_token for tokens in (loaded.max_context, SHORT_TOKENS))
-        return max(1, min(most, free // 2 // longest, self._spec.budget // short))
+        return max(1, min(most, free // 2 // runner.size(loaded.max_context), affordable))
 
     @property
     def tokenizer(self) -> HubTokenizer:
@@ -261,7 +261,9 @@ class LocalBackend:
         Raises:
             UsageError: a deterministic run, and sequences decode together here, so that each depends on the others.
         """
-        if reader.sees is not None and self.engine.batch > 1:
+        runner = self.engine.support.runner
+        together = self.engine.batch > 1 and isinstance(runner, ArenaRunner) and runner.batches
+        if reader.sees is not None and together:
             raise UsageError(
                 "the mesh is deterministic, and its backend decodes several sequences in one forward, which changes "
                 "their last bits: open it with LocalBackend.open(…, deterministic=True), or let the mesh load its model"

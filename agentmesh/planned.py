@@ -130,6 +130,7 @@ class PlannedPrompt:
         """Let the preset let go of the call, where it was begun at all."""
         if self._plan is not None:
             self._preset.closed(self._plan)
+            self._plan = self._plan.told()
             self._settle()
 
     def _settle(self) -> None:

@@ -36,6 +36,7 @@ from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.loop import BATCH, Engine
 from agentmesh.engine.probe import probe
 from agentmesh.errors import NodeError, RequestTooLongError, SharingError
+from agentmesh.events import Reason
 from agentmesh.local import LocalBackend
 
 STUCK_SECONDS = 120.0
@@ -47,6 +48,7 @@ WARM = 6
 LESSON = 16  # runs from which a fresh mesh learns: those behind the eighth see what the first ones taught
 WORDS = ("pears", "boxes", "seven", "how", "many", "left", "river", "each", "of", "them")
 LEARNING = ("linear", "kvcomm")
+REALIGNED = {Reason.READ_BEFORE, Reason.WRITTEN_BEFORE}
 AGENTS = {
     "writer": {
         "system": "You are the writer of a small team that answers questions. " * 3,
@@ -242,7 +244,7 @@ async def one(mesh: Mesh, job: Job, alone: Mapping[Job, tuple[str, ...]], tally:
 
 
 async def lesson(mesh: Mesh, lessons: Sequence[Job], overlapping: int) -> list[Any]:
-    """What a fresh mesh says and places while it learns: texts and tokens of each run, or how it failed."""
+    """What a fresh mesh says and places while it learns: texts, tokens and reasons of each run, or how it failed."""
     room = asyncio.Semaphore(overlapping)
 
     async def learn(job: Job) -> Any:
@@ -251,7 +253,8 @@ async def lesson(mesh: Mesh, lessons: Sequence[Job], overlapping: int) -> list[A
                 result = await mesh.arun(question=job.question, seed=job.seed)
             except NodeError as error:
                 return type(error.__cause__).__name__
-        return [message.text for message in result.messages], [call.placed_slots for call in result.calls]
+        why = [{row.reason for row in call.plan if row.tokens} for call in result.calls]
+        return [message.text for message in result.messages], [call.placed_slots for call in result.calls], why
 
     return await asyncio.gather(*map(learn, lessons))
 
@@ -274,8 +277,8 @@ def check_lesson(made: Rig, preset: str, work: Iterator[Job], plan: Plan, tally:
             f"preset {preset} learned something else from runs that overlap: run {first} gave {among[first]}, and "
             f"{alone[first]} behind the others"
         )
-    if not any(any(one[1]) for one in among if isinstance(one, tuple)):
-        raise SoakError(f"preset {preset} placed nothing in {LESSON} runs from which it learned")
+    if not any(why & REALIGNED for one in among if isinstance(one, tuple) for why in one[2]):
+        raise SoakError(f"preset {preset} realigned nothing in {LESSON} runs from which it learned")
     tally.ends["lessons"] += LESSON
 
 

@@ -748,21 +748,31 @@ def test_an_arena_that_another_mesh_left_lets_no_request_pass_the_budget() -> No
             ask(small, 250)
 
 
-@pytest.mark.parametrize("preset", ["prefix", "rotate"])
+@pytest.mark.parametrize("preset", ["prefix", "rotate", "kvcomm"])
 def test_a_call_holds_no_kv_that_its_stores_may_evict(tiny_engine: Engine, preset: str) -> None:
     backend = LocalBackend(tiny_engine, CommunicatorSpec(preset=preset, min_tokens=4))
     prompt = Prompt((Segment(FIXED, "", tuple(range(40, 80))),), (20,))
-    asyncio.run(backend.complete(prompt, GenerateSpec(max_tokens=4), 0, Silent()))
-    source = PlannedPrompt(backend.communicator, prompt, 0, None, backend.note_bytes)
-    held = [weakref.ref(piece.kv) for piece in source.compose()[0].placed]
-    source.placed()
-    assert all(kv() is not None for kv in held), "the store has it"
+    held: list[weakref.ref[Any]] = []
+    gone: list[bool] = []
 
-    for store in backend.communicator.budget._stores:
-        store.evict(2**40, Worth.LATER)
+    class Watched(PlannedPrompt):
+        def compose(self) -> tuple[Composition, Parts]:
+            made = super().compose()
+            held.extend(weakref.ref(piece.kv) for piece in made[0].placed)
+            return made
 
-    assert len(held) == 1
-    assert held[0]() is None
+        def prefilled(self, arena: Arena) -> None:
+            assert all(kv() is not None for kv in held), "the store has it"
+            for store in backend.communicator.budget._stores:
+                store.evict(2**40, Worth.LATER)
+            gone.extend(kv() is None for kv in held)
+            super().prefilled(arena)
+
+    for _ in range(2):
+        source = Watched(backend.communicator, prompt, 0, None, backend.note_bytes)
+        asyncio.run(tiny_engine.generate(source, 40, Sampling(2), lambda _report: None, lambda _piece: None))
+
+    assert gone == [True]
     assert source.decided.count(Treatment.PLACED_EXACT) == 20
 
 

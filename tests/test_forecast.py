@@ -108,8 +108,8 @@ def test_the_advice_is_what_the_role_last_layout_gives(root: Path, preset: str) 
             source = same[-1].source
             promised.append(f"{names} would have the same history as in {source}: placed as it is, not exact")
         assert advice[visit.node].endswith(f"all agents have in common, {', and '.join(promised)}")
-    assert ("not exact" in advice["agent.3"]) == (preset != "prefix")
-    assert "message agent.1@0" in advice["agent.3"]
+    assert ("not exact" in advice["agent.3"]) == (preset == "linear"), "kvcomm moves what has the same history, too"
+    assert ("message agent.1@0" in advice["agent.3"]) == (preset != "kvcomm")
     assert not last.advice
 
 

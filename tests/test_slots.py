@@ -938,6 +938,28 @@ def test_live_sequences_and_stores_share_one_budget(preset: str) -> None:
         one.run(question=question(0))
 
 
+def test_a_call_of_kvcomm_holds_no_anchors_once_its_slots_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, int]] = []
+    prefilled = KVComm.prefilled
+
+    def noting(self: KVComm, prompt: Prompt, plan: Any, arena: Arena) -> None:
+        left = [(*slot.pool.anchors, *getattr(slot.weighing, "anchors", ())) for slot in plan.slots]
+        seen.append((plan.dense, sum(map(len, left))))
+        prefilled(self, prompt, plan, arena)
+
+    monkeypatch.setattr(KVComm, "prefilled", noting)
+    with mesh({"preset": "kvcomm", "anchors": {"gamma": 1.0}}) as one:
+        ask(one, range(5))
+        backend = one.load()
+        assert isinstance(backend, LocalBackend)
+        assert isinstance(backend.communicator, KVComm)
+        pools = backend.communicator.pools.ledger.states.values()
+
+    assert any(anchor.uses for pool in pools for anchor in pool.anchors), "what was used is counted all the same"
+    assert {dense for dense, _ in seen} == {True, False}
+    assert not any(held for _, held in seen)
+
+
 def test_what_running_agents_wait_for_is_not_pushed_out_by_runs_that_begin() -> None:
     with mesh({"preset": "epic", "budget": 1_800_000}, concurrency=12) as one:
         backend = one.load()

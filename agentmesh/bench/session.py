@@ -20,7 +20,7 @@ from agentmesh.config.mesh import ModelSpec
 from agentmesh.config.presets import CommunicatorSpec, specs
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.loading import load
-from agentmesh.engine.loop import Engine
+from agentmesh.engine.loop import BATCH, Engine
 from agentmesh.engine.probe import Level, probe
 from agentmesh.errors import InputError, UnsupportedModelError
 from agentmesh.local import LocalBackend
@@ -61,7 +61,7 @@ def fidelity(
     """
     blueprint = draft(loaded)
     given = stand_ins(blueprint, passages)
-    backend = _backend(blueprint.local_model(), progress)
+    backend = _backend(blueprint.local_model(), progress, 1 if blueprint.run.deterministic else BATCH)
     recording = Recording(backend)
     with Mesh.from_loaded(loaded, model=recording, agents=given) as mesh:
         fitting = passages.fitting(questions, sum(sizes), backend.tokenizer) if passages else questions[: sum(sizes)]
@@ -153,11 +153,11 @@ def _affordable(spec: CommunicatorSpec, stores: int) -> CommunicatorSpec:
     return spec.model_copy(update={"budget": min(spec.budget, share)})
 
 
-def _backend(model: ModelSpec, progress: Progress | None) -> LocalBackend:
-    """A backend whose model lives on this thread, since a rig runs it here."""
+def _backend(model: ModelSpec, progress: Progress | None, batch: int = BATCH) -> LocalBackend:
+    """A backend whose model lives on this thread, since a rig runs it here; see ``Engine`` for ``batch``."""
     loaded = load(model, progress)
     support = probe(loaded.model, loaded.step)
-    backend = LocalBackend(Engine(loaded, support), DENSE)
+    backend = LocalBackend(Engine(loaded, support, batch), DENSE)
     if support.level is not Level.REALIGN:
         backend.close()
         raise UnsupportedModelError(f"{backend.name} cannot share slots: {support.reason}; measure another model")

@@ -45,6 +45,10 @@ class Plan:
         """The plan of a call whose cache holds what was placed: stores may evict that KV while the call goes on."""
         return replace(self, composition=self.composition.without_kv())
 
+    def told(self) -> Plan:
+        """What is left to say of the plan of a call that is over, whose readings nobody holds any more."""
+        return Plan(self.composition.without_kv(), self.rows, self.slot_tokens, self.placed_slots, self.parts)
+
     def count(self, treatment: Treatment) -> int:
         """Prompt tokens with one treatment."""
         return sum(row.tokens for row in self.rows if row.kind is treatment)

@@ -176,20 +176,17 @@ class Keeper:
 
     def recall(self, prompt: Prompt, begin: int) -> None:
         """Bring back into memory what earlier runs have read of a prompt from token ``begin`` on."""
-        reader, first = prompt.reader, len(prompt.tokens)
+        reader = prompt.reader
         if self._kept is None or not reader.run or reader.exact:
             return
         for segment, start in zip(prompt.segments, prompt.starts, strict=True):
             content, tokens, stop = segment.content, segment.tokens, start + len(segment.tokens)
-            if content is None or not tokens:
-                continue
-            first = min(first, start)
-            if content.kind not in OUTLIVING or content.deliver == "text":
+            if content is None or content.kind not in OUTLIVING or content.deliver == "text":
                 continue
             if start < begin or len(tokens) < self._min_tokens:
                 continue
-            if next(known(self.segments, reader, prompt.tokens, start, stop), None) is None:
-                read = prompt.tokens[first:stop]
+            if next(known(self.segments, prompt, start, stop), None) is None:
+                read = prompt.tokens[prompt.first_content : stop]
                 wanted = ((reader.consumer, read), (PASSAGES, tokens), (ANYBODY, read))
                 self._kept.recall(self.segments, reader.tenant, wanted)
 
@@ -215,10 +212,10 @@ class Keeper:
 
     def _keep_exact(self, prompt: Prompt, plan: KeptPlan, arena: Arena) -> None:
         """Keep what is exact of the inputs and documents that are read for the first time, beyond this process."""
-        reader, reading = prompt.reader, exact_reading(prompt, plan.depths, self.segments)
+        reading = exact_reading(prompt, plan.depths, self.segments)
         if self._kept is None or reading is None:
             return
-        found = [next(known(self.segments, reader, reading.tokens, *span.ends), None) for span in reading.spans]
+        found = [next(known(self.segments, prompt, *span.ends), None) for span in reading.spans]
         longest = max(span.stop - span.start for span in reading.spans)
         if None in found and longest >= self._min_tokens and self._kept.wants(reading):
             start, stop = reading.spans[0].start, len(reading.tokens)

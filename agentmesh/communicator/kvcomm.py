@@ -24,8 +24,10 @@ Deviations, each in its favour or needed to be correct:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
+
+from typing_extensions import Self
 
 from agentmesh.communicator.base import Plan, Preset, demand_memory
 from agentmesh.communicator.keeper import Keeper, KeptPlan
@@ -62,6 +64,11 @@ class Slot:
         """The content's base KV, as far as it goes."""
         return self.match.cut(self.match.start, self.match.stop)
 
+    def without_anchors(self) -> Slot:
+        """The slot of a call that needs its anchors no more."""
+        told = self.weighing if isinstance(self.weighing, Reason) else replace(self.weighing, anchors=())
+        return replace(self, pool=AnchorPool(self.pool.fixed), weighing=told)
+
 
 @dataclass(frozen=True)
 class AnchoredPlan(KeptPlan):
@@ -69,6 +76,10 @@ class AnchoredPlan(KeptPlan):
 
     slots: tuple[Slot, ...] = ()
     dense: bool = True
+
+    def without_kv(self) -> Self:
+        """As in ``Plan``; which anchors were used is still known, and the base of fixed text."""
+        return replace(super().without_kv(), slots=tuple(slot.without_anchors() for slot in self.slots))
 
 
 @final

@@ -137,6 +137,12 @@ class Prompt:
             at += len(segment.tokens)
         return tuple(positions)
 
+    @cached_property
+    def first_content(self) -> int:
+        """The position at which its first content begins that has tokens; its end where there is none."""
+        contents = (at for one, at in zip(self.segments, self.starts, strict=True) if one.content and one.tokens)
+        return next(contents, len(self.tokens))
+
     @property
     def text(self) -> str:
         """The prompt as a person would read it, control tokens included."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from agentmesh.config.base import Choice
 from agentmesh.events import Reason
 from agentmesh.kv.values import KV
-from agentmesh.prompt.segments import ContentKind, Prompt, Reader, Segment
+from agentmesh.prompt.segments import ContentKind, Prompt, Segment
 from agentmesh.sharing.segments import Reading, SegmentStore, Span
 
 
@@ -149,7 +149,7 @@ class Matcher:
             return None, Reason.DELIVERED_AS_TEXT
         tokens, run, tenant = prompt.segments[index].tokens, prompt.reader.run, prompt.reader.tenant
         start = prompt.starts[index]
-        found = known(self.store, prompt.reader, prompt.tokens, start, start + len(tokens))
+        found = known(self.store, prompt, start, start + len(tokens))
         candidates = [self._follow(prompt, index, *one) for one in found]
         if not candidates:
             evicted = self.store.was_evicted(tokens, run, tenant)
@@ -190,17 +190,17 @@ class Matcher:
         return Match(start, stop, index, last, number, reading, at, found, depth, content.kind, own)
 
 
-def known(
-    store: SegmentStore, reader: Reader, tokens: tuple[int, ...], start: int, stop: int
-) -> Iterator[tuple[int, Reading, Span]]:
+def known(store: SegmentStore, prompt: Prompt, start: int, stop: int) -> Iterator[tuple[int, Reading, Span]]:
     """Readings from which a prompt's content at ``start`` to ``stop`` may be placed, as in ``SegmentStore.find``.
 
-    One of an earlier process must hold the prompt's own contents ahead of it, too: what a passage was to an agent that
-    had read another question is no base that links know. What contexts of the same run do to it is what they learn.
+    An agent of an earlier process must have read the same tokens ahead of it, from the prompt's first content on: what
+    a passage was to an agent that had read another question is no base that links know. What contexts of the same run
+    do to it is what they learn.
     """
+    reader, tokens, first = prompt.reader, prompt.tokens, prompt.first_content
     for number, reading, span in store.find(tokens[start:stop], reader.run, reader.tenant):
-        ahead = 0 if reading.run or not reading.reader else span.start - reading.spans[0].start
-        if reading.tokens[span.start - ahead : span.start] == tokens[max(start - ahead, 0) : start]:
+        begun = reading.spans[0].start
+        if reading.run or not reading.reader or reading.tokens[begun : span.stop] == tokens[first:stop]:
             yield number, reading, span
 
 

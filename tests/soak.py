@@ -244,7 +244,7 @@ async def one(mesh: Mesh, job: Job, alone: Mapping[Job, tuple[str, ...]], tally:
 
 
 async def lesson(mesh: Mesh, lessons: Sequence[Job], overlapping: int) -> list[Any]:
-    """What a fresh mesh says and places while it learns: texts, tokens and reasons of each run, or how it failed."""
+    """What a fresh mesh says, places and realigns while it learns, run by run, or how one failed."""
     room = asyncio.Semaphore(overlapping)
 
     async def learn(job: Job) -> Any:
@@ -253,8 +253,8 @@ async def lesson(mesh: Mesh, lessons: Sequence[Job], overlapping: int) -> list[A
                 result = await mesh.arun(question=job.question, seed=job.seed)
             except NodeError as error:
                 return type(error.__cause__).__name__
-        why = [{row.reason for row in call.plan if row.tokens} for call in result.calls]
-        return [message.text for message in result.messages], [call.placed_slots for call in result.calls], why
+        rows = [[row.tokens for row in call.plan if row.reason in REALIGNED] for call in result.calls]
+        return [message.text for message in result.messages], [call.placed_slots for call in result.calls], rows
 
     return await asyncio.gather(*map(learn, lessons))
 
@@ -277,7 +277,7 @@ def check_lesson(made: Rig, preset: str, work: Iterator[Job], plan: Plan, tally:
             f"preset {preset} learned something else from runs that overlap: run {first} gave {among[first]}, and "
             f"{alone[first]} behind the others"
         )
-    if not any(why & REALIGNED for one in among if isinstance(one, tuple) for why in one[2]):
+    if not any(any(rows) for one in among if isinstance(one, tuple) for rows in one[2]):
         raise SoakError(f"preset {preset} realigned nothing in {LESSON} runs from which it learned")
     tally.ends["lessons"] += LESSON
 

@@ -12,6 +12,7 @@ from soak import GROWTH_BYTES, LEGS_NEEDED, Plan, SoakError, check_growth, soak
 from agentmesh.engine.loop import Engine
 
 
+@pytest.mark.timeout(600)  # the runs of a lesson take a minute on a core of their own, several on a busy machine
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_soak_of_some_seconds_ends_at_rest(deterministic: bool) -> None:
     tally = soak(Plan(seconds=5, seed=3, leg_seconds=1.0, deterministic=deterministic))

@@ -419,13 +419,13 @@ def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not(tmp_pat
 
     linear, rotate, epic = (found.presets[name] for name in ("linear", "rotate", "epic"))
     assert linear.calls_shared == linear.calls_shareable == 8
-    assert linear.placed_tokens >= 0.7 * linear.slot_tokens
-    assert linear.kl_mean <= 0.01
-    assert linear.kl_chained <= 0.012
+    assert linear.placed_tokens >= 0.75 * linear.slot_tokens
+    assert linear.kl_mean <= 0.007
+    assert linear.kl_chained <= 0.0075
     assert linear.kl_mean < epic.kl_mean < rotate.kl_mean
-    assert found.controls["unrotated"] >= 3 * linear.kl_mean
-    assert found.controls["wrong_consumer"] >= 1.2 * linear.kl_mean
-    assert found.controls["nothing_computed"] >= 1.5 * linear.kl_mean
+    assert found.controls["unrotated"] >= 8 * linear.kl_mean
+    assert found.controls["wrong_consumer"] >= 1.4 * linear.kl_mean
+    assert found.controls["nothing_computed"] >= 1.6 * linear.kl_mean
 
 
 def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:

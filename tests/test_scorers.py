@@ -142,9 +142,9 @@ def test_a_formula_is_extracted_and_what_is_missing_is_noted(maths: MathScorer) 
 def test_boxes_are_found_in_one_pass() -> None:
     assert boxed(r"\boxed{a{b}\}c}") == r"a{b}\}c"
     assert boxed(r"} \boxed{\boxed{a}") == "a"
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert boxed(r"\boxed{" * 20_000) is None
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 10, "once for each box it would take minutes"
 
 
 def processes() -> list[psutil.Process]:

@@ -27,7 +27,7 @@ from agentmesh.engine.embedded import Progress
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.generation import FirstTokenReport
 from agentmesh.engine.identity import identity
-from agentmesh.engine.loop import BATCH, Engine
+from agentmesh.engine.loop import BATCH, Engine, at_once
 from agentmesh.engine.sampling import Sampling
 from agentmesh.engine.tokenizer import HubTokenizer
 from agentmesh.errors import UsageError
@@ -90,7 +90,7 @@ class LocalBackend:
             NotFoundError: no such model or preset.
             ModelError: the weights cannot be fetched or read.
         """
-        return cls(Engine.open(model, progress, batch=1 if deterministic else BATCH), communicator)
+        return cls(Engine.open(model, progress, batch=at_once(deterministic=deterministic)), communicator)
 
     def note_bytes(self) -> None:
         """Note how much KV there is now, in live sequences and in stores; called on the engine's thread."""
@@ -261,9 +261,7 @@ class LocalBackend:
         Raises:
             UsageError: a deterministic run, and sequences decode together here, so that each depends on the others.
         """
-        runner = self.engine.support.runner
-        together = self.engine.batch > 1 and isinstance(runner, ArenaRunner) and runner.batches
-        if reader.sees is not None and together:
+        if reader.sees is not None and self.engine.batch > 1 and self.engine.support.runner.batches:
             raise UsageError(
                 "the mesh is deterministic, and its backend decodes several sequences in one forward, which changes "
                 "their last bits: open it with LocalBackend.open(…, deterministic=True), or let the mesh load its model"

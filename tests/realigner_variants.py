@@ -32,7 +32,7 @@ from agentmesh.communicator import REALIGNERS, Preset, make
 from agentmesh.config.load import load_mesh
 from agentmesh.config.presets import CommunicatorSpec, RealignerKind, specs
 from agentmesh.engine.loading import LoadedModel, load
-from agentmesh.engine.loop import BATCH, Engine
+from agentmesh.engine.loop import Engine, at_once
 from agentmesh.engine.probe import Support, probe
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV
@@ -198,7 +198,7 @@ def main() -> None:
         with patch.dict(REALIGNERS, {RealignerKind.LINEAR: of[id(spec)]}):
             return make(spec, support, loaded)
 
-    backend = LocalBackend(Engine(loaded, support, 1 if blueprint.run.deterministic else BATCH), DENSE)
+    backend = LocalBackend(Engine(loaded, support, at_once(deterministic=blueprint.run.deterministic)), DENSE)
     recording = Recording(backend)
     questions = read_questions(asked.data, asked.warmup + asked.limit)[: asked.warmup + asked.limit]
     with Mesh.from_loaded(mesh, model=recording) as open_mesh, patch.object(fidelity, "make", made):

@@ -33,11 +33,12 @@ from agentmesh.config.mesh import ModelSpec
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
-from agentmesh.engine.loop import BATCH, Engine
+from agentmesh.engine.loop import Engine, at_once
 from agentmesh.engine.probe import probe
 from agentmesh.errors import NodeError, RequestTooLongError, SharingError
 from agentmesh.events import Reason
 from agentmesh.local import LocalBackend
+from agentmesh.results import RunResult
 
 STUCK_SECONDS = 120.0
 GROWTH_BYTES, LEGS_NEEDED = 32 * 2**20, 30
@@ -140,7 +141,7 @@ class Rig:
         support = probe(loaded.model, loaded.step)
         runner = support.runner
         assert isinstance(runner, ArenaRunner)
-        self.engine = Engine(loaded, support, 1 if deterministic else BATCH)
+        self.engine = Engine(loaded, support, at_once(deterministic=deterministic))
         self._token = runner.shape.bytes_per_token
         self._exact = deterministic
         budgets = {"dense": 2500, "prefix": 3000, "linear": 6000}
@@ -198,21 +199,26 @@ def jobs(draw: random.Random, longest: int, pool: int) -> Iterator[Job]:
         yield Job(question, seed, cancelled, draw.expovariate(100.0) if draw.random() < 0.5 else None)
 
 
-async def outcome(mesh: Mesh, job: Job) -> tuple[str, ...]:
-    """What a run says, node by node, or that it was refused, or that memory was too short for a deterministic one.
+async def ended(mesh: Mesh, job: Job) -> RunResult | str:
+    """A run's result, or that it was refused, or that memory was too short for a deterministic one.
 
     Raises:
         SoakError: it failed otherwise.
     """
     try:
-        result = await mesh.arun(question=job.question, seed=job.seed)
+        return await mesh.arun(question=job.question, seed=job.seed)
     except NodeError as error:
         if isinstance(error.__cause__, RequestTooLongError):
-            return ("refused",)
+            return "refused"
         if isinstance(error.__cause__, SharingError):
-            return ("short",)
+            return "short"
         raise SoakError(f"a run failed: {error}") from error
-    return ("done", *(message.text for message in result.messages))
+
+
+async def outcome(mesh: Mesh, job: Job) -> tuple[str, ...]:
+    """What a run says, node by node, or how else it ended; see ``ended``."""
+    result = await ended(mesh, job)
+    return (result,) if isinstance(result, str) else ("done", *(message.text for message in result.messages))
 
 
 async def one(mesh: Mesh, job: Job, alone: Mapping[Job, tuple[str, ...]], tally: Tally) -> None:
@@ -249,10 +255,9 @@ async def lesson(mesh: Mesh, lessons: Sequence[Job], overlapping: int) -> list[A
 
     async def learn(job: Job) -> Any:
         async with room:
-            try:
-                result = await mesh.arun(question=job.question, seed=job.seed)
-            except NodeError as error:
-                return type(error.__cause__).__name__
+            result = await ended(mesh, job)
+        if isinstance(result, str):
+            return result
         rows = [[row.tokens for row in call.plan if row.reason in REALIGNED] for call in result.calls]
         return [message.text for message in result.messages], [call.placed_slots for call in result.calls], rows
 

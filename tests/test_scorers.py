@@ -144,7 +144,7 @@ def test_boxes_are_found_in_one_pass() -> None:
     assert boxed(r"} \boxed{\boxed{a}") == "a"
     begun = time.process_time()
     assert boxed(r"\boxed{" * 20_000) is None
-    assert time.process_time() - begun < 10, "once for each box it would take minutes"
+    assert time.process_time() - begun < 1
 
 
 def processes() -> list[psutil.Process]:

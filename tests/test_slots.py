@@ -39,6 +39,7 @@ from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, ContentKind, Reader
 from agentmesh.prompt.segments import Prompt, Segment
 from agentmesh.results import RunResult
+from agentmesh.sharing.anchors import Weighing
 from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.ledger import Ledger
 from agentmesh.sharing.linear import Linear
@@ -943,8 +944,8 @@ def test_a_call_of_kvcomm_holds_no_anchors_once_its_slots_are_placed(monkeypatch
     prefilled = KVComm.prefilled
 
     def noting(self: KVComm, prompt: Prompt, plan: Any, arena: Arena) -> None:
-        left = [(*slot.pool.anchors, *getattr(slot.weighing, "anchors", ())) for slot in plan.slots]
-        seen.append((plan.dense, sum(map(len, left))))
+        weighed = [slot.weighing.anchors for slot in plan.slots if isinstance(slot.weighing, Weighing)]
+        seen.append((plan.dense, sum(map(len, [*weighed, *(slot.pool.anchors for slot in plan.slots)]))))
         prefilled(self, prompt, plan, arena)
 
     monkeypatch.setattr(KVComm, "prefilled", noting)

@@ -20,7 +20,7 @@ from agentmesh.config.mesh import ModelSpec
 from agentmesh.config.presets import CommunicatorSpec, specs
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.loading import load
-from agentmesh.engine.loop import BATCH, Engine
+from agentmesh.engine.loop import BATCH, Engine, at_once
 from agentmesh.engine.probe import Level, probe
 from agentmesh.errors import InputError, UnsupportedModelError
 from agentmesh.local import LocalBackend
@@ -61,7 +61,7 @@ def fidelity(
     """
     blueprint = draft(loaded)
     given = stand_ins(blueprint, passages)
-    backend = _backend(blueprint.local_model(), progress, 1 if blueprint.run.deterministic else BATCH)
+    backend = _backend(blueprint.local_model(), progress, at_once(deterministic=blueprint.run.deterministic))
     recording = Recording(backend)
     with Mesh.from_loaded(loaded, model=recording, agents=given) as mesh:
         fitting = passages.fitting(questions, sum(sizes), backend.tokenizer) if passages else questions[: sum(sizes)]

@@ -95,7 +95,7 @@ class Keeper:
             return placed, False
         made = self._made.get(prompt.reader.run, set())
         own = max((point for point in prompt.points if prompt.tokens[:point] in made), default=0)
-        until = max(own, _first_slot(prompt))
+        until = max(own, prompt.first_content)
         kept = [piece for piece in placed if piece.stop <= until]
         return kept, own > (kept[-1].stop if kept else 0)
 
@@ -215,7 +215,7 @@ class Keeper:
         reading = exact_reading(prompt, plan.depths, self.segments)
         if self._kept is None or reading is None:
             return
-        found = [next(known(self.segments, prompt, *span.ends), None) for span in reading.spans]
+        found = [next(known(self.segments, prompt, span.start, span.stop), None) for span in reading.spans]
         longest = max(span.stop - span.start for span in reading.spans)
         if None in found and longest >= self._min_tokens and self._kept.wants(reading):
             start, stop = reading.spans[0].start, len(reading.tokens)
@@ -227,15 +227,9 @@ class Keeper:
         if whole and end - (points[-1] if points else 0) >= self._min_tokens:
             points = (*points, end)
         if prompt.reader.sees is not None and prompt.reader.run:
-            begin, made = _first_slot(prompt), self._made.setdefault(prompt.reader.run, set())
+            begin, made = prompt.first_content, self._made.setdefault(prompt.reader.run, set())
             made.update(prompt.tokens[:point] for point in points if point > begin)
         self.beginnings.keep(prompt, points, arena)
-
-
-def _first_slot(prompt: Prompt) -> int:
-    """Where the fixed text at a prompt's beginning ends."""
-    starts = (at for segment, at in zip(prompt.segments, prompt.starts, strict=True) if segment.content is not None)
-    return min(starts, default=len(prompt.tokens))
 
 
 def exact_reading(prompt: Prompt, depths: bytes, segments: SegmentStore) -> Reading | None:

@@ -194,7 +194,6 @@ class Persistence:
         (rows,) = reading.rows
         begun = [reading.tokens[rows.start : span.stop] for span in reading.spans]
         names = (reading.reader, ANYBODY) if reading.reader else (PASSAGES,)
-        whole = self._content_key(reading.reader, reading.tokens[rows.start :])
         about = {
             "reader": reading.reader,
             "mesh": self._scope.mesh if reading.reader else "",
@@ -209,8 +208,7 @@ class Persistence:
         }
         if not reading.reader:
             tensors["weights"] = torch.zeros(0) if reading.weights is None else reading.weights
-        parts = [self._content_key(name, tokens) for name in names for tokens in begun]
-        keys = tuple(dict.fromkeys([whole, *parts]))
+        keys = tuple(self._content_key(name, tokens) for name in names for tokens in begun)
         self._write(
             Record("reading", reading.tenant, self._scope.identity, keys, tensors, about, tokens=rows.kv.tokens)
         )

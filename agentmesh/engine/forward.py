@@ -240,6 +240,11 @@ class PlainRunner:
     lent: dict[int, int] = field(default_factory=dict)
 
     @property
+    def batches(self) -> bool:
+        """Whether several sequences can decode in one forward: never."""
+        return False
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all caches that are open, once they are as long as they may get."""
         return sum(self.lent.values())

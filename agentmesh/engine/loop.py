@@ -33,6 +33,11 @@ Result = TypeVar("Result")
 BATCH = 32
 
 
+def at_once(*, deterministic: bool) -> int:
+    """How many sequences may decode in one forward: each alone where none may depend on its neighbours."""
+    return 1 if deterministic else BATCH
+
+
 @final
 class Engine:
     """A loaded model at work. Use as a context manager, or call ``close``.

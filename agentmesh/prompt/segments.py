@@ -140,7 +140,9 @@ class Prompt:
     @cached_property
     def first_content(self) -> int:
         """The position at which its first content begins that has tokens; its end where there is none."""
-        contents = (at for one, at in zip(self.segments, self.starts, strict=True) if one.content and one.tokens)
+        contents = (
+            at for one, at in zip(self.segments, self.starts, strict=True) if one.content is not None and one.tokens
+        )
         return next(contents, len(self.tokens))
 
     @property

@@ -41,11 +41,6 @@ class Span:
     stop: int
     written: bool = False
 
-    @property
-    def ends(self) -> tuple[int, int]:
-        """Where it begins, and where it stops."""
-        return self.start, self.stop
-
 
 @dataclass(frozen=True)
 class Rows:

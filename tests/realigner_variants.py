@@ -3,10 +3,10 @@
     python tests/realigner_variants.py math-fully-connected --data questions.jsonl --warmup 20 --limit 20
 
 Every variant sees the same calls, learns the same, and differs in one thing: the map that it makes of what it has
-learned, or which tokens of a block are computed all the same. ``full rank`` is the map of ``linear``; unless a variant
-says otherwise the first 16 tokens and up to 8 line breaks of a block are computed, and none are picked, which would
-hide how good a map is. With all variants a question takes minutes on one core; ``--variants "full rank;rank 8"`` names
-some.
+learned, or which tokens of a block are computed all the same. ``rank 32`` is the map of ``linear``; maps that differ
+otherwise have full rank. Unless a variant or ``--own-picks`` says otherwise the first 16 tokens and up to 8 line
+breaks of a block are computed, and none are picked, which would hide how good a map is. With all variants a question
+takes minutes on one core; ``--variants "full rank;rank 8"`` names some.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ from agentmesh.kv.values import KV
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
 from agentmesh.sharing.linear import RIDGES, Linear
-from agentmesh.sharing.linearmap import LinearMap
+from agentmesh.sharing.linearmap import RANK, LinearMap
 
 Change = Callable[[Linear, torch.Tensor], torch.Tensor]
 """Makes another offset map ``[L·H, F, 2D]`` of a realigner's own."""
+
+Maker = Callable[[KVShape], Linear]
+"""Makes a variant that has learned nothing."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,14 @@ class Changed(Linear):
     """``linear`` with another map."""
 
     change: Change = lambda _linear, offsets: offsets
+    rank: int = RANK
 
     @cached_property
     def map(self) -> LinearMap:
         """The map of what was learned, changed."""
-        dim = self.cross.shape[2]
-        identity = torch.zeros_like(self.cross)
-        identity[:, :dim] = torch.eye(dim)
-        whole = Linear(self.gram, self.cross, self.trial, self.heads, self.observations).map.weights
-        offsets = self.change(self, whole - identity)
+        offsets = self.change(self, self.regression())
         offsets[: self.heads] = 0.0
-        return LinearMap(offsets + identity)
+        return LinearMap.of(offsets, self.gram, self.rank)
 
 
 class InAllLayers(Linear):
@@ -72,23 +72,16 @@ class InAllLayers(Linear):
         return (sizes / sizes.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
 
 
-def changed(change: Change, shape: KVShape) -> Changed:
+def changed(change: Change, rank: int, shape: KVShape) -> Changed:
     """A variant that has learned nothing."""
     empty = Linear.empty(shape)
-    return Changed(empty.gram, empty.cross, empty.trial, empty.heads, change=change)
+    return Changed(empty.gram, empty.cross, empty.trial, empty.heads, change=change, rank=rank)
 
 
 def in_all_layers(shape: KVShape) -> InAllLayers:
     """A variant that has learned nothing."""
     empty = Linear.empty(shape)
     return InAllLayers(empty.gram, empty.cross, empty.trial, empty.heads)
-
-
-def of_rank(rank: int, linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
-    """Reduced-rank regression: what is predicted keeps the directions in which predictions vary most."""
-    fitted = offsets.mT @ linear.gram @ offsets
-    directions = torch.linalg.eigh(fitted).eigenvectors[:, :, -rank:]
-    return offsets @ directions @ directions.mT
 
 
 def means(linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
@@ -126,12 +119,16 @@ def in_layers(layers: slice, linear: Linear, offsets: torch.Tensor) -> torch.Ten
     return found.view(offsets.shape)
 
 
-def maps(shape: KVShape) -> dict[str, Change]:
-    """The variants of the map."""
+def as_it_is(_linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
+    """The regression itself."""
+    return offsets
+
+
+def maps(shape: KVShape) -> dict[str, Maker]:
+    """The variants of the map: those of some ranks, and of full rank changed ones."""
     dim, half, rest = shape.head_dim, shape.layers // 2, shape.layers - 1
-    return {
-        "full rank": lambda _linear, offsets: offsets,
-        **{f"rank {rank}": partial(of_rank, rank) for rank in (2, 8, 32)},
+    changes: dict[str, Change] = {
+        "full rank": as_it_is,
         "place alone": means,
         "shared by heads": partial(pooled, rest),
         "shared by layers": partial(pooled, 1),
@@ -140,6 +137,8 @@ def maps(shape: KVShape) -> dict[str, Change]:
         "lower half": partial(in_layers, slice(0, half)),
         "upper half": partial(in_layers, slice(half, None)),
     }
+    ranks = {f"rank {rank}": partial(changed, as_it_is, rank) for rank in (2, 8, 16, 32)}
+    return ranks | {name: partial(changed, change, 2 * dim) for name, change in changes.items()}
 
 
 PLAIN: dict[str, Any] = {"first": 16, "breaks": 8, "ratio": 0.0}
@@ -175,23 +174,24 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--variants", default="", help="names, separated by semicolons; all by default")
+    parser.add_argument("--own-picks", action="store_true", help="maps compute the tokens that linear itself computes")
     asked = parser.parse_args()
 
     mesh = load_mesh(asked.config)
     blueprint = draft(mesh)
     loaded = load(blueprint.local_model(), None)
     support = probe(loaded.model, loaded.step)
-    changes = maps(support.runner.shape)
-    names = [name for name in (*changes, *PICKED) if not asked.variants or name in asked.variants.split(";")]
+    makers = maps(support.runner.shape)
+    makers |= {name: in_all_layers if name.endswith(ALL_LAYERS) else Linear.empty for name in PICKED}
+    names = [name for name in (*makers, *PICKED) if not asked.variants or name in asked.variants.split(";")]
     budget = int(psutil.virtual_memory().available * 0.6) // (2 * len(names))
     linear = specs(blueprint.communicator, ["linear"])["linear"].model_copy(update={"budget": budget})
     chosen = {}
     for name in names:
         given = linear.model_dump(exclude_unset=True) | {"budget": budget}
-        given["recompute"] = PLAIN | PICKED.get(name, {})
+        if name in PICKED or not asked.own_picks:
+            given["recompute"] = PLAIN | PICKED.get(name, {})
         chosen[name] = CommunicatorSpec.model_validate(given)
-    makers = {name: partial(changed, change) for name, change in changes.items()}
-    makers |= {name: in_all_layers if name.endswith(ALL_LAYERS) else Linear.empty for name in PICKED}
     of = {id(spec): makers[name] for name, spec in chosen.items()}
 
     def made(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Preset:

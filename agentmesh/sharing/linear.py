@@ -157,9 +157,15 @@ class Linear(Realigner[LinearFinding]):
     def nbytes(self) -> int:
         """Bytes of all sums, and of the map that they give; of the map alone where the sums are not there."""
         trial = self.trial
-        own = vars(self)["map"].weights if not self.gram.numel() and "map" in vars(self) else self.cross
-        tensors = (self.gram, self.cross, own, trial.cross, trial.square, trial.energy, trial.scale)
-        return sum(tensor.nbytes for tensor in tensors)
+        sums = (self.gram, self.cross, trial.cross, trial.square, trial.energy, trial.scale)
+        return self._map_bytes + sum(tensor.nbytes for tensor in sums)
+
+    @property
+    def _map_bytes(self) -> int:
+        if not self.gram.numel():
+            return self.map.nbytes if "map" in vars(self) else 0
+        rows, _, outer = self.cross.shape
+        return LinearMap.bytes_of(rows, outer // 2)
 
     def outline(self) -> Linear:
         """The prequential sums and the count alone; see ``Realigner.outline``."""
@@ -256,9 +262,8 @@ class Linear(Realigner[LinearFinding]):
         scale = self.trial.scale[self.heads :].clamp_min(1e-30)
         return float((left / scale).mean())
 
-    @cached_property
-    def map(self) -> LinearMap:
-        """The realigner that these statistics give."""
+    def regression(self) -> torch.Tensor:
+        """The best ridge solution of each layer and head, shrunk, ``[L·H, F, 2D]``; layer 0's is no offset."""
         dim = self.cross.shape[2] // 2
         solutions = torch.stack(self._solutions())  # [G, L·H, F, 2D]
         rows = torch.arange(solutions.shape[1], device=solutions.device)
@@ -267,10 +272,14 @@ class Linear(Realigner[LinearFinding]):
             which = self.chosen[:, part]
             best = solutions[which, rows][:, :, part * dim : (part + 1) * dim]
             parts.append(best * self.trial.shrinkage[which, rows, part][:, None, None])
-        weights = torch.cat(parts, dim=2)
-        weights[: self.heads] = 0.0
-        weights[:, : 2 * dim] += torch.eye(2 * dim, device=weights.device)
-        return LinearMap(weights)
+        offsets = torch.cat(parts, dim=2)
+        offsets[: self.heads] = 0.0
+        return offsets
+
+    @cached_property
+    def map(self) -> LinearMap:
+        """The realigner that these statistics give."""
+        return LinearMap.of(self.regression(), self.gram)
 
 
 def _by_part(product: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from agentmesh.kv.values import ALL, KV
 
 POSITION_FEATURES = 4
 POSITION_SCALE = 3.0
-DIRECTIONS = 16
-"""Random directions by which ``sizes`` measures offsets: an eighth of the work of whole ones at a head dim of 64."""
+RANK = 32
+"""Directions of a head's offsets that are kept; more give the same fidelity (docs/method.md)."""
 
 
 def position_features(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -24,13 +24,38 @@ def position_features(numbers: Sequence[int], device: torch.device) -> torch.Ten
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A solved realigner, ready to be applied.
+    """A solved realigner, ready to be applied: a token's offset is ``xᵀ·down·up``.
 
     Args:
-        weights: fp32 ``[L·H, 2D + 4, 2D]``; the identity is part of it, so it gives the new KV, not the offset.
+        down: fp32 ``[L·H, 2D + 4, R]``.
+        up: fp32 ``[L·H, R, 2D]``; its rows are orthonormal, so an offset is as long as its ``R`` coordinates.
     """
 
-    weights: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
+
+    @staticmethod
+    def of(offsets: torch.Tensor, gram: torch.Tensor, rank: int = RANK) -> LinearMap:
+        """The directions in which predicted offsets vary most (reduced-rank regression).
+
+        Args:
+            offsets: the whole regression, fp32 ``[L·H, 2D + 4, 2D]``.
+            gram: of the features it was learned from, Σ x xᵀ, fp32 ``[L·H, 2D + 4, 2D + 4]``.
+            rank: how many directions, at most 2D.
+        """
+        predicted = offsets.mT @ gram @ offsets
+        directions = torch.linalg.eigh(predicted).eigenvectors[:, :, -rank:]
+        return LinearMap(offsets @ directions, directions.mT.contiguous())
+
+    @staticmethod
+    def bytes_of(rows: int, dim: int) -> int:
+        """Bytes of a map with so many rows ``L·H`` and a head dim, before it is solved."""
+        return 4 * rows * min(RANK, 2 * dim) * (4 * dim + POSITION_FEATURES)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return self.down.nbytes + self.up.nbytes
 
     @torch.inference_mode()
     def apply(self, base: KV, numbers: Sequence[int], layers: slice = ALL) -> KV:
@@ -42,46 +67,32 @@ class LinearMap:
             layers: which layers to make.
         """
         base = base.fetch(layers)
-        dim = base.keys.shape[3]
-        out = _mapped(base, numbers, self._of(layers, base.keys.shape[1]))
-        return KV(out[..., :dim], out[..., dim:], base.frame)
+        inner, shape = self._coordinates(base, numbers, layers), base.keys.shape
+        up = _of(self.up, layers, shape[1]).to(base.keys.dtype)
+        keys = torch.baddbmm(base.keys.flatten(0, 1), inner, up[:, :, : shape[3]])
+        values = torch.baddbmm(base.values.flatten(0, 1), inner, up[:, :, shape[3] :])
+        return KV(keys.view(shape), values.view(shape), base.frame)
 
     @torch.inference_mode()
     def sizes(self, base: KV, numbers: Sequence[int], layers: slice) -> torch.Tensor:
-        """How far it moves tokens: about the squared lengths of their offsets in some layers, ``[L, H, T]``.
-
-        A random projection keeps lengths (Johnson and Lindenstrauss): one head's with a deviation of √(2/16), a third;
-        the mean over 24 heads with one of 7 %.
-        """
+        """How far it moves tokens: the squared lengths of their offsets in some layers, ``[L, H, T]``."""
         base = base.fetch(layers)
-        weights = self._of(layers, base.keys.shape[1])
-        directions = _directions(weights.shape[2], weights.device)
-        offsets = weights @ directions
-        offsets[:, : len(directions)] -= directions
-        lengths: torch.Tensor = torch.linalg.vector_norm(_mapped(base, numbers, offsets), dim=3).float()
-        return lengths.square()
+        lengths: torch.Tensor = torch.linalg.vector_norm(self._coordinates(base, numbers, layers), dim=2).float()
+        return lengths.square().view(base.keys.shape[:3])
 
-    def _of(self, layers: slice, heads: int) -> torch.Tensor:
-        """The weights of some layers, ``[L·H, 2D + 4, 2D]``."""
-        return self.weights.view(-1, heads, *self.weights.shape[1:])[layers].flatten(0, 1)
-
-
-def _directions(size: int, device: torch.device) -> torch.Tensor:
-    """Random signs ``[size, 16]``, the same every time, scaled so that projecting keeps mean squared lengths."""
-    chosen = torch.randint(2, (size, DIRECTIONS), generator=torch.Generator().manual_seed(0)).to(device)
-    scaled: torch.Tensor = (2.0 * chosen - 1.0) / DIRECTIONS**0.5
-    return scaled
+    def _coordinates(self, base: KV, numbers: Sequence[int], layers: slice) -> torch.Tensor:
+        """Offsets of tokens in these layers along the kept directions, ``[L·H, T, R]``."""
+        dim, dtype = base.keys.shape[3], base.keys.dtype
+        down = _of(self.down, layers, base.keys.shape[1]).to(dtype)
+        found = position_features(numbers, down.device).to(dtype) @ down[:, 2 * dim :]
+        found.baddbmm_(base.keys.flatten(0, 1), down[:, :dim])
+        found.baddbmm_(base.values.flatten(0, 1), down[:, dim : 2 * dim])
+        return found
 
 
-def _mapped(base: KV, numbers: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
-    """``xᵀW`` of tokens with weights ``[L·H, 2D + 4, N]``: ``[L, H, T, N]``."""
-    count, heads, tokens, dim = base.keys.shape
-    weights = weights.to(base.keys.dtype)
-    places = position_features(numbers, base.keys.device).to(base.keys.dtype)
-    out = places @ weights[:, 2 * dim :]
-    out.baddbmm_(base.keys.flatten(0, 1), weights[:, :dim])
-    out.baddbmm_(base.values.flatten(0, 1), weights[:, dim : 2 * dim])
-    return out.view(count, heads, tokens, -1)
+def _of(rows: torch.Tensor, layers: slice, heads: int) -> torch.Tensor:
+    """The rows ``[L·H, …]`` of some layers."""
+    return rows.view(-1, heads, *rows.shape[1:])[layers].flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +54,21 @@ def test_rotation_by_nothing_and_layers_without_rotation_are_bitwise_identities(
 
     assert torch.equal(turn.rotate(x, torch.zeros(4)), x)
     assert torch.equal(turn.rotate(x, torch.arange(4) + 77)[1], x[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_what_is_rotated_into_an_arena_is_what_is_rotated(interleaved: bool, dtype: torch.dtype) -> None:
+    turn, x, positions = rope(interleaved=interleaved, partial=True), keys(4).to(dtype), torch.arange(5, 9)
+    memory = torch.full((2, 2, 10, 12), 7.0, dtype=dtype)
+
+    turn.rotate_into(memory[:, :, 3:7], x, positions)
+
+    assert torch.equal(memory[:, :, 3:7], turn.rotate(x, positions))
+    torch.testing.assert_close(turn.rotate(x, positions), turn.rotate(x.float(), positions).to(dtype), rtol=0, atol=0)
+    assert torch.equal(memory[:, :, 3:7, 8:], x[..., 8:]), "what does not rotate passes through"
+    assert bool((memory[:, :, :3] == 7.0).all())
+    assert bool((memory[:, :, 7:] == 7.0).all())
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5))

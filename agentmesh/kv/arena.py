@@ -113,11 +113,12 @@ class Arena:
         """
         stop = start + kv.tokens
         assert stop <= self.capacity, f"rows up to {stop} do not fit an arena of {self.capacity}"
-        keys = kv.keys
         if kv.frame is Frame.FREE:
             assert rope is not None, "position-free keys need the model's rotation"
-            keys = rope.of(layers).rotate(keys, torch.arange(start, stop, device=keys.device))
-        self.keys[layers, :, start:stop] = keys
+            positions = torch.arange(start, stop, device=kv.keys.device)
+            rope.of(layers).rotate_into(self.keys[layers, :, start:stop], kv.keys, positions)
+        else:
+            self.keys[layers, :, start:stop] = kv.keys
         self.values[layers, :, start:stop] = kv.values
 
     def copy(self, other: Arena, rows: int) -> None:

@@ -55,25 +55,30 @@ class Rope:
         Returns:
             New keys ``[L, H, T, D]`` in the dtype of ``keys``.
         """
-        return self._turn(keys, positions, 1.0)
+        return self._turn(keys, positions, 1.0, torch.empty_like(keys))
+
+    def rotate_into(self, out: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> None:
+        """The same, written to other memory ``[L, H, T, D]`` that does not overlap the keys'."""
+        self._turn(keys, positions, 1.0, out)
 
     def unrotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys cached at ``positions`` turned back to be position-free; shapes as in ``rotate``."""
-        return self._turn(keys, positions, -1.0)
+        return self._turn(keys, positions, -1.0, torch.empty_like(keys))
 
-    def _turn(self, keys: torch.Tensor, positions: torch.Tensor, sign: float) -> torch.Tensor:
+    def _turn(self, keys: torch.Tensor, positions: torch.Tensor, sign: float, out: torch.Tensor) -> torch.Tensor:
         inv_freq = (self.inv_freq[:1] if self.shared else self.inv_freq).to(keys.device)
         angles = positions.to(keys.device, torch.float32)[None, :, None] * inv_freq[:, None, :]  # [L, T, R/2]
         cos = angles.cos().unsqueeze(1)  # [L, 1, T, R/2]
         sin = angles.sin().unsqueeze(1) * sign
-        turned = keys[..., : self.rotary_dim].float()
-        first, second = self._pairs(turned)
-        out = torch.empty_like(turned)
-        out_first, out_second = self._pairs(out)
-        torch.sub(first * cos, second * sin, out=out_first)
-        torch.add(second * cos, first * sin, out=out_second)
-        passed = keys[..., self.rotary_dim :]
-        return torch.cat([out.to(keys.dtype), passed], dim=-1) if passed.shape[-1] else out.to(keys.dtype)
+        turned, dim = keys[..., : self.rotary_dim].float(), self.rotary_dim
+        whole = out[..., :dim] if out.dtype is torch.float32 else torch.empty_like(turned)
+        (first, second), (out_first, out_second) = self._pairs(turned), self._pairs(whole)
+        torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+        if out.dtype is not torch.float32:
+            out[..., :dim] = whole
+        out[..., dim:] = keys[..., dim:]
+        return out
 
     def _pairs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two members of every rotated pair, as views ``[..., R/2]``."""

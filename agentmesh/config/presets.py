@@ -84,8 +84,8 @@ class Recompute(Frozen):
     fixed: bool = True
 
     def head(self, tokens: int, *, corpus: bool = False) -> int:
-        """Tokens at the beginning of a block of so many that are computed, less where a look picks more of them."""
-        first = min(self.first, self.documents_first) if corpus and self.documents else self.first
+        """Tokens at the beginning of a block of so many that are computed; of passages that more is picked of, others."""
+        first = self.documents_first if corpus and self.documents else self.first
         return min(first, int(self.most_first * tokens))
 
     def picked(self, tokens: int, blocks: int) -> int:
@@ -216,16 +216,7 @@ PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
         "linear": PresetSpec(
             share=Share.SLOTS,
             realigner=RealignerKind.LINEAR,
-            recompute=Recompute(
-                first=8,
-                breaks=8,
-                most_first=0.2,
-                most_breaks=0.1,
-                ratio=0.08,
-                most_picked=8,
-                by=Picking.OFFSET,
-                documents=0.28,
-            ),
+            recompute=Recompute(ratio=0.24, most_picked=24, by=Picking.OFFSET, documents=0.28),
             repeats=True,
         ),
         "blend": PresetSpec(share=Share.SLOTS, recompute=Recompute(ratio=0.15)),

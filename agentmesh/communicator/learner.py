@@ -159,8 +159,7 @@ class Learner:
         if state.wait:
             return Verdict(None, Reason.BREAKER_OPEN)
         if realigner.needs_warmup and realigner.observations < self._spec.warmup:
-            one = self.fresh.exact.nbytes
-            short = self._budget.limit < 2 * one or (reader.sees is None and not self._holds(one))
+            short = self._short if reader.sees is not None else not self._begins
             full = short and not realigner.observations
             return Verdict(None, Reason.NO_ROOM if full else Reason.NOT_WARM)
         if state.predicted_kl(realigner.residual) > self._spec.max_kl:
@@ -289,12 +288,22 @@ class Learner:
         """Whether a run may note one finding more. Of a deterministic run's part half is for what is not warm yet."""
         one = self.fresh.exact.nbytes
         if reader.sees is None:
-            fits = bool(state.observations) or self._holds(one)
+            fits = bool(state.observations) or self._begins
             return fits and self._budget.room(one, most=Worth.LATER)
         noted = sum(isinstance(finding, Observed) for finding in self.ledger.noted(reader.run))
         part = pending_part(self._budget, reader.order - reader.sees)
         cold = realigner.observations < self._spec.warmup
         return (noted + 1) * one <= (part if cold else part / 2) or (cold and not noted)
+
+    @property
+    def _short(self) -> bool:
+        """Whether the budget cannot hold what one link has learned and what it learns next."""
+        return self._budget.limit < 2 * self.fresh.exact.nbytes
+
+    @property
+    def _begins(self) -> bool:
+        """Whether there is room for a link that has learned nothing yet."""
+        return not self._short and self._holds(self.fresh.exact.nbytes)
 
     def _holds(self, more: int) -> bool:
         """Whether statistics may hold so many bytes more."""

@@ -84,7 +84,7 @@ class Recompute(Frozen):
     fixed: bool = True
 
     def head(self, tokens: int, *, corpus: bool = False) -> int:
-        """Tokens at the beginning of a block of so many that are computed; of passages that more is picked of, others."""
+        """Tokens at the beginning of a block of so many that are computed, or of a passage that more is picked of."""
         first = self.documents_first if corpus and self.documents else self.first
         return min(first, int(self.most_first * tokens))
 

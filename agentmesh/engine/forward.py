@@ -29,8 +29,11 @@ from agentmesh.kv.arena import KVShape
 from agentmesh.kv.pool import ArenaPool
 from agentmesh.kv.rope import Rope
 
-PLACED_AT_ONCE = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+PLACED_AT_ONCE = {"cpu": 6 * 2**20, "cuda": 256 * 2**20}
 """Bytes of KV realigned and placed at once: what a processor's cache holds; a CUDA device waits for launches."""
+
+LAYERS_AT_ONCE = 2
+"""Layers placed together at least: the few heads of one leave some threads idle."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class ArenaRunner:
     def _layer_groups(self, tokens: int) -> list[slice]:
         """Layers that are realigned and placed together: few enough for memory that is used again and again."""
         at_once = PLACED_AT_ONCE[self.shape.device.type]
-        step = max(1, at_once * self.shape.layers // max(tokens * self.shape.bytes_per_token, 1))
+        step = max(LAYERS_AT_ONCE, at_once * self.shape.layers // max(tokens * self.shape.bytes_per_token, 1))
         return [slice(low, low + step) for low in range(0, self.shape.layers, step)]
 
     def prefill(self, cache: ArenaCache, composition: Composition, parts: Parts | None = None) -> torch.Tensor:

@@ -162,6 +162,7 @@ PICKED: dict[str, dict[str, Any]] = {
         }
         for share, first in ((8, 8), (12, 4), (16, 0))
     },
+    "24 % by offset alone, at most 24": {"ratio": 0.24, "by": "offset", "first": 0, "breaks": 0, "most_picked": 24},
 }
 """Variants of what is computed all the same, besides the first tokens and line breaks."""
 

@@ -11,8 +11,8 @@ from agentmesh.kv.values import ALL, KV
 
 POSITION_FEATURES = 4
 POSITION_SCALE = 3.0
-RANK = 32
-"""Directions of a head's offsets that are kept; more give the same fidelity (docs/method.md)."""
+RANK = 16
+"""Directions of a head's key offsets, and of its value offsets, that are kept (docs/method.md)."""
 
 
 def position_features(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -24,11 +24,11 @@ def position_features(numbers: Sequence[int], device: torch.device) -> torch.Ten
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A solved realigner, ready to be applied: a token's offset is ``xᵀ·down·up``.
+    """A solved realigner, ready to be applied: a token's offset is ``xᵀ·down·up``, for keys and values apart.
 
     Args:
-        down: fp32 ``[L·H, 2D + 4, R]``.
-        up: fp32 ``[L·H, R, 2D]``; its rows are orthonormal, so an offset is as long as its ``R`` coordinates.
+        down: fp32 ``[L·H, 2D + 4, 2R]``; the first ``R`` coordinates are the keys', the others the values'.
+        up: fp32 ``[L·H, 2R, D]``; each part's rows are orthonormal, so an offset is as long as its coordinates.
     """
 
     down: torch.Tensor
@@ -41,16 +41,19 @@ class LinearMap:
         Args:
             offsets: the whole regression, fp32 ``[L·H, 2D + 4, 2D]``.
             gram: of the features it was learned from, Σ x xᵀ, fp32 ``[L·H, 2D + 4, 2D + 4]``.
-            rank: how many directions, at most 2D.
+            rank: how many directions of keys, and of values; all ``D`` where it is more.
         """
-        predicted = offsets.mT @ gram @ offsets
-        directions = torch.linalg.eigh(predicted).eigenvectors[:, :, -rank:]
-        return LinearMap(offsets @ directions, directions.mT.contiguous())
+        down, up = [], []
+        for part in offsets.chunk(2, dim=2):
+            directions = torch.linalg.eigh(part.mT @ gram @ part).eigenvectors[:, :, -rank:]
+            down.append(part @ directions)
+            up.append(directions.mT)
+        return LinearMap(torch.cat(down, dim=2), torch.cat(up, dim=1))
 
     @staticmethod
     def bytes_of(rows: int, dim: int) -> int:
         """Bytes of a map with so many rows ``L·H`` and a head dim, before it is solved."""
-        return 4 * rows * min(RANK, 2 * dim) * (4 * dim + POSITION_FEATURES)
+        return 8 * rows * min(RANK, dim) * (3 * dim + POSITION_FEATURES)
 
     @property
     def nbytes(self) -> int:
@@ -67,21 +70,23 @@ class LinearMap:
             layers: which layers to make.
         """
         base = base.fetch(layers)
-        inner, shape = self._coordinates(base, numbers, layers), base.keys.shape
+        shape = base.keys.shape
         up = _of(self.up, layers, shape[1]).to(base.keys.dtype)
-        keys = torch.baddbmm(base.keys.flatten(0, 1), inner, up[:, :, : shape[3]])
-        values = torch.baddbmm(base.values.flatten(0, 1), inner, up[:, :, shape[3] :])
+        inner, rank = self._coordinates(base, numbers, layers), up.shape[1] // 2
+        keys = torch.baddbmm(base.keys.flatten(0, 1), inner[:, :, :rank], up[:, :rank])
+        values = torch.baddbmm(base.values.flatten(0, 1), inner[:, :, rank:], up[:, rank:])
         return KV(keys.view(shape), values.view(shape), base.frame)
 
     @torch.inference_mode()
     def sizes(self, base: KV, numbers: Sequence[int], layers: slice) -> torch.Tensor:
         """How far it moves tokens: the squared lengths of their offsets in some layers, ``[L, H, T]``."""
         base = base.fetch(layers)
-        lengths: torch.Tensor = torch.linalg.vector_norm(self._coordinates(base, numbers, layers), dim=2).float()
+        inner = self._coordinates(base, numbers, layers)
+        lengths: torch.Tensor = torch.linalg.vector_norm(inner, dim=2, dtype=torch.float32)
         return lengths.square().view(base.keys.shape[:3])
 
     def _coordinates(self, base: KV, numbers: Sequence[int], layers: slice) -> torch.Tensor:
-        """Offsets of tokens in these layers along the kept directions, ``[L·H, T, R]``."""
+        """Offsets of tokens in these layers along the kept directions, ``[L·H, T, 2R]``."""
         dim, dtype = base.keys.shape[3], base.keys.dtype
         down = _of(self.down, layers, base.keys.shape[1]).to(dtype)
         found = position_features(numbers, down.device).to(dtype) @ down[:, 2 * dim :]

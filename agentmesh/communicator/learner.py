@@ -159,7 +159,7 @@ class Learner:
         if state.wait:
             return Verdict(None, Reason.BREAKER_OPEN)
         if realigner.needs_warmup and realigner.observations < self._spec.warmup:
-            short = self._short if reader.sees is not None else not self._begins
+            short = self._short or (reader.sees is None and not self._holds(self.fresh.exact.nbytes))
             full = short and not realigner.observations
             return Verdict(None, Reason.NO_ROOM if full else Reason.NOT_WARM)
         if state.predicted_kl(realigner.residual) > self._spec.max_kl:
@@ -287,8 +287,10 @@ class Learner:
     def _takes(self, reader: Reader, state: LinkState, realigner: Realigner[Any]) -> bool:
         """Whether a run may note one finding more. Of a deterministic run's part half is for what is not warm yet."""
         one = self.fresh.exact.nbytes
+        if self._short and not state.observations:
+            return False
         if reader.sees is None:
-            fits = bool(state.observations) or self._begins
+            fits = bool(state.observations) or self._holds(one)
             return fits and self._budget.room(one, most=Worth.LATER)
         noted = sum(isinstance(finding, Observed) for finding in self.ledger.noted(reader.run))
         part = pending_part(self._budget, reader.order - reader.sees)
@@ -299,11 +301,6 @@ class Learner:
     def _short(self) -> bool:
         """Whether the budget cannot hold what one link has learned and what it learns next."""
         return self._budget.limit < 2 * self.fresh.exact.nbytes
-
-    @property
-    def _begins(self) -> bool:
-        """Whether there is room for a link that has learned nothing yet."""
-        return not self._short and self._holds(self.fresh.exact.nbytes)
 
     def _holds(self, more: int) -> bool:
         """Whether statistics may hold so many bytes more."""

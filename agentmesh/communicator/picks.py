@@ -69,11 +69,12 @@ class Picker:
         paint_best(labels, others, self.recompute.picked, look.scores)
         return look.arena
 
-    def about(self, match: Match, tokens: int) -> int:
-        """How many of so many placed tokens of one match are picked."""
-        if self._by_weights(match):
-            return self.recompute.picked_of_passages(tokens)
-        return self.recompute.picked(tokens, 1)
+    def about(self, placed: Sequence[tuple[Match, int]]) -> int:
+        """How many tokens are picked of matches of which so many are placed."""
+        passages = [tokens for match, tokens in placed if self._by_weights(match)]
+        others = [tokens for match, tokens in placed if not self._by_weights(match)]
+        picked = self.recompute.picked(sum(others), len(others))
+        return picked + self.recompute.picked_of_passages(sum(passages))
 
     def _by_weights(self, match: Match) -> bool:
         return match.relation is Relation.CORPUS and bool(self.recompute.documents)

@@ -1,7 +1,7 @@
 """What links have learned, in a file: safetensors with the model's fingerprint, the agents' texts, and audits.
 
-A map is learned from the tokens that are placed, and audits are of what a preset computes besides; so a file says under
-which choices it was made, too, and serves no others.
+Choices decide which tokens a map is learned from, and audits are of what a preset computes besides; so a file says
+under which choices it was made, too, and serves no others.
 """
 
 from __future__ import annotations

@@ -239,16 +239,16 @@ class Slots(Preset):
             calm = Verdict(None, Reason.OBSERVING)
             return tuple(Decision(one.match, calm) if one.placed else one for one in decisions)
         asks = self._spec.cost_gate and prompt.reader.sees is None and not self.learner.frozen and not self._rehearses
-        left = [self._left(one.match) for one in decisions if one.shared]
-        if asks and left and not self._costs.placing_pays(sum(left)):
+        shared = [one.match for one in decisions if one.shared]
+        if asks and shared and not self._costs.placing_pays(self._left(shared)):
             dear = Verdict(None, Reason.NOT_WORTH_IT)
             return tuple(Decision(one.match, dear) if one.shared else one for one in decisions)
         return decisions
 
-    def _left(self, match: Match) -> int:
-        """About how many tokens of a match are placed: not its head, and not what is picked of the others."""
-        tokens = match.tokens - head(self._choice.recompute, match)
-        return tokens - self._picker.about(match, tokens)
+    def _left(self, matches: Sequence[Match]) -> int:
+        """About how many tokens of matches are placed: not their heads, and not what is picked of the others."""
+        behind = [(match, match.tokens - head(self._choice.recompute, match)) for match in matches]
+        return sum(tokens for _, tokens in behind) - self._picker.about(behind)
 
     def _gate(self, prompt: Prompt, match: Match) -> Verdict:
         """Whether a match may be placed, whatever it costs (METHOD 6.2)."""

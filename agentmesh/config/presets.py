@@ -66,10 +66,10 @@ class Recompute(Frozen):
 
     ``first`` tokens of each block, at most a share ``most_first`` of it; its last ``breaks`` tokens with a line break,
     at most a share ``most_breaks`` of it, whose offsets are the largest and the least predictable (docs/method.md); and
-    ``ratio`` of the others, at most ``most_picked`` for each block, picked ``by`` a look at the cache, or by what the
-    realigner knows. Of passages that are known from the corpus alone it is ``documents_first`` tokens, and a share
-    ``documents`` that their own later text and the prompt's words make most of (``communicator.picks``). ``fixed`` says
-    whether fixed text between blocks is computed; only the ``anchors`` realigner can place it.
+    ``ratio`` of the others, at most ``most_picked`` times the number of blocks, picked ``by`` a look at the cache, or
+    by what the realigner knows. Of passages that are known from the corpus alone it is ``documents_first`` tokens, and
+    a share ``documents`` that their own later text and the prompt's words make most of (``communicator.picks``).
+    ``fixed`` says whether fixed text between blocks is computed; only the ``anchors`` realigner can place it.
     """
 
     first: Count = 0

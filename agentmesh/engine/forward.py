@@ -30,10 +30,10 @@ from agentmesh.kv.pool import ArenaPool
 from agentmesh.kv.rope import Rope
 
 PLACED_AT_ONCE = {"cpu": 6 * 2**20, "cuda": 256 * 2**20}
-"""Bytes of KV realigned and placed at once: what a processor's cache holds; a CUDA device waits for launches."""
+"""Bytes realigned and placed at once: what a processor's cache holds; a CUDA device waits for launches."""
 
 LAYERS_AT_ONCE = 2
-"""Layers placed together at least: the few heads of one leave some threads idle."""
+"""Layers placed together at least, whatever their bytes: the few heads of one leave some threads idle."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ offset of its KV in the consumer's context, both position-free:
 Only sufficient statistics are kept, so their size depends on the model alone. How strongly to regularise and how far to
 trust the prediction is decided by *prequential* error: every observation is predicted before it is added, with each of
 a few ridge strengths; for each layer, head, and keys and values apart, the strength and the shrinkage (0 to 1) that
-would have done best so far are taken. A realigner that does not help shrinks to no offset at all.
+would have done best so far are taken. A realigner that does not help shrinks to no offset at all. What is applied keeps
+the directions in which its predictions vary most (``linearmap.py``).
 """
 
 from __future__ import annotations
@@ -257,7 +258,10 @@ class Linear(Realigner[LinearFinding]):
 
     @cached_property
     def residual(self) -> float:
-        """Expected error after realigning, relative to the KV itself: mean over layers, keys and values alike."""
+        """Expected error after realigning, relative to the KV itself: mean over layers, keys and values alike.
+
+        It is that of the whole regression; the directions that the map leaves out hold little of it (docs/method.md).
+        """
         left = self.trial.errors.min(dim=0).values[self.heads :]
         scale = self.trial.scale[self.heads :].clamp_min(1e-30)
         return float((left / scale).mean())

@@ -118,7 +118,7 @@ def test_fidelity_gives_the_documented_figures_and_a_plot(folder: Path) -> None:
     assert epic["calls"] == 4
     assert epic["ci95"][0] <= epic["kl_mean"] <= epic["ci95"][1]
     assert epic["kl_mean"] == pytest.approx(found["presets"]["epic"]["kl_mean"] - linear["kl_mean"], abs=1e-6)
-    assert found["settings"]["linear"]["recompute"]["ratio"] == 0.24
+    assert found["settings"]["linear"]["recompute"]["first"] == 8
     assert (folder / "f.png").read_bytes().startswith(b"\x89PNG")
 
 

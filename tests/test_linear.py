@@ -220,7 +220,7 @@ def test_links_are_saved_and_loaded_for_the_same_model_and_texts(tmp_path: Path)
     with pytest.raises(InputError, match="texts of b have changed"):
         load(path, fresh, replace(MADE, consumers={"b": "new text"}))
     more = Made.of("model", {"b": "text"}, CommunicatorSpec.model_validate({"preset": "linear", "recompute": FIRST}))
-    with pytest.raises(InputError, match=r"other choices of the communicator \(recompute.first 0, here 16\)"):
+    with pytest.raises(InputError, match=r"other choices of the communicator \(recompute.first 8, here 16\)"):
         load(path, fresh, more)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="agentmesh calibrate"):

@@ -216,7 +216,16 @@ PRESETS: Mapping[str, PresetSpec] = MappingProxyType(
         "linear": PresetSpec(
             share=Share.SLOTS,
             realigner=RealignerKind.LINEAR,
-            recompute=Recompute(ratio=0.24, most_picked=24, by=Picking.OFFSET, documents=0.28),
+            recompute=Recompute(
+                first=8,
+                breaks=8,
+                most_first=0.2,
+                most_breaks=0.1,
+                ratio=0.08,
+                most_picked=8,
+                by=Picking.OFFSET,
+                documents=0.28,
+            ),
             repeats=True,
         ),
         "blend": PresetSpec(share=Share.SLOTS, recompute=Recompute(ratio=0.15)),

@@ -123,7 +123,7 @@ class _Walk:
             return Base("", Reason.PRESET_DENSE if choice.share is Share.NOTHING else Reason.BEHIND_PREFIX)
         anchored = choice.realigner is RealignerKind.ANCHORS
         deepest = self.blueprint.communicator.max_depth if limited and not anchored else ANY_DEPTH
-        found = base(pieces, index, earlier, blocks=choice.blocks, deepest=deepest)
+        found = base(pieces, index, earlier, blocks=choice.blocks, deepest=deepest, oldest=anchored)
         moved = anchored and found.reason is Reason.SAME_HISTORY  # anchors move it like any other
         return replace(found, reason=Reason.READ_BEFORE) if moved else found
 

@@ -67,7 +67,9 @@ def beginning(pieces: Sequence[Piece], earlier: Sequence[Read]) -> Base:
     return best
 
 
-def base(pieces: Sequence[Piece], index: int, earlier: Sequence[Read], *, blocks: bool, deepest: int) -> Base:
+def base(
+    pieces: Sequence[Piece], index: int, earlier: Sequence[Read], *, blocks: bool, deepest: int, oldest: bool = False
+) -> Base:
     """What a slot behind the exact beginning is placed from, or why it is from nothing.
 
     Args:
@@ -76,6 +78,7 @@ def base(pieces: Sequence[Piece], index: int, earlier: Sequence[Read], *, blocks
         earlier: visits so far, in order.
         blocks: whether several slots may be placed together.
         deepest: depth beyond which KV is not placed at a new place.
+        oldest: whether a content's first reading is taken, whatever carries further.
     """
     slot = pieces[index]
     assert isinstance(slot, Content), "asked of slots only"
@@ -93,6 +96,8 @@ def base(pieces: Sequence[Piece], index: int, earlier: Sequence[Read], *, blocks
         found += [one for one in bases if one is not None]
     if not found:
         return Base("", Reason.TOO_DEEP if deep else Reason.FIRST_READER)
+    if oldest:
+        return found[0]
     ranks = [(one.reason is Reason.SAME_HISTORY, one.size, -max(one.depths), place) for place, one in enumerate(found)]
     return found[max(ranks)[-1]]
 

@@ -114,7 +114,7 @@ def test_the_advice_is_what_the_role_last_layout_gives(root: Path, preset: str) 
 
 
 TEXTS = "{{ question }}\n{% for m in inbox %}\n{{ m.role }}:\n{{ m }}\n{% endfor %}\nGo on."
-WIDE_OPEN = {"cost_gate": False, "max_kl": 1e6, "warmup": 1, "audit": 0.0, "anchors": {"gamma": 50.0}}
+WIDE_OPEN = {"cost_gate": False, "max_kl": 1e6, "warmup": 2, "audit": 0.0, "anchors": {"gamma": 50.0}}
 
 
 def tiny(preset: str, topology: Mapping[str, Any], *, last: bool, **communicator: Any) -> Mesh:

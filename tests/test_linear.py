@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from agentmesh.communicator.linkstate import Audited, LinkState
+from agentmesh.communicator.pools import NewAnchor, Pools
 from agentmesh.communicator.saved import Made, load, save
-from agentmesh.config.presets import CommunicatorSpec
+from agentmesh.config.presets import AnchorSpec, CommunicatorSpec
 from agentmesh.errors import InputError
 from agentmesh.events import Reason
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV, Frame
 from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
+from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.linear import SAMPLED_LAYERS, Linear, features, robust_weights
 from agentmesh.sharing.linearmap import RANK, LinearMap
 
@@ -220,7 +222,10 @@ def test_links_are_saved_and_loaded_for_the_same_model_and_texts(tmp_path: Path)
     with pytest.raises(InputError, match="texts of b have changed"):
         load(path, fresh, replace(MADE, consumers={"b": "new text"}))
     more = Made.of("model", {"b": "text"}, CommunicatorSpec.model_validate({"preset": "linear", "recompute": FIRST}))
-    with pytest.raises(InputError, match=r"other choices of the communicator \(recompute.first 8, here 16\)"):
+    with pytest.raises(
+        InputError,
+        match=r"other choices of the communicator \(recompute.first 8, here 16, recompute.most_first 0.2, here 1.0\)",
+    ):
         load(path, fresh, more)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="agentmesh calibrate"):
@@ -329,6 +334,25 @@ def test_a_use_counts_for_its_anchor_whatever_left_the_pool_meanwhile() -> None:
 
     assert weighing.used == (pool.anchors[2].mark,)
     assert [one.uses for one in used.anchors] == [0, 1, 0, 0]
+
+
+def test_anchors_of_runs_that_overlap_refer_to_one_base_of_their_fixed_text() -> None:
+    """Each run takes what it read first as the base; the pool keeps one, and offsets must be from that one."""
+    pools, runs = Pools(AnchorSpec(), Budget(1 << 24)), {"a": random_kv(1, 6), "b": random_kv(2, 6)}
+    for order, run in enumerate(runs):
+        pools.ledger.view(run, order, None)
+    for seed, (run, read) in enumerate(runs.items()):
+        found = replace(anchor(seed, 10), fixed=offset(read, read))
+        pools.ledger.note(run, "slot", NewAnchor(found, read))
+    for run in runs:
+        pools.ledger.end(run)
+
+    pool = pools.ledger.states["slot"]
+    assert pool.fixed is runs["a"]
+    for one, read in zip(pool.anchors, runs.values(), strict=True):
+        assert one.fixed is not None
+        torch.testing.assert_close(pool.fixed.keys[1:] + one.fixed.keys[1:], read.keys[1:])
+        torch.testing.assert_close(pool.fixed.values[1:] + one.fixed.values[1:], read.values[1:])
 
 
 def test_runs_that_all_began_with_nothing_teach_as_much_as_one_after_the_other() -> None:

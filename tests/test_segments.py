@@ -203,6 +203,28 @@ def test_kv_that_was_placed_too_often_is_no_base() -> None:
     assert found.missing == {1: Reason.TOO_DEEP}
 
 
+def test_what_was_written_but_never_decoded_behind_has_no_kv_and_is_not_too_deep() -> None:
+    kept, q, m = store(), content("q", 40), content("m", 30)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="a"), m, cut=30), {"q": 1, "m": 1})
+
+    found = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), m, fixed(7)), 0)
+
+    assert found.missing == {1: Reason.NO_KV}
+
+
+def test_offsets_that_belong_to_one_base_take_the_first_reading_whatever_carries_further() -> None:
+    kept, q, m = store(), content("q", 40), content("m", 30)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="a"), m, depth=1), {"q": 1, "m": 1})
+    kept.add(reading(kept, prompt(fixed(2), q, fixed(6), m, fixed(9), consumer="b")), {"q": 1, "m": 1})
+    later = prompt(fixed(3), q, fixed(6), m, fixed(7))
+
+    first = Matcher(kept, blocks=False, max_depth=2, oldest=True).match(later, 0)
+    farthest = Matcher(kept, blocks=False, max_depth=2).match(later, 0)
+
+    assert [(one.source, one.relation) for one in first.matches] == [("a", Relation.READ), ("a", Relation.WROTE)]
+    assert {one.source for one in farthest.matches} == {"b"}
+
+
 def test_among_readings_that_carry_as_far_the_shallowest_is_taken() -> None:
     kept, q = store(), content("q", 40)
     kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="exact")), {"q": 1})

@@ -275,10 +275,11 @@ def test_a_check_in_slices_finds_and_teaches_what_one_forward_does(
     found = []
     for most in (1024, 64):
         monkeypatch.setitem(composition.AT_ONCE, "cpu", most)
-        with a_mesh(preset="linear", warmup=1) as mesh:
+        with a_mesh(preset="linear", warmup=2) as mesh:
             backend = mesh.load()
             assert isinstance(backend, LocalBackend)
             mesh.run(question="How many boats are there? " * 20)
+            mesh.run(question="How many oars are there? " * 20)
             if rehearsed:
                 backend.observe_only(on=True, checked=True)
             [_, call] = mesh.run(question="How many nets are in the boats? " * 20).calls
@@ -290,7 +291,7 @@ def test_a_check_in_slices_finds_and_teaches_what_one_forward_does(
 
     (kl, flip, count, gram), (same_kl, same_flip, same_count, same_gram) = found
     assert same_kl == pytest.approx(kl, rel=1e-2, abs=1e-6)
-    assert (same_flip, same_count) == (flip, count) == (flip, 2)
+    assert (same_flip, same_count) == (flip, count) == (flip, 3)
     torch.testing.assert_close(same_gram, gram, rtol=1e-3, atol=1e-3)
 
 

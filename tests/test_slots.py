@@ -203,6 +203,38 @@ def test_an_anchors_offset_belongs_to_its_base(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(base.keys, slot.keys)
 
 
+def test_anchors_and_what_is_predicted_from_them_have_the_same_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In warm-up every reading is exact, later only the first reader's is; the base must not change with that."""
+    observed: dict[tuple[str, str], set[str]] = {}
+    new = KVComm._new
+
+    def noting(self: KVComm, prompt: Prompt, slot: Slot, arena: Arena) -> NewAnchor:
+        segment = prompt.segments[slot.match.first]
+        observed.setdefault((prompt.reader.consumer, segment.label), set()).add(slot.match.source)
+        return new(self, prompt, slot, arena)
+
+    monkeypatch.setattr(KVComm, "_new", noting)
+    with mesh({"preset": "kvcomm", "anchors": {"gamma": 50.0}}) as one:
+        calls = ask(one, range(2, 8))[-1].calls
+
+    why = (Reason.READ_BEFORE, Reason.WRITTEN_BEFORE)
+    placed = {(call.node, row.segment): {row.source} for call in calls for row in call.plan if row.reason in why}
+    assert placed == observed
+    assert placed["agent.3", "question"] == placed["agent.3", "message agent.1@0"] == {"agent.1"}
+
+
+@pytest.mark.parametrize("preset", SHARING)
+def test_a_message_of_one_token_has_no_kv_and_fails_no_strict_mesh(preset: str) -> None:
+    agents = {"agent.1": member("Role 1", generate={"max_tokens": 1}), "agent.2": member("Role 2")}
+    chain = {"use": "chain", "agents": 2}
+    strict = {"preset": preset, "strict": preset not in ("kvcomm", "linear"), "cost_gate": False}  # those warm up
+    with Mesh(agents=agents, topology=chain, model="random:tiny-llama", communicator=strict) as one:
+        call = ask(one, range(8))[-1].calls[1]
+
+    [row] = [row for row in call.plan if row.segment == "message agent.1@0"]
+    assert row.reason is Reason.NO_KV
+
+
 def test_anchors_that_wait_for_their_run_to_end_count() -> None:
     sizes: list[int] = []
 
@@ -230,7 +262,9 @@ def test_what_kvcomm_would_not_heed_is_refused(changes: dict[str, Any]) -> None:
 
 def test_of_what_is_computed_only_what_is_named_changes() -> None:
     plain = PRESETS["linear"].recompute
-    same = CommunicatorSpec(preset="linear", recompute=RecomputeSpec(first=plain.first, fixed=True))
+    same = CommunicatorSpec(
+        preset="linear", recompute=RecomputeSpec(first=plain.first, most_first=plain.most_first, fixed=True)
+    )
     more = CommunicatorSpec(preset="linear", recompute=RecomputeSpec(ratio=0.2))
     unlimited = Recompute().most_picked
 
@@ -238,6 +272,10 @@ def test_of_what_is_computed_only_what_is_named_changes() -> None:
     assert choices(more).recompute == plain.model_copy(update={"ratio": 0.2, "most_picked": unlimited})
     assert choices(more).recompute.picked(1000, 1) == 200, "a share that is asked for has no other limit"
     assert plain.picked(1000, 2) == 2 * plain.most_picked
+    first = choices(CommunicatorSpec(preset="linear", recompute=RecomputeSpec(first=16, breaks=4))).recompute
+    assert (first.head(60), first.line_breaks(30)) == (16, 4), "neither have tokens that are asked for"
+    held = choices(CommunicatorSpec(preset="linear", recompute=RecomputeSpec(first=16, most_first=0.1))).recompute
+    assert held.head(60) == 6, "but for one that is asked for, too"
     still = choices(CommunicatorSpec(preset="linear", realigner="none")).recompute
     assert (still.first, still.breaks, still.ratio) == (plain.first, plain.breaks, 0.0), "nobody knows offsets there"
     assert choices(CommunicatorSpec.model_validate(more.model_dump())) == choices(more), "written and read again"

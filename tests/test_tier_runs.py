@@ -95,7 +95,7 @@ def test_a_restarted_mesh_shares_from_its_first_request_all_that_a_running_one_s
 def test_a_question_that_is_asked_again_after_a_restart_gets_the_same_answer(tmp_path: Path, preset: str) -> None:
     found = []
     for place in (None, tmp_path / "kv", tmp_path / "kv"):
-        with team(preset, place, warmup=1) as mesh:
+        with team(preset, place, warmup=2) as mesh:
             found.append(mesh.run(question=question(3)))
 
     assert said(found[1]) == said(found[0])

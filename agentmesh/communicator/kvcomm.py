@@ -99,7 +99,7 @@ class KVComm(Preset):
         self.keeper = Keeper(spec, fingerprint, rope)
         self.budget = self.keeper.budget
         self.pools = Pools(spec.anchors, self.budget)
-        self._matcher = Matcher(self.keeper.segments, blocks=False, max_depth=DEEPEST)
+        self._matcher = Matcher(self.keeper.segments, blocks=False, max_depth=DEEPEST, oldest=True)
         self._bases: dict[str, dict[tuple[int, tuple[int, ...]], KV]] = {}
         self._observing = False
         self._frozen = False

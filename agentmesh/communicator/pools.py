@@ -9,7 +9,7 @@ import torch
 
 from agentmesh.config.presets import AnchorSpec
 from agentmesh.kv.values import KV
-from agentmesh.sharing.anchors import Anchor, AnchorPool
+from agentmesh.sharing.anchors import Anchor, AnchorPool, offset
 from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.ledger import Ledger
 
@@ -20,6 +20,16 @@ class NewAnchor:
 
     anchor: Anchor
     fixed: KV | None
+
+    def measured_from(self, fixed: KV | None) -> Anchor:
+        """The anchor with the offset of its fixed text from the base of a pool.
+
+        Of runs that overlap, each takes what it read first as that base; the pool keeps one.
+        """
+        if self.anchor.fixed is None or self.fixed is None or fixed is None or self.fixed is fixed:
+            return self.anchor
+        between, own = offset(fixed, self.fixed), self.anchor.fixed
+        return replace(self.anchor, fixed=KV(own.keys + between.keys, own.values + between.values, own.frame))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -85,5 +95,6 @@ class Pools:
             self.ledger.spoil()
             return None
         pool = self.ledger.states.get(name, pool)  # the budget may have dropped anchors of this very pool
-        grown = replace(pool, fixed=finding.fixed if pool.fixed is None else pool.fixed)
-        return grown.add(finding.anchor, self._spec.pool, self._spec.window)
+        if pool.fixed is None:
+            pool = replace(pool, fixed=finding.fixed)
+        return pool.add(finding.measured_from(pool.fixed), self._spec.pool, self._spec.window)

@@ -101,6 +101,12 @@ class Recompute(Frozen):
         return min(self.breaks, int(self.most_breaks * tokens))
 
 
+LIMITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"most_first": ("first",), "most_breaks": ("breaks",), "most_picked": ("ratio", "by")}
+)
+"""Choices of ``Recompute`` that only limit others."""
+
+
 class RecomputeSpec(Frozen):
     """Changes to what a preset computes of placed blocks; what is not named stays as the preset has it."""
 
@@ -121,10 +127,11 @@ class RecomputeSpec(Frozen):
         return cls.model_validate(recompute.model_dump())
 
     def changed(self, preset: Recompute) -> Recompute:
-        """What a preset computes with these changes; a share that is named here is not held to the preset's limit."""
+        """What a preset computes with these changes; what is named here is not held to the preset's limit of it."""
         named = self.model_dump(exclude_none=True)
-        if self.most_picked is None and (self.ratio is not None or self.by is not None):
-            named["most_picked"] = Recompute().most_picked
+        for limit, limited in LIMITS.items():
+            if limit not in named and any(one in named for one in limited):
+                named[limit] = getattr(Recompute(), limit)
         return preset.model_copy(update=named)
 
 
@@ -162,7 +169,7 @@ class CommunicatorSpec(Frozen):
         share, realigner, recompute, blocks, repeats: change the preset's choices; ``blocks`` places runs of segments
             that one earlier agent read in the same order as one block, ``repeats`` heeds words that only one of sender
             and reader has seen before (``sharing.repeats``). Of ``recompute`` only what is named changes.
-        warmup: observations of a slot before it is shared.
+        warmup: observations of a slot before it is shared; the first one has nothing that it could be compared with.
         max_kl: predicted error, in nats a token, above which a slot is computed; also the audits' limit.
         max_flips: share of audits whose most likely token may differ before a slot's breaker opens.
         audit: share of reusing calls that are checked against a dense prefill.
@@ -183,7 +190,7 @@ class CommunicatorSpec(Frozen):
     blocks: bool | None = None
     repeats: bool | None = None
     anchors: AnchorSpec = AnchorSpec()
-    warmup: Annotated[Integer, Field(ge=1)] = 5
+    warmup: Annotated[Integer, Field(ge=2)] = 5
     max_kl: Annotated[Number, Field(gt=0)] = 0.02
     max_flips: Annotated[Number, Field(gt=0, le=1)] = 0.05
     audit: Annotated[Number, Field(ge=0, le=1)] = 0.02

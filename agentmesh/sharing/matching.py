@@ -108,11 +108,14 @@ class Matcher:
         store: the segment store.
         blocks: whether a match may go on over several segments.
         max_depth: deepest KV that is taken.
+        oldest: whether a content's first reading in the run is taken, whatever carries further: for offsets that
+            belong to the one base that they were measured from.
     """
 
     store: SegmentStore
     blocks: bool
     max_depth: int
+    oldest: bool = False
 
     def match(self, prompt: Prompt, begin: int) -> Found:
         """All matches of a prompt from token ``begin`` on, left to right, the longest first at each slot."""
@@ -154,24 +157,31 @@ class Matcher:
         if not candidates:
             evicted = self.store.was_evicted(tokens, run, tenant)
             return None, Reason.EVICTED if evicted else Reason.FIRST_READER
-        usable = [match for match in candidates if match is not None]
+        usable = [match for match in candidates if isinstance(match, Match)]
         if not usable:
-            return None, Reason.TOO_DEEP
-        best = max(usable, key=lambda m: (m.relation is Relation.HISTORY, m.last, m.own, -m.depth, m.stop, m.number))
-        return best, Reason.FIRST_READER
+            return None, Reason.TOO_DEEP if Reason.TOO_DEEP in candidates else Reason.NO_KV
+        return max(usable, key=self._rank), Reason.FIRST_READER
 
-    def _follow(self, prompt: Prompt, index: int, number: int, reading: Reading, span: Span) -> Match | None:
-        """How far a reading carries from a slot on; ``None`` where its KV there is too deep or missing."""
+    def _rank(self, match: Match) -> tuple[int, ...]:
+        """By what the best of several matches of a slot is told."""
+        if self.oldest:
+            return match.own, -match.number
+        history = match.relation is Relation.HISTORY
+        return history, match.last, match.own, -match.depth, match.stop, match.number
+
+    def _follow(self, prompt: Prompt, index: int, number: int, reading: Reading, span: Span) -> Match | Reason:
+        """How far a reading carries from a slot on, or whether its KV there is too deep or missing."""
         start, at = prompt.starts[index], span.start
         same = start == at and reading.tokens[:at] == prompt.tokens[:start]
         relation = Relation.CORPUS if not reading.reader else Relation.WROTE if span.written else Relation.READ
-        last, stop = index, 0
+        last, stop, deep = index, 0, False
         reach = reading.reach(at)
         for step, segment in enumerate(prompt.segments[index:], index):
             low = prompt.starts[step] - start + at
             high = low + len(segment.tokens)
             limit = 255 if same else self.max_depth
-            if not _continues(reading, segment, low) or reading.depth(low, min(high, reach)) > limit or low >= reach:
+            deep = reading.depth(low, min(high, reach)) > limit
+            if deep or low >= reach or not _continues(reading, segment, low):
                 break
             if segment.content is not None and segment.content.deliver == "text":
                 break
@@ -181,7 +191,7 @@ class Matcher:
                 break
         stop = min(stop, len(prompt.tokens) - 1)
         if stop <= start:
-            return None
+            return Reason.TOO_DEEP if deep else Reason.NO_KV
         depth = reading.depth(at, stop - start + at)
         found = Relation.HISTORY if same else relation
         content = prompt.segments[index].content

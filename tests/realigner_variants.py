@@ -38,7 +38,7 @@ from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV
 from agentmesh.local import LocalBackend
 from agentmesh.mesh import Mesh
-from agentmesh.sharing.linear import RIDGES, Linear
+from agentmesh.sharing.linear import RIDGES, SAMPLED_LAYERS, Linear
 from agentmesh.sharing.linearmap import RANK, LinearMap
 
 Change = Callable[[Linear, torch.Tensor], torch.Tensor]
@@ -72,16 +72,42 @@ class InAllLayers(Linear):
         return (sizes / sizes.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
 
 
+class AgainstKV(Linear):
+    """``linear`` whose picks by offset go by how large an offset is beside the KV that it moves."""
+
+    def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        """The predicted offset of each token, squared, against the KV's own mean; mean over layers and heads."""
+        return (self._sizes(base, numbers) / _energy(base)).mean(dim=(0, 1))
+
+    def _sizes(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        return self.map.sizes(base, numbers, SAMPLED_LAYERS)
+
+
+class BetweenBlocks(AgainstKV):
+    """``linear`` whose picks by offset go to blocks by how far they move as a whole, and in a block as ever."""
+
+    def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
+        """What ``linear`` says of each token, times the block's mean offset against its KV."""
+        sizes = self._sizes(base, numbers)
+        return Linear.moves(self, base, numbers) * (sizes.mean(dim=2, keepdim=True) / _energy(base)).mean()
+
+
+def _energy(base: KV) -> torch.Tensor:
+    """The mean squared length of keys and values together, ``[L, H, 1]``."""
+    some = base.fetch(SAMPLED_LAYERS)
+    return (some.keys.square() + some.values.square()).sum(dim=3).mean(dim=2, keepdim=True)
+
+
 def changed(change: Change, rank: int, shape: KVShape) -> Changed:
     """A variant that has learned nothing."""
     empty = Linear.empty(shape)
     return Changed(empty.gram, empty.cross, empty.trial, empty.heads, change=change, rank=rank)
 
 
-def in_all_layers(shape: KVShape) -> InAllLayers:
+def scored(kind: type[Linear], shape: KVShape) -> Linear:
     """A variant that has learned nothing."""
     empty = Linear.empty(shape)
-    return InAllLayers(empty.gram, empty.cross, empty.trial, empty.heads)
+    return kind(empty.gram, empty.cross, empty.trial, empty.heads)
 
 
 def means(linear: Linear, offsets: torch.Tensor) -> torch.Tensor:
@@ -142,14 +168,21 @@ def maps(shape: KVShape) -> dict[str, Maker]:
 
 
 PLAIN: dict[str, Any] = {"first": 16, "breaks": 8, "most_first": 0.2, "most_breaks": 0.1, "ratio": 0.0}
-ALL_LAYERS = ", all layers"
+SCORES: dict[str, type[Linear]] = {
+    ", all layers": InAllLayers,
+    ", against KV": AgainstKV,
+    ", between blocks": BetweenBlocks,
+}
+OWN: dict[str, Any] = {"ratio": 0.08, "by": "offset", "first": 8, "most_picked": 8}
 PICKED: dict[str, dict[str, Any]] = {
     **{
         f"{share} % by {by}": {"ratio": share / 100, "by": by}
         for share in (6, 15)
         for by in ("leverage", "offset", "attention")
     },
-    f"6 % by offset{ALL_LAYERS}": {"ratio": 0.06, "by": "offset"},
+    "6 % by offset, all layers": {"ratio": 0.06, "by": "offset"},
+    "20 % by attention": {"ratio": 0.2, "by": "attention"},
+    **{f"as linear{name}": OWN for name in ("", ", against KV", ", between blocks")},
     "12 % by offset, no line breaks": {"ratio": 0.12, "by": "offset", "breaks": 0},
     "6 % by offset, no line breaks": {"ratio": 0.06, "by": "offset", "breaks": 0},
     "6 % by offset, first 8": {"ratio": 0.06, "by": "offset", "first": 8},
@@ -183,7 +216,9 @@ def main() -> None:
     loaded = load(blueprint.local_model(), None)
     support = probe(loaded.model, loaded.step)
     makers = maps(support.runner.shape)
-    makers |= {name: in_all_layers if name.endswith(ALL_LAYERS) else Linear.empty for name in PICKED}
+    for name in PICKED:
+        kind = next((kind for ending, kind in SCORES.items() if name.endswith(ending)), Linear)
+        makers[name] = partial(scored, kind)
     names = [name for name in makers if not asked.variants or name in asked.variants.split(";")]
     budget = int(psutil.virtual_memory().available * 0.6) // (2 * len(names))
     linear = specs(blueprint.communicator, ["linear"])["linear"].model_copy(update={"budget": budget})

@@ -72,30 +72,15 @@ class InAllLayers(Linear):
         return (sizes / sizes.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=0)
 
 
-class AgainstKV(Linear):
-    """``linear`` whose picks by offset go by how large an offset is beside the KV that it moves."""
-
-    def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
-        """The predicted offset of each token, squared, against the KV's own mean; mean over layers and heads."""
-        return (self._sizes(base, numbers) / _energy(base)).mean(dim=(0, 1))
-
-    def _sizes(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
-        return self.map.sizes(base, numbers, SAMPLED_LAYERS)
-
-
-class BetweenBlocks(AgainstKV):
+class BetweenBlocks(Linear):
     """``linear`` whose picks by offset go to blocks by how far they move as a whole, and in a block as ever."""
 
     def moves(self, base: KV, numbers: Sequence[int]) -> torch.Tensor:
         """What ``linear`` says of each token, times the block's mean offset against its KV."""
-        sizes = self._sizes(base, numbers)
-        return Linear.moves(self, base, numbers) * (sizes.mean(dim=2, keepdim=True) / _energy(base)).mean()
-
-
-def _energy(base: KV) -> torch.Tensor:
-    """The mean squared length of keys and values together, ``[L, H, 1]``."""
-    some = base.fetch(SAMPLED_LAYERS)
-    return (some.keys.square() + some.values.square()).sum(dim=3).mean(dim=2, keepdim=True)
+        some = base.fetch(SAMPLED_LAYERS)
+        energy = (some.keys.square() + some.values.square()).sum(dim=3).mean(dim=2)
+        sizes = self.map.sizes(base, numbers, SAMPLED_LAYERS).mean(dim=2)
+        return super().moves(base, numbers) * (sizes / energy).mean()
 
 
 def changed(change: Change, rank: int, shape: KVShape) -> Changed:
@@ -170,7 +155,6 @@ def maps(shape: KVShape) -> dict[str, Maker]:
 PLAIN: dict[str, Any] = {"first": 16, "breaks": 8, "most_first": 0.2, "most_breaks": 0.1, "ratio": 0.0}
 SCORES: dict[str, type[Linear]] = {
     ", all layers": InAllLayers,
-    ", against KV": AgainstKV,
     ", between blocks": BetweenBlocks,
 }
 OWN: dict[str, Any] = {"ratio": 0.08, "by": "offset", "first": 8, "most_picked": 8}
@@ -182,7 +166,7 @@ PICKED: dict[str, dict[str, Any]] = {
     },
     "6 % by offset, all layers": {"ratio": 0.06, "by": "offset"},
     "20 % by attention": {"ratio": 0.2, "by": "attention"},
-    **{f"as linear{name}": OWN for name in ("", ", against KV", ", between blocks")},
+    **{f"as linear{name}": OWN for name in ("", ", between blocks")},
     "12 % by offset, no line breaks": {"ratio": 0.12, "by": "offset", "breaks": 0},
     "6 % by offset, no line breaks": {"ratio": 0.06, "by": "offset", "breaks": 0},
     "6 % by offset, first 8": {"ratio": 0.06, "by": "offset", "first": 8},

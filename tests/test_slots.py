@@ -254,6 +254,11 @@ def test_anchors_that_wait_for_their_run_to_end_count() -> None:
     assert sizes[2] >= committed > 0
 
 
+def test_a_link_cannot_be_judged_by_its_first_observation() -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        CommunicatorSpec(preset="linear", warmup=1)
+
+
 @pytest.mark.parametrize("changes", [{"recompute": RecomputeSpec(first=16)}, {"repeats": True}, {"blocks": True}])
 def test_what_kvcomm_would_not_heed_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="`realigner: anchors`"):

@@ -171,13 +171,13 @@ PICKED: dict[str, dict[str, Any]] = {
     "6 % by offset, no line breaks": {"ratio": 0.06, "by": "offset", "breaks": 0},
     "6 % by offset, first 8": {"ratio": 0.06, "by": "offset", "first": 8},
     **{
-        f"{share} % by offset, first {first}, at most 16": {
+        f"{share} % by offset, first {first}, at most {most}": {
             "ratio": share / 100,
             "by": "offset",
             "first": first,
-            "most_picked": 16 - first,
+            "most_picked": most - first,
         }
-        for share, first in ((8, 8), (12, 4), (16, 0))
+        for share, first, most in ((8, 8, 16), (12, 4, 16), (16, 0, 16), (12, 8, 20), (16, 8, 24))
     },
     "24 % by offset alone, at most 24": {"ratio": 0.24, "by": "offset", "first": 0, "breaks": 0, "most_picked": 24},
 }

@@ -219,7 +219,7 @@ def _given(blueprint: Blueprint) -> Iterator[str]:
     if choice.share is not Share.SLOTS:
         return
     yield f"slots of {spec.min_tokens} tokens or more, and memory for their KV (communicator.budget)"
-    if choice.realigner is RealignerKind.LINEAR:
+    if choice.realigner.learns:
         ready = (
             "as those in the mesh's realigners" if blueprint.realigners else "`agentmesh calibrate` sees to it ahead"
         )

@@ -24,13 +24,14 @@ from unittest.mock import patch
 import psutil
 import torch
 
+from agentmesh import communicator
 from agentmesh.bench import fidelity
 from agentmesh.bench.data import dense_runs, read_questions
 from agentmesh.bench.rig import DENSE, Recording
 from agentmesh.blueprint import draft
-from agentmesh.communicator import REALIGNERS, Preset, make
+from agentmesh.communicator import Preset, make
 from agentmesh.config.load import load_mesh
-from agentmesh.config.presets import CommunicatorSpec, RealignerKind, specs
+from agentmesh.config.presets import CommunicatorSpec, specs
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.loop import Engine, at_once
 from agentmesh.engine.probe import Support, probe
@@ -215,7 +216,7 @@ def main() -> None:
     of = {id(spec): makers[name] for name, spec in chosen.items()}
 
     def made(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Preset:
-        with patch.dict(REALIGNERS, {RealignerKind.LINEAR: of[id(spec)]}):
+        with patch.object(communicator, "unlearned", lambda _kind: of[id(spec)]):
             return make(spec, support, loaded)
 
     backend = LocalBackend(Engine(loaded, support, at_once(deterministic=blueprint.run.deterministic)), DENSE)

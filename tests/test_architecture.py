@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import agentmesh
 
@@ -140,8 +141,14 @@ def test_no_module_has_broad_excepts_or_left_over_marks() -> None:
 
 
 def test_every_realigner_that_a_mesh_can_name_is_there() -> None:
-    from agentmesh.communicator import REALIGNERS
-    from agentmesh.config.presets import PRESETS, RealignerKind
+    from agentmesh.communicator import unlearned
+    from agentmesh.config.presets import RealignerKind
+    from agentmesh.kv.arena import KVShape
+    from agentmesh.sharing.realigner import Realigner
 
-    assert {preset.realigner for preset in PRESETS.values()} <= {*REALIGNERS, RealignerKind.ANCHORS}
-    assert set(RealignerKind) == {*REALIGNERS, RealignerKind.ANCHORS}
+    shape = KVShape(2, 2, 8, torch.float32, torch.device("cpu"))
+    for kind in set(RealignerKind) - {RealignerKind.ANCHORS}:
+        made = unlearned(kind)(shape)
+        assert isinstance(made, Realigner)
+        assert not made.observations
+        assert made.needs_warmup is kind.learns

@@ -504,6 +504,29 @@ def test_throughput_compares_presets_and_concurrencies_with_one_call_at_a_time(f
     assert "expected numbers from 1 on" in wrong.stderr
 
 
+def test_ttft_of_a_mesh_takes_its_limits_and_its_choices_for_its_own_preset(folder: Path) -> None:
+    sizes = ["--agents", "2", "--question", "60", "--prefix", "40", "--output", "40", "--warmup", "0", "--repeat", "1"]
+    own = "communicator={preset: epic, min_tokens: 50, recompute: {first: 4}, budget: 90MiB, cost_gate: false}"
+    options = [*sizes, "--model", "random:tiny-llama", "--presets", "rotate,epic@role-last", "--mesh", "mesh.yaml"]
+    found = figures("bench", "ttft", *options, "--set", own, cwd=folder)
+
+    chosen = found["settings"]["presets"]
+    assert {name: of["recompute"]["first"] for name, of in chosen.items()} == {"rotate": 0, "epic": 4}
+    for of in chosen.values():
+        assert (of["min_tokens"], of["budget"], of["cost_gate"]) == (50, 90 * 2**20, False)
+    placed = {name: times["placed"][1] for name, times in found["presets"].items()}
+    assert placed["rotate"] == 60, "the question; its message is too short, as the mesh says"
+    assert placed["epic@role-last"] > 60
+
+
+def test_ttft_of_a_mesh_whose_own_preset_is_not_asked_for_is_refused(folder: Path) -> None:
+    options = ["--mesh", "mesh.yaml", "--set", "communicator=blend", "--presets", "dense,linear"]
+    found = command("bench", "ttft", *options, cwd=folder)
+
+    assert found.returncode == 2
+    assert "the mesh has 'blend', whose choices would not be timed; add blend" in " ".join(found.stderr.split())
+
+
 @pytest.mark.parametrize("corpus", [False, True])
 def test_ttft_of_passages_as_a_block_and_from_the_corpus(tmp_path: Path, corpus: bool) -> None:
     sizes = ["--agents", "2", "--question", "20", "--prefix", "20", "--output", "40", "--warmup", "5", "--repeat", "1"]

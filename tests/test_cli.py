@@ -102,6 +102,7 @@ def test_presets_and_sets_change_the_run_but_not_the_tokens(mesh: Path, tmp_path
         (["bench", "fidelity", "demo", "--data", "none.jsonl"], 2, "none.jsonl: cannot be read"),
         (["bench", "ttft", "--presets", "linear,blen"], 2, "Did you mean 'blend'"),
         (["bench", "ttft", "--layout", "sideways"], 2, "expected role-first or role-last"),
+        (["bench", "ttft", "--set", "communicator=blend"], 2, "say which one's communicator is timed"),
         (["calibrate", "demo", "--data", "x.jsonl", "-o", "nowhere/r.safetensors"], 2, "does not exist"),
         (["graph", "debate", "--format", "png"], 2, "ascii, dot, json, mermaid"),
         (["runs", "show", "zzz"], 2, "no run named"),

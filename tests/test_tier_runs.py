@@ -93,18 +93,23 @@ def test_a_restarted_mesh_shares_from_its_first_request_all_that_a_running_one_s
 
 @pytest.mark.parametrize("preset", ["prefix", "rotate", "epic", "linear", "blend", "kvcomm"])
 def test_a_question_that_is_asked_again_after_a_restart_gets_the_same_answer(tmp_path: Path, preset: str) -> None:
-    found = []
-    for place in (None, tmp_path / "kv", tmp_path / "kv"):
+    def asked(place: Path | None, *numbers: int) -> list[RunResult]:
         with team(preset, place, warmup=2) as mesh:
-            found.append(mesh.run(question=question(3)))
+            return [mesh.run(question=question(number)) for number in numbers]
 
-    assert said(found[1]) == said(found[0])
-    if preset != "linear":
-        assert said(found[2]) == said(found[0])
-    assert sum(call.placed_exact for call in found[2].calls) > sum(call.placed_exact for call in found[1].calls)
+    without, (cold, first) = asked(None, 2, 3)[-1], asked(tmp_path / "kv", 2, 3)
+    (again,) = asked(tmp_path / "kv", 3)
+
+    assert said(first) == said(without)
+    if preset == "linear":
+        assert not first.calls[1].placed_realigned
+        assert again.calls[1].placed_realigned, "two questions warmed its link"
+    else:
+        assert said(again) == said(without)
+    assert sum(call.placed_exact for call in again.calls) > sum(call.placed_exact for call in cold.calls)
     if preset not in ("prefix", "kvcomm"):
-        assert Reason.SAME_HISTORY in reasons(found[2]), "the first reader's own reading"
-        assert Reason.FIRST_READER not in reasons(found[2])
+        assert Reason.SAME_HISTORY in reasons(again), "the first reader's own reading"
+        assert Reason.FIRST_READER not in reasons(again)
 
 
 def test_another_model_dtype_text_or_choice_finds_nothing_of_it(warm: Path) -> None:

@@ -79,18 +79,16 @@ def ttft(
     warmup: int,
     repeat: int,
     *,
-    budget: str,
-    cost_gate: bool,
+    base: CommunicatorSpec,
     progress: Progress | None,
     tick: Callable[[], None],
 ) -> Times:
-    """Time presets; see ``bench.ttft``. Without ``cost_gate`` they share also where computing is faster.
+    """Time presets; see ``bench.ttft``, and ``timed`` for their settings.
 
     Raises:
         UnsupportedModelError: the model's KV cannot be moved.
-        InputError: sizes beyond the model's context, or a budget that is no size.
+        InputError: sizes beyond the model's context.
     """
-    base = _settings("dense", budget).model_copy(update={"cost_gate": cost_gate})
     backend = _backend(model, progress)
     try:
         longest = max(
@@ -121,6 +119,26 @@ def scaling(
         return scaling_bench.measure(backend, base, grid, tick)
     finally:
         backend.close()
+
+
+def timed(loaded: LoadedMesh | str, names: Sequence[str], *, cost_gate: bool) -> CommunicatorSpec:
+    """What presets are timed with: a mesh's limits, and its choices for its own preset; without a mesh the defaults.
+
+    Args:
+        loaded: the mesh, of which nothing but the communicator matters, or bytes that each preset may keep.
+        names: presets, maybe with a layout.
+        cost_gate: whether they compute where that is faster; a mesh may say no, too.
+
+    Raises:
+        InputError: a budget that is no size, or a mesh whose own preset would not be measured.
+    """
+    own = _settings("dense", loaded) if isinstance(loaded, str) else draft(loaded).communicator
+    if not isinstance(loaded, str) and own.preset not in {name.partition("@")[0] for name in names}:
+        raise InputError(
+            f"--presets {','.join(names)}: the mesh has {own.preset!r}, whose choices would not be timed; "
+            f"add {own.preset}, or leave --mesh out"
+        )
+    return own.model_copy(update={"cost_gate": cost_gate and own.cost_gate})
 
 
 def setting(

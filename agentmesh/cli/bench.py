@@ -36,11 +36,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure the engine; ratios within one run, medians.", no_args_is_help=True)
 
+DEFAULT_BUDGET = "4GiB"
+
 Model = Annotated[str, typer.Option(help="A model's name, as in a mesh file.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of weights and KV.")]
 Presets = Annotated[str, typer.Option(help="Presets to compare, separated by commas.")]
 Corpus = Annotated[
     bool, typer.Option("--corpus", help="Keep each passage behind a neutral header before anybody reads it.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Bytes each preset may keep, or less where memory is short [what the mesh says, else {DEFAULT_BUDGET}]."
+    ),
 ]
 Plot = Annotated[Path | None, typer.Option(help="Write a PNG plot to this file.")]
 Repeat = Annotated[int, typer.Option(min=1, help="Measured rounds; medians are reported.")]
@@ -99,7 +107,7 @@ def decode(
 
 
 def _budgeted(config: str, sets: Sequence[str], libraries: Sequence[Path], budget: str | None) -> LoadedMesh:
-    """A mesh whose presets keep what ``--budget`` says, else what ``--set`` or its file says, else 4 GiB."""
+    """A mesh whose presets keep what ``--budget`` says, else what ``--set`` or its file says, else the default."""
 
     def loaded(*more: str) -> LoadedMesh:
         return load_mesh(config, overrides=[*sets, *more], libraries=libraries)
@@ -107,7 +115,9 @@ def _budgeted(config: str, sets: Sequence[str], libraries: Sequence[Path], budge
     if budget is not None:
         return loaded(f"communicator.budget={budget}")
     own = loaded()
-    return own if "budget" in own.spec.communicator.model_fields_set else loaded("communicator.budget=4GiB")
+    return (
+        own if "budget" in own.spec.communicator.model_fields_set else loaded(f"communicator.budget={DEFAULT_BUDGET}")
+    )
 
 
 @app.command("fidelity")
@@ -121,10 +131,7 @@ def fidelity(
         str | None, typer.Option(help="COUNTxTOKENS: passages cut from the context take the retriever's place.")
     ] = None,
     corpus: Corpus = False,
-    budget: Annotated[
-        str | None,
-        typer.Option(help="Bytes each preset may keep, or less where memory is short [what the mesh says, else 4GiB]."),
-    ] = None,
+    budget: Budget = None,
     set: Sets = None,
     library: Libraries = None,
     plot: Plot = None,
@@ -173,17 +180,31 @@ def ttft(
     cost_gate: Annotated[
         bool, typer.Option(help="Compute what takes longer to place, as runs do; off, everything shareable is placed.")
     ] = True,
-    budget: Annotated[str, typer.Option(help="Bytes each preset may keep, or less where memory is short.")] = "4GiB",
+    budget: Budget = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="A mesh whose communicator is timed: its limits, and its choices for its own preset."),
+    ] = None,
+    set: Sets = None,
+    library: Libraries = None,
     plot: Plot = None,
     format: FormatOption = Format.TEXT,
 ) -> None:
     """Time to first token of fully connected agents, by agent and preset, with its parts.
 
-    Example: agentmesh bench ttft --agents 5 --question 1024 --prefix 512 --output 512
+    Examples:
+      agentmesh bench ttft --agents 5 --question 1024 --prefix 512 --output 512
+      agentmesh bench ttft --mesh math-chain --presets dense,linear --set communicator.recompute.ratio=0.1
     """
+    if mesh is None and (set or library):
+        raise InputError(
+            "--set and --library change a mesh; say which one's communicator is timed, as in --mesh debate"
+        )
+    loaded = _budgeted(mesh, set or (), library or (), budget) if mesh else budget or DEFAULT_BUDGET
     from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
     names = preset_names(presets, session.LAYOUTS)
+    base = session.timed(loaded, names, cost_gate=cost_gate)
     sizes = session.setting(agents, question, prefix, output, layout, passages, corpus=corpus)
     with _bars((warmup + repeat) * len(names)) as (progress, tick):
         figures = session.ttft(
@@ -192,8 +213,7 @@ def ttft(
             sizes,
             warmup,
             repeat,
-            budget=budget,
-            cost_gate=cost_gate,
+            base=base,
             progress=progress,
             tick=tick,
         )

@@ -79,10 +79,11 @@ def _learning(blueprint: Blueprint) -> Blueprint:
     chosen = choices(blueprint.communicator)
     if chosen.share is not Share.SLOTS:
         return _afresh(blueprint, specs(blueprint.communicator, ["linear"])["linear"])
-    if chosen.realigner is not RealignerKind.LINEAR:
+    if not chosen.realigner.learns:
+        learning = " or ".join(f"`realigner: {kind}`" for kind in RealignerKind if kind.learns)
         raise ConfigError(
             f"preset {blueprint.communicator.preset!r} learns nothing that can be saved (realigner: "
-            f"{chosen.realigner}); expected `realigner: linear`, as in --set communicator=linear"
+            f"{chosen.realigner}); expected {learning}, as in --set communicator=linear"
         )
     return _afresh(blueprint, blueprint.communicator)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +20,10 @@ from agentmesh.errors import NotFoundError, SharingError, did_you_mean, listing
 from agentmesh.events import Reason
 from agentmesh.kv.arena import KVShape
 from agentmesh.sharing.budget import Budget
-from agentmesh.sharing.linear import Linear
 from agentmesh.sharing.prefix import PrefixStore
-from agentmesh.sharing.realigner import NoOffset, Realigner
+from agentmesh.sharing.realigner import Realigner
 
-__all__ = ["REALIGNERS", "Plan", "Preset", "make"]
-
-REALIGNERS: dict[RealignerKind, Callable[[KVShape], Realigner[Any]]] = {
-    RealignerKind.NONE: lambda _shape: NoOffset(),
-    RealignerKind.LINEAR: Linear.empty,
-}
-"""Kind → a realigner that has learned nothing. ``anchors`` is a preset of its own: it places fixed text, too."""
+__all__ = ["Plan", "Preset", "make", "unlearned"]
 
 
 def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Preset:
@@ -66,8 +60,14 @@ def make(spec: CommunicatorSpec, support: Support, loaded: LoadedModel) -> Prese
     if choice.realigner is RealignerKind.ANCHORS:
         assert runner.rope is not None, "the probe found it"
         return KVComm(spec, fingerprint, runner.rope, runner.spans)
-    empty = REALIGNERS[choice.realigner]
+    empty = unlearned(choice.realigner)
     return Slots(spec, choice, Scout(runner), fingerprint, lambda: empty(runner.shape), loaded.line_breaks)
+
+
+def unlearned(kind: RealignerKind) -> Callable[[KVShape], Realigner[Any]]:
+    """What makes a realigner of this kind that has learned nothing; ``RealignerKind`` is the table."""
+    found: Callable[[KVShape], Realigner[Any]] = pkgutil.resolve_name(kind.made_by)
+    return found
 
 
 def _lacking(spec: CommunicatorSpec, loaded: LoadedModel, supported: str) -> SharingError:

@@ -17,7 +17,7 @@ import torch
 
 from agentmesh.communicator.blocks import Decision, compose, compose_whole, paint_best
 from agentmesh.communicator.labels import Labels
-from agentmesh.config.presets import OF_LINEAR, Picking, Recompute
+from agentmesh.config.presets import BY_REALIGNER, Picking, Recompute
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.scout import Look, Scout
 from agentmesh.kv.arena import Arena
@@ -48,7 +48,7 @@ class Picker:
         """Whether what a match's picks go by is to be had with this model."""
         if self._by_weights(match):
             return match.reading.weights is not None
-        looks = self.recompute.ratio > 0 and self.recompute.by not in OF_LINEAR
+        looks = self.recompute.ratio > 0 and self.recompute.by not in BY_REALIGNER
         return not looks or self.scout.can(self.recompute.by)
 
     def pick(self, labels: Labels, lead: Sequence[Placement], decisions: Sequence[Decision]) -> Arena | None:
@@ -61,7 +61,7 @@ class Picker:
         others = [number for number in placed if number not in passages]
         if not others or not self.recompute.ratio:
             return None
-        if self.recompute.by in OF_LINEAR:
+        if self.recompute.by in BY_REALIGNER:
             scores = self._known(labels.prompt, [decisions[number] for number in others])
             paint_best(labels, others, self.recompute.picked, scores)
             return None

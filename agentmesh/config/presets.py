@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import Field
+from typing_extensions import Self
 
 from agentmesh.config.base import TENANT, Bytes, Choice, Frozen, Integer, Number, Seconds, Shorthand
 
@@ -34,11 +35,31 @@ class Share(Choice):
 
 
 class RealignerKind(Choice):
-    """What is added to placed KV besides its new position."""
+    """The table of realigners: what is added to placed KV besides its new position.
 
-    NONE = "none"
-    LINEAR = "linear"
-    ANCHORS = "anchors"
+    A row is a name in mesh files, what makes one that has learned nothing, and what it can do:
+
+    Args:
+        made_by: ``module:name``, called with the model's ``KVShape``; imported when a model is there, never to read a
+            file. Nothing for ``anchors``, which is a preset of its own: it places fixed text, too.
+        learns: whether it learns from observations what `agentmesh calibrate` can save.
+        ranks: whether it can say which tokens of a block to compute (``by: leverage``, ``by: offset``).
+    """
+
+    made_by: str
+    learns: bool
+    ranks: bool
+
+    def __new__(cls, name: str, made_by: str, learns: bool = False, ranks: bool = False) -> Self:
+        """A word with what its row says."""
+        kind = str.__new__(cls, name)
+        kind._value_ = name
+        kind.made_by, kind.learns, kind.ranks = made_by, learns, ranks
+        return kind
+
+    NONE = "none", "agentmesh.sharing.realigner:NoOffset.empty"
+    LINEAR = "linear", "agentmesh.sharing.linear:Linear.empty", True, True
+    ANCHORS = "anchors", ""
 
 
 class Picking(Choice):
@@ -51,14 +72,14 @@ class Picking(Choice):
     """By the attention that the text behind them pays them (METHOD 5, documents)."""
 
     LEVERAGE = "leverage"
-    """By how unlike everything they are that the ``linear`` realigner has seen (METHOD 4); takes no look."""
+    """By how unlike everything they are that the realigner has seen (METHOD 4); takes no look."""
 
     OFFSET = "offset"
-    """By how far the ``linear`` realigner would move them: what moves far is placed worst; takes no look."""
+    """By how far the realigner would move them: what moves far is placed worst; takes no look."""
 
 
-OF_LINEAR = (Picking.LEVERAGE, Picking.OFFSET)
-"""What the ``linear`` realigner knows without a look at the cache."""
+BY_REALIGNER = (Picking.LEVERAGE, Picking.OFFSET)
+"""What a realigner that ``ranks`` tokens knows without a look at the cache."""
 
 
 class Recompute(Frozen):
@@ -248,7 +269,7 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
         ValueError: choices that exclude each other.
     """
     preset = PRESETS[spec.preset]
-    if preset.recompute.by in OF_LINEAR and spec.realigner not in (None, preset.realigner):
+    if preset.recompute.by in BY_REALIGNER and spec.realigner not in (None, preset.realigner):
         unpicked = {name: getattr(Recompute(), name) for name in ("ratio", "most_picked", "by")}
         preset = preset.model_copy(update={"recompute": preset.recompute.model_copy(update=unpicked)})
     found = PresetSpec(
@@ -266,10 +287,11 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
             "`realigner: anchors` computes a call whole or nothing of its slots and fixed text; expected "
             "`repeats: false` and no other `recompute` than {fixed: false}"
         )
-    if found.recompute.by in OF_LINEAR and found.realigner is not RealignerKind.LINEAR:
+    if found.recompute.by in BY_REALIGNER and not found.realigner.ranks:
+        ranking = " or ".join(f"`realigner: {kind}`" for kind in RealignerKind if kind.ranks)
         raise ValueError(
-            f"`by: {found.recompute.by}` asks what `realigner: linear` has seen; found `realigner: {found.realigner}`, "
-            "expected `linear`, or `by: attention` or `deviation`"
+            f"`by: {found.recompute.by}` asks what {ranking} has seen; found `realigner: {found.realigner}`, "
+            f"expected {ranking}, or `by: attention` or `deviation`"
         )
     if not anchors and not found.recompute.fixed:
         raise ValueError(f"`fixed: false` places fixed text, which `realigner: {found.realigner}` cannot; use anchors")

@@ -2,7 +2,7 @@
 
 A realigner is a frozen value, one for each link. What an observation teaches is a *finding* that can be worked out at
 once and added later, in the order of the runs. To add a realigner, write one module with one subclass, and enter it in
-``communicator.REALIGNERS``.
+the table, ``config.presets.RealignerKind``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Generic, TypeVar, final
 
 import torch
 
+from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV, KVSource
 
 Finding = TypeVar("Finding")
@@ -97,6 +98,11 @@ class NoOffset(Realigner[None]):
     """``none``: KV is moved to its new position and nothing is added."""
 
     observations: int = 0
+
+    @classmethod
+    def empty(cls, _shape: KVShape) -> NoOffset:
+        """It is the same for every model."""
+        return cls()
 
     @property
     def needs_warmup(self) -> bool:

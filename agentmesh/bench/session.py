@@ -121,19 +121,20 @@ def scaling(
         backend.close()
 
 
-def timed(loaded: LoadedMesh | str, names: Sequence[str], *, cost_gate: bool) -> CommunicatorSpec:
+def timed(loaded: LoadedMesh | None, budget: str, names: Sequence[str], *, cost_gate: bool) -> CommunicatorSpec:
     """What presets are timed with: a mesh's limits, and its choices for its own preset; without a mesh the defaults.
 
     Args:
-        loaded: the mesh, of which nothing but the communicator matters, or bytes that each preset may keep.
+        loaded: the mesh, of which nothing but the communicator matters.
+        budget: bytes that each preset may keep where there is no mesh to say it.
         names: presets, maybe with a layout.
         cost_gate: whether they compute where that is faster; a mesh may say no, too.
 
     Raises:
         InputError: a budget that is no size, or a mesh whose own preset would not be measured.
     """
-    own = _settings("dense", loaded) if isinstance(loaded, str) else draft(loaded).communicator
-    if not isinstance(loaded, str) and own.preset not in {name.partition("@")[0] for name in names}:
+    own = draft(loaded).communicator if loaded else _settings("dense", budget)
+    if loaded and own.preset not in {name.partition("@")[0] for name in names}:
         raise InputError(
             f"--presets {','.join(names)}: the mesh has {own.preset!r}, whose choices would not be timed; "
             f"add {own.preset}, or leave --mesh out"

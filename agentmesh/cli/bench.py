@@ -200,11 +200,11 @@ def ttft(
         raise InputError(
             "--set and --library change a mesh; say which one's communicator is timed, as in --mesh debate"
         )
-    loaded = _budgeted(mesh, set or (), library or (), budget) if mesh else budget or DEFAULT_BUDGET
+    loaded = _budgeted(mesh, set or (), library or (), budget) if mesh else None
     from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
     names = preset_names(presets, session.LAYOUTS)
-    base = session.timed(loaded, names, cost_gate=cost_gate)
+    base = session.timed(loaded, budget or DEFAULT_BUDGET, names, cost_gate=cost_gate)
     sizes = session.setting(agents, question, prefix, output, layout, passages, corpus=corpus)
     with _bars((warmup + repeat) * len(names)) as (progress, tick):
         figures = session.ttft(

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -13,6 +15,7 @@ from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TaskID,
@@ -162,6 +165,37 @@ def showing(mode: Display, console: Console) -> Iterator[Sequence[Sink]]:
         yield (plain_lines(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)),)
     else:
         yield ()
+
+
+@contextmanager
+def counting(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A tick for each part of long work: a bar on a terminal, in a log a line for every tenth of it.
+
+    Args:
+        console: where it is shown.
+        what: is being done.
+        total: how many ticks there will be.
+    """
+    if not console.is_terminal:
+        yield in_lines(console, what, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda: bars.advance(task)
+
+
+def in_lines(console: Console, what: str, total: int) -> Callable[[], None]:
+    """A tick that prints a line for every tenth of long work, with the time it took so far."""
+    done, begun = count(1), time.monotonic()
+
+    def tick() -> None:
+        number = next(done)
+        if number * 10 // total > (number - 1) * 10 // total:
+            passed = timedelta(seconds=round(time.monotonic() - begun))
+            console.print(f"{what}: {number} of {total} after {passed}", highlight=False, soft_wrap=True)
+
+    return tick
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import signal
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 from inprocess import command
+from rich.console import Console
 
 from agentmesh.cli import invoke
+from agentmesh.display import counting
 from agentmesh.record import find_run, outcome, read_events, runs
 
 MESH = """version: 1
@@ -314,3 +317,22 @@ def test_validate_looks_at_all_files_and_at_what_they_name(
     assert invoke(["validate", *wrong, "mesh.yaml", "--format", "json"]) == 2
     rows = json.loads(capsys.readouterr().out)
     assert [(row["config"], row["ok"]) for row in rows] == [*((name, False) for name in wrong), ("mesh.yaml", True)]
+
+
+def test_long_work_says_in_a_log_after_every_tenth_how_far_it_is() -> None:
+    for total, told in ((25, [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]), (3, [1, 2, 3])):
+        log = io.StringIO()
+        with counting(Console(file=log), "measuring", total) as tick:
+            for _ in range(total):
+                tick()
+        assert log.getvalue().splitlines() == [f"measuring: {number} of {total} after 0:00:00" for number in told]
+
+
+def test_long_work_shows_a_bar_on_a_terminal() -> None:
+    shown = io.StringIO()
+    with counting(Console(file=shown, force_terminal=True), "measuring", 2) as tick:
+        tick()
+
+    assert "measuring" in shown.getvalue()
+    assert "1/2" in shown.getvalue()
+    assert "after" not in shown.getvalue()

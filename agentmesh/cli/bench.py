@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import Progress
 from rich.table import Table
 
 from agentmesh.cli.options import (
@@ -22,12 +21,12 @@ from agentmesh.cli.options import (
     Sets,
     TraceOption,
 )
-from agentmesh.cli.parsing import counts, model_spec, preset_names, shares
+from agentmesh.cli.parsing import DEFAULT_BUDGET, budgeted, counts, model_spec, preset_names, shares
 from agentmesh.cli.profiling import profiling, show_profiles
 from agentmesh.config.base import Frozen
 from agentmesh.config.load import LoadedMesh, load_mesh
 from agentmesh.config.mesh import Decode, Dtype
-from agentmesh.display import fetching
+from agentmesh.display import counting, fetching
 from agentmesh.errors import InputError
 from agentmesh.tables import fidelity_table, scaling_table, throughput_table, ttft_table
 
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from agentmesh.engine.profile import Profiles
 
 app = typer.Typer(help="Measure the engine; ratios within one run, medians.", no_args_is_help=True)
-
-DEFAULT_BUDGET = "4GiB"
 
 Model = Annotated[str, typer.Option(help="A model's name, as in a mesh file.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of weights and KV.")]
@@ -106,20 +103,6 @@ def decode(
     _show(figures, format, _rows(figures), profiles)
 
 
-def _budgeted(config: str, sets: Sequence[str], libraries: Sequence[Path], budget: str | None) -> LoadedMesh:
-    """A mesh whose presets keep what ``--budget`` says, else what ``--set`` or its file says, else the default."""
-
-    def loaded(*more: str) -> LoadedMesh:
-        return load_mesh(config, overrides=[*sets, *more], libraries=libraries)
-
-    if budget is not None:
-        return loaded(f"communicator.budget={budget}")
-    own = loaded()
-    return (
-        own if "budget" in own.spec.communicator.model_fields_set else loaded(f"communicator.budget={DEFAULT_BUDGET}")
-    )
-
-
 @app.command("fidelity")
 def fidelity(
     config: Config,
@@ -141,7 +124,7 @@ def fidelity(
 
     Example: agentmesh bench fidelity math-fully-connected --data gsm8k.jsonl --warmup 20 --limit 40
     """
-    loaded = _budgeted(config, set or (), library or (), budget)
+    loaded = budgeted(config, set or (), library or (), budget)
     from agentmesh.bench import data as questions_of  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
     from agentmesh.bench import session  # noqa: PLC0415
 
@@ -200,7 +183,7 @@ def ttft(
         raise InputError(
             "--set and --library change a mesh; say which one's communicator is timed, as in --mesh debate"
         )
-    loaded = _budgeted(mesh, set or (), library or (), budget) if mesh else None
+    loaded = budgeted(mesh, set or (), library or (), budget) if mesh else None
     from agentmesh.bench import session  # noqa: PLC0415  # keeps `agentmesh --help` free of torch
 
     names = preset_names(presets, session.LAYOUTS)
@@ -297,9 +280,8 @@ def throughput(
 def _bars(rounds: int) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[], None]]]:
     """Progress of fetching the model, and of the measured rounds."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True) as bars, fetching(console, quiet=True) as progress:
-        task = bars.add_task("measuring", total=rounds)
-        yield progress, lambda: bars.advance(task)
+    with counting(console, "measuring", rounds) as tick, fetching(console, quiet=True) as progress:
+        yield progress, tick
 
 
 def _show(figures: Frozen, format: Format, table: RenderableType, profiles: Profiles | None = None) -> None:

@@ -15,7 +15,7 @@ from agentmesh.blueprint import Blueprint, draft
 from agentmesh.cli.options import Config, Libraries, Sets
 from agentmesh.config.load import load_mesh
 from agentmesh.config.presets import CommunicatorSpec, RealignerKind, Share, choices, specs
-from agentmesh.display import fetching
+from agentmesh.display import counting, fetching
 from agentmesh.errors import ConfigError, InputError
 from agentmesh.mesh import Mesh
 
@@ -57,11 +57,10 @@ def calibrate(
             task = bars.add_task("documents", total=None)
             mesh.ingest(lambda done, total: bars.update(task, completed=done, total=total))
         backend.observe_only(on=True, checked=True)
-        with Progress(console=console, transient=True) as bars:
-            task = bars.add_task("observing", total=limit)
+        with counting(console, "observing", limit) as tick:
             samples = [question.inputs(mesh.blueprint) for question in questions[:limit]]
             for wave in (samples[: len(samples) // 2], samples[len(samples) // 2 :]):  # runs see what ended before them
-                asyncio.run(mesh.arun_all(wave, lambda: bars.advance(task)))
+                asyncio.run(mesh.arun_all(wave, tick))
         for line in backend.save_realigners(output, mesh.blueprint.digests):
             typer.echo(line)
     use = f"preset: {blueprint.communicator.preset}, realigners: {output}"

@@ -23,7 +23,7 @@ from agentmesh.cli.options import (
     Sets,
 )
 from agentmesh.cli.parsing import parts
-from agentmesh.display import fetching
+from agentmesh.display import fetching, in_lines
 from agentmesh.executors import Where
 from agentmesh.record import find_run
 
@@ -104,6 +104,8 @@ def evaluate(
         def started(path: Path, runs: int) -> Callable[[], None]:
             folders.append(path)
             console.print(f"{path}; if it is cut off: --resume {path.name}", soft_wrap=True, highlight=False)
+            if not console.is_terminal:
+                return in_lines(console, "samples", runs)
             bar = bars.add_task("samples", total=runs)
             return lambda: bars.advance(bar)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import ValidationError
 
+from agentmesh.config.load import LoadedMesh, load_mesh
 from agentmesh.config.mesh import Decode, Dtype, ModelSpec
 from agentmesh.config.presets import PRESETS
 from agentmesh.errors import InputError, did_you_mean, listing
+
+DEFAULT_BUDGET = "4GiB"
 
 
 def parts(text: str) -> list[str]:
@@ -75,3 +79,17 @@ def model_spec(model: str, dtype: Dtype, decode: Decode = Decode.AUTO) -> ModelS
         return ModelSpec(name=model, dtype=dtype, decode=decode)
     except ValidationError as error:
         raise InputError("--model is empty; give a model's name, such as smollm2-135m") from error
+
+
+def budgeted(config: str, sets: Sequence[str], libraries: Sequence[Path], budget: str | None) -> LoadedMesh:
+    """A mesh whose presets keep what ``--budget`` says, else what ``--set`` or its file says, else the default."""
+
+    def loaded(*more: str) -> LoadedMesh:
+        return load_mesh(config, overrides=[*sets, *more], libraries=libraries)
+
+    if budget is not None:
+        return loaded(f"communicator.budget={budget}")
+    own = loaded()
+    return (
+        own if "budget" in own.spec.communicator.model_fields_set else loaded(f"communicator.budget={DEFAULT_BUDGET}")
+    )

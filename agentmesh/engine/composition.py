@@ -106,10 +106,18 @@ class Composition:
     def chunks(self, device: str) -> list[list[int]]:
         """Computed positions of each forward on a type of device, ascending; the last one ends with the last position.
 
-        What lies between two cuts is in forwards of ``AT_ONCE``, counted from its first computed token: so a hit that
-        ends at a cut changes no other forward.
+        What lies between two cuts is in as few forwards of at most ``AT_ONCE`` as will do, all of about one size: a few
+        tokens left over for a forward of their own would take as long as a hundred. A hit that ends at a cut changes no
+        other forward.
         """
-        computed, most = self.computed, AT_ONCE[device]
+        computed = self.computed
         edges = [bisect_left(computed, cut) for cut in (0, *self.cuts, len(self.tokens))]
         parts = [computed[low:high] for low, high in pairwise(edges)]
-        return [part[low : low + most] for part in parts for low in range(0, len(part), most)]
+        return [chunk for part in parts for chunk in _evenly(part, AT_ONCE[device])]
+
+
+def _evenly(part: list[int], most: int) -> Iterator[list[int]]:
+    """A list in as few pieces of at most so many as will do, none longer than another by more than one."""
+    pieces = -(-len(part) // most)
+    for piece in range(pieces):
+        yield part[piece * len(part) // pieces : (piece + 1) * len(part) // pieces]

@@ -19,7 +19,7 @@ CPU_FACTS = Path("/proc/cpuinfo")
 def identity(loaded: LoadedModel) -> str:
     """The model's fingerprint with all that decides the last bit of its KV.
 
-    That is device, threads, instruction set, versions, how many tokens go through one forward, and which of these are
+    That is device, threads, instruction set, versions, how tokens are divided among forwards, and which of these are
     replayed. KV that one machine has stored is exact on another one of the same identity only.
     """
     device = loaded.model.device
@@ -27,7 +27,7 @@ def identity(loaded: LoadedModel) -> str:
         loaded.fingerprint,
         torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         str(torch.get_num_threads()),
-        str(AT_ONCE[device.type]),
+        f"even forwards of {AT_ONCE[device.type]}",
         str(loaded.step.sizes if isinstance(loaded.step, RecordedStep) else ()),
         torch.backends.cpu.get_cpu_capability(),
         torch.__version__,

@@ -107,7 +107,7 @@ class Composition:
         """Computed positions of each forward on a type of device, ascending; the last one ends with the last position.
 
         What lies between two cuts is in as few forwards of at most ``AT_ONCE`` as will do, all of about one size: a few
-        tokens left over for a forward of their own would take as long as a hundred. A hit that ends at a cut changes no
+        tokens left over for a forward of their own would read all weights once more. A hit that ends at a cut changes no
         other forward.
         """
         computed = self.computed

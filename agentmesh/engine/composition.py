@@ -107,8 +107,8 @@ class Composition:
         """Computed positions of each forward on a type of device, ascending; the last one ends with the last position.
 
         What lies between two cuts is in as few forwards of at most ``AT_ONCE`` as will do, all of about one size: a few
-        tokens left over for a forward of their own would read all weights once more. A hit that ends at a cut changes no
-        other forward.
+        tokens left over for a forward of their own would read all weights once more. A hit that ends at a cut changes
+        no other forward.
         """
         computed = self.computed
         edges = [bisect_left(computed, cut) for cut in (0, *self.cuts, len(self.tokens))]

@@ -177,7 +177,7 @@ def counting(console: Console, what: str, total: int) -> Iterator[Callable[[], N
         total: how many ticks there will be.
     """
     if not console.is_terminal:
-        yield in_lines(console, what, total)
+        yield _in_lines(console, what, total)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
@@ -185,7 +185,7 @@ def counting(console: Console, what: str, total: int) -> Iterator[Callable[[], N
         yield lambda: bars.advance(task)
 
 
-def in_lines(console: Console, what: str, total: int) -> Callable[[], None]:
+def _in_lines(console: Console, what: str, total: int) -> Callable[[], None]:
     """A tick that prints a line for every tenth of long work, with the time it took so far."""
     done, begun = count(1), time.monotonic()
 

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from inprocess import command
 from rich.console import Console
 
+from agentmesh import display
 from agentmesh.cli import invoke
 from agentmesh.display import counting
 from agentmesh.record import find_run, outcome, read_events, runs
@@ -319,7 +321,8 @@ def test_validate_looks_at_all_files_and_at_what_they_name(
     assert [(row["config"], row["ok"]) for row in rows] == [*((name, False) for name in wrong), ("mesh.yaml", True)]
 
 
-def test_long_work_says_in_a_log_after_every_tenth_how_far_it_is() -> None:
+def test_long_work_says_in_a_log_after_every_tenth_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: 0.0))
     for total, told in ((25, [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]), (3, [1, 2, 3])):
         log = io.StringIO()
         with counting(Console(file=log), "measuring", total) as tick:

@@ -218,7 +218,7 @@ def scaling(
         str, typer.Option(help="Shares of each prompt that are placed as one block; none is always measured.")
     ] = "0,0.5,0.9",
     repeat: Repeat = 3,
-    budget: Annotated[str, typer.Option(help="Bytes that may be kept.")] = "4GiB",
+    budget: Annotated[str, typer.Option(help="Bytes that may be kept.")] = DEFAULT_BUDGET,
     plot: Plot = None,
     format: FormatOption = Format.TEXT,
 ) -> None:

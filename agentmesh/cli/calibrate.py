@@ -16,7 +16,7 @@ from agentmesh.cli.options import Config, Libraries, Sets
 from agentmesh.config.load import load_mesh
 from agentmesh.config.presets import CommunicatorSpec, RealignerKind, Share, choices, specs
 from agentmesh.display import counting, fetching
-from agentmesh.errors import ConfigError, InputError
+from agentmesh.errors import ConfigError, InputError, listing
 from agentmesh.mesh import Mesh
 
 
@@ -79,10 +79,10 @@ def _learning(blueprint: Blueprint) -> Blueprint:
     if chosen.share is not Share.SLOTS:
         return _afresh(blueprint, specs(blueprint.communicator, ["linear"])["linear"])
     if not chosen.realigner.learns:
-        learning = " or ".join(f"`realigner: {kind}`" for kind in RealignerKind if kind.learns)
+        learning = listing(kind for kind in RealignerKind if kind.learns)
         raise ConfigError(
             f"preset {blueprint.communicator.preset!r} learns nothing that can be saved (realigner: "
-            f"{chosen.realigner}); expected {learning}, as in --set communicator=linear"
+            f"{chosen.realigner}); expected `realigner: {learning}`, as in --set communicator=linear"
         )
     return _afresh(blueprint, blueprint.communicator)
 

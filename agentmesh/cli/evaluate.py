@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agentmesh.cli.options import (
     DEFAULT_RUNS,
@@ -23,7 +23,7 @@ from agentmesh.cli.options import (
     Sets,
 )
 from agentmesh.cli.parsing import parts
-from agentmesh.display import fetching, in_lines
+from agentmesh.display import counting, fetching
 from agentmesh.executors import Where
 from agentmesh.record import find_run
 
@@ -97,17 +97,13 @@ def evaluate(
         libraries=library or (),
     )
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars, fetching(console, quiet=True) as progress:
+    with ExitStack() as shown, fetching(console, quiet=True) as progress:
         folders: list[Path] = []
 
         def started(path: Path, runs: int) -> Callable[[], None]:
             folders.append(path)
             console.print(f"{path}; if it is cut off: --resume {path.name}", soft_wrap=True, highlight=False)
-            if not console.is_terminal:
-                return in_lines(console, "samples", runs)
-            bar = bars.add_task("samples", total=runs)
-            return lambda: bars.advance(bar)
+            return shown.enter_context(counting(console, "samples", runs))
 
         try:
             report = work(request, progress, started)

@@ -19,6 +19,7 @@ from pydantic import Field
 from typing_extensions import Self
 
 from agentmesh.config.base import TENANT, Bytes, Choice, Frozen, Integer, Number, Seconds, Shorthand
+from agentmesh.errors import listing
 
 MIB = 2**20
 
@@ -288,10 +289,10 @@ def choices(spec: CommunicatorSpec) -> PresetSpec:
             "`repeats: false` and no other `recompute` than {fixed: false}"
         )
     if found.recompute.by in BY_REALIGNER and not found.realigner.ranks:
-        ranking = " or ".join(f"`realigner: {kind}`" for kind in RealignerKind if kind.ranks)
+        ranking = listing(kind for kind in RealignerKind if kind.ranks)
         raise ValueError(
-            f"`by: {found.recompute.by}` asks what {ranking} has seen; found `realigner: {found.realigner}`, "
-            f"expected {ranking}, or `by: attention` or `deviation`"
+            f"`by: {found.recompute.by}` asks what `realigner: {ranking}` has seen; found `realigner: "
+            f"{found.realigner}`, expected `{ranking}`, or `by: attention` or `deviation`"
         )
     if not anchors and not found.recompute.fixed:
         raise ValueError(f"`fixed: false` places fixed text, which `realigner: {found.realigner}` cannot; use anchors")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from agentmesh.config.mesh import GenerateSpec
-from agentmesh.events import PlanRow
 from agentmesh.metering import Audit, EndpointUsage
 from agentmesh.prompt import ChatTokenizer, Content, Prompt, Reader
+from agentmesh.reasons import PlanRow
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from agentmesh.agents.base import Turn
 from agentmesh.backend import Backend, Completion
 from agentmesh.config.mesh import AnswerSpec, GenerateSpec
-from agentmesh.events import CallRecord, Event, FirstToken, ModelFinished, ModelStarted, PlanRow, TokenText, Treatment
+from agentmesh.events import CallRecord, Event, FirstToken, ModelFinished, ModelStarted, TokenText
 from agentmesh.prompt import Content, ContentKind, Exchange, PromptRenderer, RoleTemplate, Scope, said, texts_of
+from agentmesh.reasons import PlanRow, Treatment
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from agentmesh.events import (
     NodeStarted,
     RunStarted,
     TokenText,
-    Treatment,
 )
+from agentmesh.reasons import Treatment
 from agentmesh.stream import Sink
 
 COLOURS = {"waiting": "dim", "reading": "yellow", "writing": "cyan", "done": "green", "failed": "red", "skipped": "dim"}

@@ -15,9 +15,9 @@ from agentmesh.config.base import Frozen
 from agentmesh.config.mesh import LlmAgentSpec, RetrieverAgentSpec
 from agentmesh.config.presets import PresetSpec, RealignerKind, Share, choices
 from agentmesh.errors import TemplateError
-from agentmesh.events import Reason
 from agentmesh.foreseen import ANY_DEPTH, Base, Piece, Read, base, beginning
 from agentmesh.prompt import Content, ContentKind, Message, RoleTemplate, Scope, said
+from agentmesh.reasons import Reason
 from agentmesh.topology import Delivery, Visit
 
 COMMON, BEHIND_INBOX = "\ue000", "\ue001"

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agentmesh.events import Reason
 from agentmesh.prompt import Content
+from agentmesh.reasons import Reason
 
 Piece = str | Content
 ANY_DEPTH = 255

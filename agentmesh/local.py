@@ -17,9 +17,10 @@ from agentmesh.backend import Completion, Listener
 from agentmesh.communicator import Preset, make
 from agentmesh.communicator.learner import Learner
 from agentmesh.communicator.linkstate import Taught
-from agentmesh.communicator.persistence import Persistence, Scope
+from agentmesh.communicator.persistence import Persistence
 from agentmesh.communicator.saved import Made, save
 from agentmesh.communicator.saved import load as load_states
+from agentmesh.communicator.scope import Scope
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec, StoreSpec

@@ -1,7 +1,9 @@
 """A mesh: agents on a communication graph, a communicator, a model. The public way in.
 
-with Mesh.from_yaml("demo.yaml") as mesh:
-print(mesh.run(question="…").answer)
+It loads its model at its first run, and frees it when it is closed::
+
+    with Mesh.from_yaml("demo.yaml") as mesh:
+        print(mesh.run(question="…").answer)
 """
 
 from __future__ import annotations

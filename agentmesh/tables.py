@@ -70,7 +70,9 @@ def ttft_table(figures: Times) -> Group:
     ]
     held = [f"{name} {times.anchors_held}" for name, times in figures.presets.items() if times.anchors_held]
     anchors = [Text(f"anchors held: {', '.join(held)}")] if held else []
-    return Group(table, parts, *anchors, *_computed("shareable tokens that were computed in the last round:", computed))
+    return Group(
+        table, parts, *anchors, *_computed("shareable tokens that were computed, in all measured rounds:", computed)
+    )
 
 
 def _listed(reasons: Mapping[str, int]) -> str:

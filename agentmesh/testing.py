@@ -17,8 +17,8 @@ from typing import final
 
 from agentmesh.backend import Completion, Listener
 from agentmesh.config.mesh import GenerateSpec
-from agentmesh.events import PlanRow, Reason, Treatment
 from agentmesh.prompt import Content, Prompt, Reader
+from agentmesh.reasons import PlanRow, Reason, Treatment
 
 CONTROL = {"<|im_start|>": 256, "<|im_end|>": 257}
 

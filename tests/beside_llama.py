@@ -37,9 +37,9 @@ from agentmesh.config.mesh import GenerateSpec
 from agentmesh.engine.embedded import EMBEDDED
 from agentmesh.engine.loading import load
 from agentmesh.engine.tokenizer import HubTokenizer
-from agentmesh.events import Reason
 from agentmesh.mesh import Mesh
 from agentmesh.prompt import Content, Prompt, Reader
+from agentmesh.reasons import Reason
 
 CONTEXT = 4096
 

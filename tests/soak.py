@@ -36,8 +36,8 @@ from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.loop import Engine, at_once
 from agentmesh.engine.probe import probe
 from agentmesh.errors import NodeError, RequestTooLongError, SharingError
-from agentmesh.events import Reason
 from agentmesh.local import LocalBackend
+from agentmesh.reasons import Reason
 from agentmesh.results import RunResult
 
 STUCK_SECONDS = 120.0

@@ -14,7 +14,7 @@ import agentmesh
 
 PACKAGE = Path(agentmesh.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config", "events", "jsonl", "library", "metering", "stream", "results"}),
+    frozenset({"errors", "config", "events", "jsonl", "library", "metering", "reasons", "stream", "results"}),
     frozenset({"kv", "topology", "prompt"}),
     frozenset({"sharing", "backend", "graphview"}),
     frozenset({"engine"}),

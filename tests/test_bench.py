@@ -37,8 +37,8 @@ from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
 from agentmesh.engine.slices import at_once
-from agentmesh.events import Reason
 from agentmesh.metering import Audit
+from agentmesh.reasons import Reason
 from agentmesh.tables import fidelity_table, throughput_table
 from agentmesh.testing import ByteTokenizer
 

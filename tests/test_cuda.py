@@ -15,8 +15,8 @@ from agentmesh.engine.composition import Composition, Placement
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import load
 from agentmesh.engine.probe import Level, Support, probe
-from agentmesh.events import Treatment
 from agentmesh.local import LocalBackend
+from agentmesh.reasons import Treatment
 
 DEVICE = os.environ.get("AGENTMESH_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(

@@ -36,11 +36,11 @@ from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.sampling import Sampler, Sampling
 from agentmesh.engine.slices import Slices
 from agentmesh.errors import ModelError, RequestTooLongError, UsageError
-from agentmesh.events import Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.local import RUNS_A_CORE, SHORT_TOKENS, LocalBackend
 from agentmesh.planned import PlannedPrompt
 from agentmesh.prompt import FIXED, Prompt, Segment
+from agentmesh.reasons import Treatment
 from agentmesh.sharing.budget import Worth
 
 QUESTION = "A box holds 6 eggs. How many eggs are in 5 boxes? Explain step by step."

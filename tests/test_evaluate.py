@@ -24,7 +24,8 @@ from agentmesh.evaluate.report import Report, evaluate, read_report
 from agentmesh.evaluate.results import summarise
 from agentmesh.evaluate.statistics import interval, mcnemar, paired_interval
 from agentmesh.evaluate.subjects import Request
-from agentmesh.events import CallRecord, PlanRow, Reason, Treatment
+from agentmesh.events import CallRecord
+from agentmesh.reasons import PlanRow, Reason, Treatment
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ import pytest
 from agentmesh import Mesh
 from agentmesh.blueprint import draft
 from agentmesh.config.load import load_mesh
-from agentmesh.events import CallRecord, Reason, Treatment
+from agentmesh.events import CallRecord
 from agentmesh.forecast import Forecast, forecast
 from agentmesh.prompt.segments import FIXED
+from agentmesh.reasons import Reason, Treatment
 
 
 def of(root: Path, name: str, *sets: str) -> Forecast:

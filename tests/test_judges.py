@@ -19,8 +19,9 @@ from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.report import Report, evaluate
 from agentmesh.evaluate.results import Judged, summarise
 from agentmesh.evaluate.subjects import Request
-from agentmesh.events import Event, JudgeChecked, Reason, parse_event
+from agentmesh.events import Event, JudgeChecked, parse_event
 from agentmesh.local import LocalBackend
+from agentmesh.reasons import Reason
 from agentmesh.record import Recorder, outcome, read_events
 from agentmesh.results import RunResult
 from agentmesh.sharing.segments import NEVER

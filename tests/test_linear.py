@@ -14,9 +14,9 @@ from agentmesh.communicator.pools import NewAnchor, Pools
 from agentmesh.communicator.saved import Made, load, save
 from agentmesh.config.presets import AnchorSpec, CommunicatorSpec
 from agentmesh.errors import InputError
-from agentmesh.events import Reason
 from agentmesh.kv.arena import KVShape
 from agentmesh.kv.values import KV, Frame
+from agentmesh.reasons import Reason
 from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
 from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.linear import SAMPLED_LAYERS, Linear, features, robust_weights

@@ -14,8 +14,9 @@ from agentmesh import Mesh
 from agentmesh.communicator.picks import ASKED, Picker, weigh
 from agentmesh.config.presets import Recompute
 from agentmesh.engine.scout import Scout
-from agentmesh.events import CallRecord, Reason
+from agentmesh.events import CallRecord
 from agentmesh.prompt import Content, ContentKind, Prompt, Reader, Segment
+from agentmesh.reasons import Reason
 from agentmesh.sharing.matching import Match, Relation
 from agentmesh.sharing.segments import Reading
 from agentmesh.sharing.tier.disk import DiskStore

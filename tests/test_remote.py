@@ -18,8 +18,9 @@ from agentmesh.cli import invoke
 from agentmesh.config.load import dump, load_mesh, mesh_from_dict
 from agentmesh.config.mesh import RemoteModelSpec
 from agentmesh.errors import ConfigError, InputError, NodeError, RemoteError, RequestTooLongError, UsageError
-from agentmesh.events import Event, Reason
+from agentmesh.events import Event
 from agentmesh.forecast import Forecast, forecast
+from agentmesh.reasons import Reason
 from agentmesh.remote import Backoff, RemoteBackend
 from agentmesh.remote.endpoint import Endpoint, waited
 from agentmesh.remote.text import TextTokenizer

@@ -14,8 +14,8 @@ from agentmesh.config.mesh import ModelSpec
 from agentmesh.config.presets import CommunicatorSpec, Picking, RecomputeSpec
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import Support, probe
-from agentmesh.events import Reason
 from agentmesh.prompt import Content, ContentKind, Prompt, Reader, Segment
+from agentmesh.reasons import Reason
 from agentmesh.sharing.repeats import AHEAD
 
 

@@ -19,8 +19,9 @@ from agentmesh.evaluate.findings import read_findings
 from agentmesh.evaluate.journal import Row
 from agentmesh.evaluate.page import Origin, html, plots, write_report
 from agentmesh.evaluate.report import Request, evaluate
-from agentmesh.events import CallRecord, MessageRecord, PlanRow, Reason, Treatment
+from agentmesh.events import CallRecord, MessageRecord
 from agentmesh.metering import CheckRecord
+from agentmesh.reasons import PlanRow, Reason, Treatment
 
 SCRIPT = "</script><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
 

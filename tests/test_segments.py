@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from agentmesh.events import Reason
 from agentmesh.kv.values import KV, Frame, join
 from agentmesh.prompt import Content, ContentKind, Prompt, Reader, Segment
+from agentmesh.reasons import Reason
 from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.matching import Matcher, Relation
 from agentmesh.sharing.repeats import AHEAD, GAP, copies, echoes, gaps

@@ -32,12 +32,13 @@ from agentmesh.engine.loading import load
 from agentmesh.engine.probe import Level, probe
 from agentmesh.engine.scout import Scout
 from agentmesh.errors import ConfigError, NodeError, RequestTooLongError, SharingError
-from agentmesh.events import CallRecord, Event, ModelFinished, NodeFinished, NodeStarted, Reason, Treatment
+from agentmesh.events import CallRecord, Event, ModelFinished, NodeFinished, NodeStarted
 from agentmesh.kv.arena import Arena, KVShape
 from agentmesh.kv.values import KV, Frame
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Content, ContentKind, Reader
 from agentmesh.prompt.segments import Prompt, Segment
+from agentmesh.reasons import Reason, Treatment
 from agentmesh.results import RunResult
 from agentmesh.sharing.anchors import Weighing
 from agentmesh.sharing.budget import Budget, Worth

@@ -15,8 +15,9 @@ from agentmesh.communicator.learner import Learner
 from agentmesh.communicator.measures import Costs
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.errors import InputError
-from agentmesh.events import CallRecord, Reason
+from agentmesh.events import CallRecord
 from agentmesh.prompt import Reader
+from agentmesh.reasons import Reason
 from agentmesh.results import RunResult
 from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.realigner import NoOffset

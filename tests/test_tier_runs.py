@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ import pytest
 from tiering import PROMPT, question, team, texts
 
 from agentmesh import Mesh
-from agentmesh.communicator import persistence
+from agentmesh.communicator import links, persistence
 from agentmesh.communicator.learner import Learner
 from agentmesh.communicator.linkstate import Audited, LinkState
 from agentmesh.communicator.measures import Costs
-from agentmesh.communicator.persistence import Persistence, Scope
+from agentmesh.communicator.persistence import Persistence
+from agentmesh.communicator.scope import Scope
 from agentmesh.communicator.slots import Slots
 from agentmesh.config.presets import CommunicatorSpec
-from agentmesh.events import Reason
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import Reader
+from agentmesh.reasons import Reason
 from agentmesh.results import RunResult
 from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.realigner import NoOffset
@@ -217,7 +218,8 @@ def test_tenants_are_apart_on_disk_also_where_keys_collide(
     tmp_path: Path, preset: str, collide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if collide:
-        monkeypatch.setattr(persistence, "key_of", lambda *_parts, **_tokens: "same")
+        for module in (persistence, links):
+            monkeypatch.setattr(module, "key_of", lambda *_parts, **_tokens: "same")
     with team(preset, None) as mesh:
         alone = mesh.run(question=question(0), tenant="b")
     with team(preset, tmp_path / "kv") as mesh:
@@ -320,16 +322,30 @@ def scope(model: str = "model", **consumers: str) -> Scope:
     return Scope.of(model, shape, consumers or {"b": "text"}, CommunicatorSpec(preset="rotate"))
 
 
-def learner_with(path: Path, *, reads: bool = True, **consumers: str) -> Learner:
-    made = Learner(CommunicatorSpec(preset="rotate", warmup=2), NoOffset, Budget(10**6))
-    made.archive = Persistence(DiskStore(path, 2**26), scope(**consumers), 10**6, reads=reads)
-    return made
+@dataclass(frozen=True)
+class Process:
+    """A learner as one process has it, and where it keeps what it learns."""
 
+    learner: Learner
+    kept: Persistence
 
-def close(learner: Learner) -> None:
-    assert isinstance(learner.archive, Persistence)
-    learner.settle()
-    learner.archive.close()
+    @classmethod
+    def on(cls, path: Path, *, reads: bool = True, **consumers: str) -> Process:
+        learner = Learner(CommunicatorSpec(preset="rotate", warmup=2), NoOffset, Budget(10**6))
+        kept = Persistence(DiskStore(path, 2**26), scope(**consumers), 10**6, reads=reads)
+        learner.archive = kept.links
+        return cls(learner, kept)
+
+    @property
+    def states(self) -> dict[str, LinkState]:
+        return self.learner.ledger.states
+
+    def begin(self, *, tenant: str = "") -> None:
+        self.learner.begin(Reader("run", 0, consumer="b", tenant=tenant))
+
+    def close(self) -> None:
+        self.learner.settle()
+        self.kept.close()
 
 
 LINK = "b read input"
@@ -337,40 +353,40 @@ LINK = "b read input"
 
 def test_a_breaker_that_opened_stays_open_whatever_other_processes_still_believe(tmp_path: Path) -> None:
     trusting = LinkState(NoOffset(9), NoOffset(0))
-    seed = learner_with(tmp_path)
-    seed.ledger.states[LINK] = trusting
-    close(seed)
+    seed = Process.on(tmp_path)
+    seed.states[LINK] = trusting
+    seed.close()
 
-    one, two = learner_with(tmp_path), learner_with(tmp_path)
-    for learner in (one, two):
-        learner.begin(Reader("run", 0, consumer="b"))
-        assert learner.ledger.states[LINK] == trusting
-    one.ledger.states[LINK] = replace(one.fresh, wait=2)
-    one.end("run")
-    two.ledger.states[LINK] = LinkState(NoOffset(50), NoOffset(0))
-    close(two)
-    close(one)
+    one, two = Process.on(tmp_path), Process.on(tmp_path)
+    for process in (one, two):
+        process.begin()
+        assert process.states[LINK] == trusting
+    one.states[LINK] = replace(one.learner.fresh, wait=2)
+    one.learner.end("run")
+    two.states[LINK] = LinkState(NoOffset(50), NoOffset(0))
+    two.close()
+    one.close()
 
-    after = learner_with(tmp_path)
-    after.begin(Reader("run", 0, consumer="b"))
-    assert after.ledger.states[LINK].wait == 2
-    assert after.ledger.states[LINK].observations == 0
-    close(after)
+    after = Process.on(tmp_path)
+    after.begin()
+    assert after.states[LINK].wait == 2
+    assert after.states[LINK].observations == 0
+    after.close()
 
 
 def test_a_breaker_that_opens_in_a_process_that_reads_nothing_counts_too(tmp_path: Path) -> None:
     for reads in (True, False):
-        learner = learner_with(tmp_path, reads=reads)
-        learner.begin(Reader("run", 0, consumer="b"))
-        learner.ledger.states[LINK] = replace(learner.fresh, wait=2)
-        learner.end("run")
-        learner.ledger.states[LINK] = LinkState(NoOffset(4 + reads), NoOffset(0))
-        close(learner)
+        process = Process.on(tmp_path, reads=reads)
+        process.begin()
+        process.states[LINK] = replace(process.learner.fresh, wait=2)
+        process.learner.end("run")
+        process.states[LINK] = LinkState(NoOffset(4 + reads), NoOffset(0))
+        process.close()
 
-    after = learner_with(tmp_path)
-    after.begin(Reader("run", 0, consumer="b"))
-    assert after.ledger.states[LINK].observations == 4
-    close(after)
+    after = Process.on(tmp_path)
+    after.begin()
+    assert after.states[LINK].observations == 4
+    after.close()
 
 
 def test_a_store_is_written_as_a_path_or_with_its_limits() -> None:
@@ -387,30 +403,30 @@ def test_a_store_is_written_as_a_path_or_with_its_limits() -> None:
 
 def test_audits_of_a_link_go_on_counting_after_a_restart(tmp_path: Path) -> None:
     audits = tuple(Audited(0.01 * n, n % 2 == 0, 0.1) for n in range(7))
-    learner = learner_with(tmp_path)
-    learner.ledger.states[LINK] = LinkState(NoOffset(5), NoOffset(1), audits, wait=1)
-    close(learner)
+    process = Process.on(tmp_path)
+    process.states[LINK] = LinkState(NoOffset(5), NoOffset(1), audits, wait=1)
+    process.close()
 
-    again = learner_with(tmp_path)
-    again.begin(Reader("run", 0, consumer="b"))
-    assert again.ledger.states[LINK] == LinkState(NoOffset(5), NoOffset(1), audits, wait=1)
-    close(again)
+    again = Process.on(tmp_path)
+    again.begin()
+    assert again.states[LINK] == LinkState(NoOffset(5), NoOffset(1), audits, wait=1)
+    again.close()
 
 
 def test_links_of_changed_texts_unknown_agents_and_other_tenants_are_not_taken_up(tmp_path: Path) -> None:
-    learner = learner_with(tmp_path)
-    learner.ledger.states.update(
+    process = Process.on(tmp_path)
+    process.states.update(
         {LINK: LinkState(NoOffset(5), NoOffset(0)), "custom read input": LinkState(NoOffset(5), NoOffset(0))}
     )
-    close(learner)
+    process.close()
 
-    changed, tenant, same = learner_with(tmp_path, b="new"), learner_with(tmp_path), learner_with(tmp_path)
-    changed.begin(Reader("run", 0, consumer="b"))
-    tenant.begin(Reader("run", 0, consumer="b", tenant="t"))
-    same.begin(Reader("run", 0, consumer="b"))
-    assert (set(changed.ledger.states), set(tenant.ledger.states), set(same.ledger.states)) == (set(), set(), {LINK})
+    changed, tenant, same = Process.on(tmp_path, b="new"), Process.on(tmp_path), Process.on(tmp_path)
+    changed.begin()
+    tenant.begin(tenant="t")
+    same.begin()
+    assert (set(changed.states), set(tenant.states), set(same.states)) == (set(), set(), {LINK})
     for one in (changed, tenant, same):
-        close(one)
+        one.close()
 
 
 def test_the_memory_budget_holds_with_a_store_and_what_waits_for_it(tmp_path: Path) -> None:

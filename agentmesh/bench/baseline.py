@@ -18,8 +18,8 @@ from agentmesh.config.mesh import GenerateSpec
 from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.loop import Engine
 from agentmesh.engine.tokenizer import HubTokenizer
-from agentmesh.events import Reason
 from agentmesh.prompt import Content, Prompt, Reader
+from agentmesh.reasons import Reason
 
 
 class _Clock:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from agentmesh.config.base import Frozen
-from agentmesh.events import SHAREABLE, PlanRow, Treatment
 from agentmesh.prompt import FIXED
+from agentmesh.reasons import SHAREABLE, PlanRow, Treatment
 from agentmesh.results import Profile
 
 
@@ -102,8 +102,8 @@ class PresetTimes(Frozen):
     ``parts_ms`` are sums over the agents of the medians; ``learn_ms`` is the sum over the warm-up rounds of what was
     spent outside TTFT on keeping and learning, committing what a round taught included, ``keep_ms`` the same for one
     measured round, ``ingest_ms`` what making the KV of a round's passages took ahead. ``anchors_held``: at the end, by
-    ``kvcomm``; too few of them say that its budget was short. ``reasons``: why shareable tokens of the last round were
-    computed.
+    ``kvcomm``; too few of them say that its budget was short. ``placed`` and ``computed`` tokens are the last round's;
+    ``reasons``: why shareable tokens were computed, summed over the measured rounds, as ``calls_shared`` is.
     """
 
     by_agent_ms: tuple[float, ...]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from agentmesh.bench.figures import AgentFidelity, KLDifference, PresetFidelity, Shared
-from agentmesh.events import PlanRow, Treatment
+from agentmesh.reasons import PlanRow, Treatment
 
 RESAMPLES = 1000
 

@@ -20,9 +20,9 @@ from agentmesh.config.mesh import GenerateSpec, ModelSpec
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.embedded import Progress
 from agentmesh.engine.profile import Profiles
-from agentmesh.events import PlanRow
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import FIXED, Content, ContentKind, Prompt, Segment
+from agentmesh.reasons import PlanRow
 from agentmesh.results import Profile
 
 DECODING = "decoding"

@@ -23,9 +23,9 @@ from agentmesh.config.base import Choice
 from agentmesh.config.presets import CommunicatorSpec, settings, specs
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.slices import at_once
-from agentmesh.events import Treatment
 from agentmesh.local import LocalBackend
 from agentmesh.prompt import FIXED, ChatTokenizer, Content, ContentKind, Prompt, Reader, Segment, neutral_header
+from agentmesh.reasons import Treatment
 
 COMMON_PREFIX = 32
 
@@ -205,7 +205,7 @@ def _summary(subject: _Subject, agents: int) -> PresetTimes:
         computed=tuple(column[-1].plan.count(Treatment.COMPUTED) for column in columns),
         calls_shared=tuple(sum(one.plan.placed_slots > 0 for one in column) for column in columns),
         anchors_held=anchors_held(subject.preset),
-        reasons=tuple(refused([column[-1].plan.rows]) for column in columns),
+        reasons=tuple(refused(one.plan.rows for one in column) for column in columns),
     )
 
 

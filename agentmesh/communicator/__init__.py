@@ -17,8 +17,8 @@ from agentmesh.engine.loading import LoadedModel
 from agentmesh.engine.probe import Level, Support
 from agentmesh.engine.scout import Scout
 from agentmesh.errors import NotFoundError, SharingError, did_you_mean, listing
-from agentmesh.events import Reason
 from agentmesh.kv.arena import KVShape
+from agentmesh.reasons import Reason
 from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.prefix import PrefixStore
 from agentmesh.sharing.realigner import Realigner

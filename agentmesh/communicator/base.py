@@ -15,10 +15,10 @@ from agentmesh.engine.cache import ArenaCache
 from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.slices import Slices
 from agentmesh.errors import SharingError
-from agentmesh.events import PlanRow, Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Content, Prompt, Reader
+from agentmesh.reasons import PlanRow, Reason, Treatment
 from agentmesh.sharing.budget import Budget
 from agentmesh.sharing.ledger import Ledger
 

@@ -16,9 +16,9 @@ from agentmesh.communicator.learner import Verdict
 from agentmesh.communicator.linkstate import shares
 from agentmesh.config.presets import PresetSpec, Recompute
 from agentmesh.engine.composition import Composition, Placement
-from agentmesh.events import Reason, Treatment
 from agentmesh.kv.values import KVSource
 from agentmesh.prompt.segments import Prompt
+from agentmesh.reasons import Reason, Treatment
 from agentmesh.sharing.matching import REASONS, Match, Relation
 from agentmesh.sharing.repeats import echoes, gaps
 

@@ -6,9 +6,9 @@ from typing import final
 
 from agentmesh.communicator.base import Plan, Preset, demand_kv, rows
 from agentmesh.engine.composition import Composition
-from agentmesh.events import Reason
 from agentmesh.kv.arena import Arena
 from agentmesh.prompt.segments import Prompt
+from agentmesh.reasons import Reason
 from agentmesh.sharing.budget import Budget
 
 

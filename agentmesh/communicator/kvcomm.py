@@ -38,11 +38,11 @@ from agentmesh.communicator.pools import NewAnchor, Pools
 from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.composition import Composition, Parts, Placement
 from agentmesh.engine.spans import Part, Spans
-from agentmesh.events import Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.kv.rope import Rope
 from agentmesh.kv.values import KV, KVSource
 from agentmesh.prompt.segments import Prompt, Reader
+from agentmesh.reasons import Reason, Treatment
 from agentmesh.sharing.anchors import Anchor, AnchoredFixed, AnchoredSlot, AnchorPool, Weighing, offset
 from agentmesh.sharing.budget import Worth
 from agentmesh.sharing.matching import REASONS, Match, Matcher, Relation

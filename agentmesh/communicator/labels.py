@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from agentmesh.errors import SharingError
-from agentmesh.events import FALLBACKS, SHAREABLE, PlanRow, Reason, Treatment
 from agentmesh.prompt.segments import Prompt
+from agentmesh.reasons import FALLBACKS, SHAREABLE, PlanRow, Reason, Treatment
 
 
 @dataclass(frozen=True)

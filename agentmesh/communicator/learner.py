@@ -24,10 +24,10 @@ from agentmesh.communicator.linkstate import (
 )
 from agentmesh.config.presets import CommunicatorSpec, Picking, choices
 from agentmesh.errors import InputError
-from agentmesh.events import Reason
 from agentmesh.kv.values import KV
 from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Reader
+from agentmesh.reasons import Reason
 from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.ledger import Ledger
 from agentmesh.sharing.matching import Match
@@ -59,9 +59,9 @@ class Verdict:
 
 
 class Archive(Protocol):
-    """Where links outlive a process."""
+    """Where what links have learned outlives a process."""
 
-    def links(self, tenant: str, fresh: LinkState) -> dict[str, LinkState]:
+    def of_tenant(self, tenant: str, fresh: LinkState) -> dict[str, LinkState]:
         """What a tenant's links have learned, by name; nothing when asked again.
 
         Args:
@@ -69,7 +69,7 @@ class Archive(Protocol):
             fresh: a link of this model that has learned nothing.
         """
 
-    def keep_links(self, states: Mapping[str, LinkState], warmup: int, *, all_of_them: bool = False) -> None:
+    def keep(self, states: Mapping[str, LinkState], warmup: int, *, all_of_them: bool = False) -> None:
         """Keep links that have changed, all of them or those that have changed enough.
 
         Args:
@@ -220,7 +220,7 @@ class Learner:
     def begin(self, reader: Reader) -> None:
         """Fix what a run sees; a tenant's first run brings back what its earlier ones have learned."""
         if self.archive is not None:
-            self._take_up(self.archive.links(reader.tenant, self.fresh))
+            self._take_up(self.archive.of_tenant(reader.tenant, self.fresh))
         self._view(reader)
 
     def freeze(self) -> None:
@@ -233,12 +233,12 @@ class Learner:
         self.ledger.end(run)
         self._prepare()
         if self.archive is not None:
-            self.archive.keep_links(self.ledger.states, self._spec.warmup)
+            self.archive.keep(self.ledger.states, self._spec.warmup)
 
     def settle(self) -> None:
         """Keep beyond the process what was learned, however little."""
         if self.archive is not None:
-            self.archive.keep_links(self.ledger.states, self._spec.warmup, all_of_them=True)
+            self.archive.keep(self.ledger.states, self._spec.warmup, all_of_them=True)
 
     def _take_up(self, states: Mapping[str, LinkState]) -> None:
         """Go on from links that earlier processes have kept: those that know more, or whose breaker is open."""

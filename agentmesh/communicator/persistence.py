@@ -11,20 +11,15 @@ compared after loading. Called on the engine's thread only, which reads at most 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
 
-from agentmesh.communicator.links import link_record, link_state
-from agentmesh.communicator.linkstate import Audited, LinkState, split_link
-from agentmesh.config.presets import CommunicatorSpec, choices
-from agentmesh.kv.arena import KVShape
+from agentmesh.communicator.links import KeptLinks
+from agentmesh.communicator.scope import Scope, key_of
 from agentmesh.kv.values import KV, Frame
 from agentmesh.sharing.segments import Reading, Rows, SegmentStore, Span
 from agentmesh.sharing.tier.disk import DiskStore
@@ -36,56 +31,9 @@ READ_BYTES = 256 * 2**20
 READ_SECONDS = 0.5
 TOUCH_SECONDS = 600.0
 DRAIN_SECONDS = 60.0
-LINKS = 10_000
 KNOWN = 100_000
 ANYBODY, PASSAGES = "*", ""
 """Names that stand for every agent, and for passages of a corpus, which no agent has read."""
-
-
-def key_of(*parts: str, tokens: Sequence[int] = ()) -> str:
-    """The name that something is found by."""
-    return hashlib.sha256("\0".join(parts).encode() + b"\0\0" + array("q", tokens).tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Whose KV and statistics they are.
-
-    Args:
-        identity: of model and machine.
-        shape: of the model's KV.
-        consumers: agent → digest of its texts; of other agents only prefixes are kept.
-        choices: what the preset does with what it places.
-    """
-
-    identity: str
-    shape: KVShape
-    consumers: Mapping[str, str]
-    choices: str
-
-    @staticmethod
-    def of(identity: str, shape: KVShape, consumers: Mapping[str, str], spec: CommunicatorSpec) -> Scope:
-        """The scope of a mesh's agents under a preset."""
-        return Scope(identity, shape, consumers, choices(spec).model_dump_json())
-
-    @property
-    def mesh(self) -> str:
-        """One text for all agents and choices."""
-        return json.dumps([sorted(self.consumers.items()), self.choices])
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """How far a link was when it was kept last."""
-
-    observations: int
-    wait: int
-    audits: tuple[Audited, ...]
-
-    @staticmethod
-    def of(state: LinkState) -> _Mark:
-        """Where a link is now."""
-        return _Mark(state.observations, state.wait, state.audits)
 
 
 class _Allowance:
@@ -111,6 +59,8 @@ class Persistence:
         scope: whose it is.
         memory: bytes that may wait to be written.
         reads: whether anything is read; deterministic runs write only, so that what is shared depends on no folder.
+
+    ``links`` keeps what links have learned.
     """
 
     def __init__(self, store: DiskStore, scope: Scope, memory: int, *, reads: bool) -> None:
@@ -118,11 +68,9 @@ class Persistence:
         self.writer = Writer(store.twin(), memory)
         self._scope = scope
         self._reads = reads
+        self.links = KeptLinks(store, self.writer, scope, reads=reads)
         self._allowance = _Allowance()
         self._seen: dict[tuple[str, str], float] = {}
-        self._links: dict[str, _Mark] = {}
-        self._generations: dict[str, int] = {}
-        self._loaded: set[str] = set()
 
     def next_prompt(self) -> None:
         """A prompt is about to be planned: as much may be read for it as for every other one."""
@@ -213,52 +161,6 @@ class Persistence:
             Record("reading", reading.tenant, self._scope.identity, keys, tensors, about, tokens=rows.kv.tokens)
         )
 
-    def links(self, tenant: str, fresh: LinkState) -> dict[str, LinkState]:
-        """What a tenant's links have learned, by name; nothing when asked again."""
-        if not self._reads or tenant in self._loaded:
-            return {}
-        self._loaded.add(tenant)
-        found: dict[str, LinkState] = {}
-        for entry in self.store.find("link", tenant, self._scope.identity, key_of("links", self._scope.mesh), LINKS):
-            record = self.store.get(entry)
-            if record is None:
-                continue
-            name = str(record.about.get("name"))
-            state = link_state(record, fresh)
-            if state is None:
-                self.store.reject(entry)
-            elif record.about.get("mesh") == self._scope.mesh and split_link(name)[1] == tenant and name not in found:
-                self._hit(entry)
-                found[name] = state
-                self._generations[name], self._links[name] = record.generation, _Mark.of(state)
-        return found
-
-    def keep_links(self, states: Mapping[str, LinkState], warmup: int, *, all_of_them: bool = False) -> None:
-        """Keep what links have learned since they were kept last, where it is enough to be worth a file.
-
-        A breaker that opened is kept at once, and in a new generation: no process that still trusts what it has learned
-        of the link can bring it back.
-        """
-        for name, state in states.items():
-            old, new = self._links.get(name), _Mark.of(state)
-            plain, tenant = split_link(name)
-            known = plain.rsplit(" ", 2)[0] in self._scope.consumers
-            if not known or new == old or not (all_of_them or _due(old, new, warmup)):
-                continue
-            opened = state.wait > (old.wait if old is not None else 0)
-            keys = (key_of("link", self._scope.mesh, plain), key_of("links", self._scope.mesh))
-            generation = self._generations.get(name, 0)
-            if opened:
-                there = self.store.find("link", tenant, self._scope.identity, keys[0])
-                generation = max([generation, *(entry.generation for entry in there)]) + 1
-            about = {"name": name, "mesh": self._scope.mesh}
-            record = link_record(state, tenant, self._scope.identity, keys, about, generation)
-            self._links[name], self._generations[name] = new, generation
-            if opened:
-                self.store.put(record, replaces=True)
-            elif self.writer.takes(nbytes := sum(tensor.nbytes for tensor in record.tensors.values())):
-                self.writer.submit(lambda store, record=record: store.put(record, replaces=True), nbytes)  # type: ignore[misc]
-
     def close(self) -> None:
         """Write what waits, and let go of the folder."""
         self.writer.close(DRAIN_SECONDS)
@@ -325,7 +227,7 @@ class Persistence:
         there = self.store.find(kind, tenant, self._scope.identity, key)
         if there:
             self._seen[known] = now
-            self._touch(there[0])
+            self.writer.touch(there[0])
         return not there
 
     def _write(self, record: Record) -> None:
@@ -334,21 +236,10 @@ class Persistence:
         self._seen.update({(record.tenant, key): now for key in record.keys})
         self.writer.submit(lambda store: store.put(record), nbytes)
 
-    def _touch(self, entry: Entry) -> None:
-        self.writer.submit(lambda store: store.touch([(entry.tenant, entry.digest)]))
-
     def _hit(self, entry: Entry) -> None:
         self.store.counts.hits += 1
-        self._touch(entry)
+        self.writer.touch(entry)
 
 
 def _ints(record: Record, name: str) -> tuple[int, ...]:
     return tuple(record.tensors[name].tolist()) if name in record.tensors else ()
-
-
-def _due(old: _Mark | None, new: _Mark, warmup: int) -> bool:
-    """Whether a link has changed enough: its breaker, a quarter more observations, or some audits."""
-    if old is None:
-        return new.wait > 0 or new.observations >= warmup
-    more = new.observations > old.observations and new.observations >= max(1.25 * old.observations, warmup)
-    return new.wait != old.wait or more or abs(len(new.audits) - len(old.audits)) >= warmup

@@ -11,9 +11,9 @@ from agentmesh.communicator.base import Plan, Preset, demand_kv, rows
 from agentmesh.communicator.beginnings import Beginnings
 from agentmesh.communicator.persistence import Persistence
 from agentmesh.engine.composition import Composition, Placement
-from agentmesh.events import Reason, Treatment
 from agentmesh.kv.arena import Arena
 from agentmesh.prompt.segments import FIXED, Prompt
+from agentmesh.reasons import Reason, Treatment
 from agentmesh.sharing.prefix import PrefixStore
 
 

@@ -38,10 +38,10 @@ from agentmesh.engine.composition import Composition, Parts
 from agentmesh.engine.scout import Scout
 from agentmesh.engine.slices import Slices, noted
 from agentmesh.engine.spans import Part
-from agentmesh.events import Reason
 from agentmesh.kv.arena import Arena
 from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Content, Prompt, Reader
+from agentmesh.reasons import Reason
 from agentmesh.sharing.matching import Match, Matcher, Relation
 from agentmesh.sharing.realigner import NoOffset, Realigner
 from agentmesh.sharing.repeats import copies
@@ -212,7 +212,7 @@ class Slots(Preset):
 
     def attach(self, kept: Persistence) -> None:
         """Keep prefixes, readings and what links learn beyond this process."""
-        self.learner.archive = kept
+        self.learner.archive = kept.links
         self.keeper.attach(kept, readings=True)
 
     def settle(self) -> None:

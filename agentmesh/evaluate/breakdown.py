@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from agentmesh.config.base import Frozen
 from agentmesh.evaluate.journal import Row, by_preset
 from agentmesh.evaluate.results import both, words_before
-from agentmesh.events import CallRecord, PlanRow, Reason, Treatment
+from agentmesh.events import CallRecord
 from agentmesh.prompt import ContentKind
+from agentmesh.reasons import PlanRow, Reason, Treatment
 
 T = TypeVar("T")
 QUEUE = "queue"

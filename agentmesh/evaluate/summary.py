@@ -6,7 +6,7 @@ from agentmesh.evaluate.breakdown import Breakdown
 from agentmesh.evaluate.findings import Findings
 from agentmesh.evaluate.results import Paired, PresetResult, Results
 from agentmesh.evaluate.tables import markdown, results_markdown
-from agentmesh.events import Treatment
+from agentmesh.reasons import Treatment
 
 
 def sentences(found: Findings) -> dict[str, str]:

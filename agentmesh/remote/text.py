@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from agentmesh.events import PlanRow, Reason, Treatment
 from agentmesh.prompt import Prompt
+from agentmesh.reasons import PlanRow, Reason, Treatment
 
 BYTES_A_TOKEN = 4
 """How texts are counted until the endpoint says how long they are: about right for English, and no more than that."""

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from agentmesh.config.base import Frozen, Integer
 from agentmesh.errors import did_you_mean, listing
-from agentmesh.events import Reason
+from agentmesh.reasons import Reason
 from agentmesh.serve.guard import tenant_of
 from agentmesh.serve.limits import Limits
 from agentmesh.serve.meshes import Served

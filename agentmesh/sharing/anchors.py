@@ -14,8 +14,8 @@ from functools import cached_property
 
 import torch
 
-from agentmesh.events import Reason
 from agentmesh.kv.values import ALL, KV
+from agentmesh.reasons import Reason
 
 
 @dataclass(frozen=True)

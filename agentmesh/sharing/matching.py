@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agentmesh.config.base import Choice
-from agentmesh.events import Reason
 from agentmesh.kv.values import KV
 from agentmesh.prompt.segments import ContentKind, Prompt, Segment
+from agentmesh.reasons import Reason
 from agentmesh.sharing.segments import Reading, SegmentStore, Span
 
 

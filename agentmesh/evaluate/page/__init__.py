@@ -22,7 +22,7 @@ from agentmesh.evaluate.page import plots
 from agentmesh.evaluate.page.samples import Samples
 from agentmesh.evaluate.summary import sentences, summary_markdown
 from agentmesh.evaluate.tables import audited, judge_cells, stable
-from agentmesh.events import Reason
+from agentmesh.reasons import Reason
 from agentmesh.record import disk, write_whole
 
 PARTS: Mapping[str, str] = MappingProxyType(

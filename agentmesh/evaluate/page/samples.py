@@ -11,8 +11,9 @@ from typing import Any, final
 
 from agentmesh.evaluate.breakdown import first_differing, natural
 from agentmesh.evaluate.journal import Row
-from agentmesh.events import CallRecord, MessageRecord, PlanRow, Reason, Treatment
+from agentmesh.events import CallRecord, MessageRecord
 from agentmesh.prompt import FIXED
+from agentmesh.reasons import PlanRow, Reason, Treatment
 
 RUN_SIZE = 24
 """About as many characters as one run takes in the page, beside its text."""

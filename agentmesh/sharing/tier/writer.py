@@ -14,6 +14,7 @@ from typing import final
 
 from agentmesh.sharing.budget import Worth
 from agentmesh.sharing.tier.disk import DiskStore
+from agentmesh.sharing.tier.index import Entry
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Writer:
             self._jobs.append(Job(work, nbytes))
             self._waiting += nbytes
             self._changed.notify_all()
+
+    def touch(self, entry: Entry) -> None:
+        """Note that an entry was used."""
+        self.submit(lambda store: store.touch([(entry.tenant, entry.digest)]))
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until all is written; False where that takes longer than ``timeout`` seconds."""

@@ -30,8 +30,8 @@ bench: $(READY) ## two of the figures that README quotes; the others' commands s
 soak: $(READY)  ## many runs at once for MINUTES, a line a minute; SOAK="--model smollm2-135m --deterministic" for others
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(SOAK)
 
-flat: $(READY)  ## 300 word problems through one mesh with the embedded model: memory stays flat, calls share
-	$(BIN)/python tests/flat.py
+flat: $(READY)  ## 300 word problems (DATA=questions.jsonl) through one mesh: memory stays flat, calls share
+	$(BIN)/python tests/flat.py $(if $(DATA),--data $(DATA))
 
 restart: $(READY) ## what a restart costs with a store, and what tenants can tell of each other
 	$(BIN)/python tests/restart.py

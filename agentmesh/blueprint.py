@@ -48,7 +48,7 @@ class Member:
 
     @property
     def reads_exactly(self) -> bool:
-        """Whether it reads exact KV only: as its entry says, else if it is a judge (METHOD 6.2)."""
+        """Whether it reads exact KV only: as its entry says, else if it is a judge (docs/method.md, 6.2)."""
         said = self.spec.reads if isinstance(self.spec, LlmAgentSpec) else None
         return said is Reads.EXACT or (said is None and self.is_judge)
 
@@ -208,7 +208,7 @@ def _model(model: ModelSpec | RemoteModelSpec, members: Iterable[Member]) -> Mod
 
 
 def _shared_first(blueprint: Blueprint) -> dict[str, Member]:
-    """Members with their own text behind the shared text, where several read it at one endpoint (issue 6)."""
+    """Members with their own text behind the shared text, where several read it at one endpoint."""
     written = {node: m.spec for node, m in blueprint.members.items() if isinstance(m.spec, LlmAgentSpec)}
     remotes = {node: remote for node in written if (remote := blueprint.remote_of(node)) is not None}
     ordered = {node: remote for node, remote in remotes.items() if remote.order is Order.SHARED_FIRST}

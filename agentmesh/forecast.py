@@ -12,13 +12,16 @@ from dataclasses import dataclass, field, replace
 
 from agentmesh.blueprint import Blueprint, Member
 from agentmesh.config.base import Frozen
-from agentmesh.config.mesh import LlmAgentSpec, RetrieverAgentSpec
+from agentmesh.config.mesh import LlmAgentSpec, Memory, RetrieverAgentSpec
 from agentmesh.config.presets import PresetSpec, RealignerKind, Share, choices
 from agentmesh.errors import TemplateError
-from agentmesh.foreseen import ANY_DEPTH, Base, Piece, Read, base, beginning
+from agentmesh.foreseen import ANY_DEPTH, Base, Piece, Read, base, beginning, resumed
 from agentmesh.prompt import Content, ContentKind, Message, RoleTemplate, Scope, said
 from agentmesh.reasons import Reason
 from agentmesh.topology import Delivery, Visit
+
+TURN_ENDS = "\ue003"
+"""Between a user turn and the agent's reply."""
 
 COMMON, BEHIND_INBOX = "\ue000", "\ue001"
 """How prompts begin in the role-last layout: with a text that is known without an inbox, or is known with it only."""
@@ -91,21 +94,22 @@ class _Walk:
         where = "" if remote is None else f"{remote.name} at {remote.remote}"
         earlier = self.read.setdefault(where, [])
         if remote is None:
-            bases = self._bases(pieces, earlier, exactly=self.blueprint.members[visit.node].reads_exactly)
+            bases = self._bases(visit.node, pieces, earlier)
             slots, note, endpoint = _slots(pieces, bases), self._doubt(pieces, bases, earlier), ""
         else:
             exact = beginning(pieces, earlier)
             bases = {0: exact} if exact.size else {}
             slots, note, endpoint = _as_text(pieces), f"text to {where}{_begins_as(pieces, exact)}", remote.remote
-        message = said(ContentKind.MESSAGE, visit.node, visit.round)
-        earlier.append(Read(visit.node, pieces, _depths(pieces, bases), message))
+        earlier.append(_read(visit, pieces, bases, as_text=remote is not None))
         return VisitForecast(node=visit.node, round=visit.round, slots=slots, note=note, endpoint=endpoint), bases
 
-    def _bases(self, pieces: Sequence[Piece], earlier: Sequence[Read], *, exactly: bool) -> dict[int, Base]:
+    def _bases(self, node: str, pieces: Sequence[Piece], earlier: Sequence[Read]) -> dict[int, Base]:
         """The exact beginning, then blocks; a preset with anchors places all slots behind the beginning, or none."""
         share, found = self.choice.share, dict[int, Base]()
-        declared = self.leads.count(str(pieces[0])) > 1
-        exact = beginning(pieces, earlier) if declared and share is not Share.NOTHING else Base("", Reason.NOT_SEEN, 0)
+        exactly, exact = self.blueprint.members[node].reads_exactly, Base("", Reason.NOT_SEEN, 0)
+        if share is not Share.NOTHING:
+            declared = self.leads.count(str(pieces[0])) > 1
+            exact = beginning(pieces, earlier) if declared else resumed(pieces, earlier, node)
         at = exact.size
         while at < len(pieces):
             if isinstance(pieces[at], Content):
@@ -113,7 +117,7 @@ class _Walk:
                 found[at] = Base("", Reason.READS_EXACTLY) if exactly and one.source else one
             at += found[at].size if at in found else 1
         if self.choice.realigner is RealignerKind.ANCHORS and not all(one.source for one in found.values()):
-            found = {index: Base("", Reason.OBSERVING) if one.source else one for index, one in found.items()}
+            found = {index: Base("", Reason.ALL_OR_NONE) if one.source else one for index, one in found.items()}
         return {0: exact, **found} if exact.size else found
 
     def _base(self, pieces: Sequence[Piece], index: int, earlier: Sequence[Read], *, limited: bool = True) -> Base:
@@ -141,12 +145,32 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Prompts:
-    """What visits will read, as far as templates say."""
+    """What visits will read, as far as templates say.
+
+    Args:
+        blueprint: the mesh.
+        histories: what agents with a memory have read and said so far, each with what ends a turn.
+    """
 
     blueprint: Blueprint
+    histories: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
 
-    def pieces(self, member: Member, spec: LlmAgentSpec, inbox: Sequence[Delivery], round_: int) -> tuple[Piece, ...]:
-        """A prompt with named slots.
+    def visit(self, visit: Visit, member: Member, spec: LlmAgentSpec) -> tuple[Piece, ...]:
+        """The prompt of the next visit; an agent with a memory goes on from its earlier ones.
+
+        Raises:
+            TemplateError: it cannot be rendered without texts.
+        """
+        system, turn = self._rendered(member, spec, visit.inbox, visit.round)
+        history = self.histories.get(visit.node, ())
+        if spec.memory is Memory.CONVERSATION:
+            self.histories[visit.node] = (*history, *turn, _reply(visit), "\n")
+        return _joined((*system, *history, *turn))
+
+    def _rendered(
+        self, member: Member, spec: LlmAgentSpec, inbox: Sequence[Delivery], round_: int
+    ) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """A visit's system text and its own turn, with named slots.
 
         Raises:
             TemplateError: it cannot be rendered without texts.
@@ -156,7 +180,7 @@ class _Prompts:
         messages = [self._message(delivery) for delivery in inbox]
         scope = Scope(inputs, messages, role=member.role, node=member.node, round=round_, rounds=rounds)
         system, user = RoleTemplate(spec.system, spec.prompt).render(scope)
-        return tuple(scope.split(f"{system}\n{user}"))
+        return tuple(scope.split(f"{system}\n")), (*scope.split(user), TURN_ENDS)
 
     def leads(self) -> dict[str, str]:
         """How the prompts of all agents begin for whom that is known without an inbox."""
@@ -164,7 +188,8 @@ class _Prompts:
         for node, member in self.blueprint.members.items():
             if isinstance(member.spec, LlmAgentSpec):
                 with suppress(TemplateError):
-                    found[node] = str(self.pieces(member, member.spec, (), 0)[0])
+                    system, turn = self._rendered(member, member.spec, (), 0)
+                    found[node] = str(_joined((*system, *turn))[0])
         return found
 
     def _message(self, delivery: Delivery) -> Message:
@@ -194,7 +219,7 @@ def forecast(blueprint: Blueprint) -> Forecast:
         if not isinstance(member.spec, LlmAgentSpec):
             continue
         try:
-            pieces = prompts.pieces(member, member.spec, visit.inbox, visit.round)
+            pieces = prompts.visit(visit, member, member.spec)
         except TemplateError as error:
             visits.append(VisitForecast(node=visit.node, round=visit.round, slots=(), note=f"not known ahead: {error}"))
             continue
@@ -211,6 +236,30 @@ def forecast(blueprint: Blueprint) -> Forecast:
         given=tuple(_given(blueprint)),
         advice=tuple(advice.values()),
     )
+
+
+def _read(visit: Visit, pieces: tuple[Piece, ...], bases: Bases, *, as_text: bool) -> Read:
+    """What later visits find of this one; an endpoint that was sent text may hold all of it, its reply included."""
+    depths = _depths(pieces, bases)
+    placed = [at for at, one in bases.items() if one.source and one.reason is not Reason.IDENTICAL_PREFIX]
+    exact = len(pieces) + 1 if as_text else min(placed, default=len(pieces))
+    return Read(visit.node, (*pieces, _reply(visit)), (*depths, int(any(depths))), exact)
+
+
+def _reply(visit: Visit) -> Content:
+    """What a visit writes, by name."""
+    return Content("", ContentKind.MESSAGE, said(ContentKind.MESSAGE, visit.node, visit.round))
+
+
+def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """Pieces with neighbouring texts in one."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if found and isinstance(piece, str) and isinstance(found[-1], str):
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return tuple(found)
 
 
 def _given(blueprint: Blueprint) -> Iterator[str]:

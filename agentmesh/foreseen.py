@@ -21,20 +21,20 @@ class Read:
 
     Args:
         node: whose visit it was.
-        pieces: its prompt.
+        pieces: its prompt, and what it wrote.
         depths: of each piece's KV, as in ``sharing.segments``.
-        message: the name of what it wrote.
+        exact: how many pieces have KV that may be an exact prefix: all up to what was placed from elsewhere or decoded.
     """
 
     node: str
     pieces: tuple[Piece, ...]
     depths: tuple[int, ...]
-    message: str
+    exact: int
 
     @property
-    def written(self) -> int:
-        """Depth of its message's KV."""
-        return int(any(self.depths))
+    def prompt(self) -> tuple[Piece, ...]:
+        """What it read."""
+        return self.pieces[:-1]
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,24 @@ def beginning(pieces: Sequence[Piece], earlier: Sequence[Read]) -> Base:
     best = Base("", Reason.FIRST_READER, 0)
     for read in earlier:
         size = 0
-        for count, (mine, theirs, depth) in enumerate(zip(pieces, read.pieces, read.depths, strict=False), 1):
-            if depth or not _same(mine, theirs):
+        for count, (mine, theirs) in enumerate(zip(pieces, read.pieces[: read.exact], strict=False), 1):
+            if not _same(mine, theirs):
                 break
             size = count if isinstance(mine, Content) else size
         if size and size >= best.size:
             best = Base(read.node, Reason.IDENTICAL_PREFIX, size, (0,) * size)
     return best
+
+
+def resumed(pieces: Sequence[Piece], earlier: Sequence[Read], node: str) -> Base:
+    """The whole of the longest prompt of a node's own that this one goes on from, where it was read exactly."""
+    own = [read.prompt for read in earlier if read.node == node and read.exact >= len(read.prompt)]
+    begun = [prompt for prompt in own if _begins(pieces, prompt)]
+    sizes = [
+        max((at for at, piece in enumerate(prompt, 1) if isinstance(piece, Content)), default=0) for prompt in begun
+    ]
+    size = max(sizes, default=0)
+    return Base(node, Reason.IDENTICAL_PREFIX, size, (0,) * size) if size else Base("", Reason.FIRST_READER, 0)
 
 
 def base(
@@ -89,9 +100,6 @@ def base(
     for read in earlier:
         places = [at for at, piece in enumerate(read.pieces) if isinstance(piece, Content) and _same(slot, piece)]
         bases = [_follow(pieces, index, read, at, blocks=blocks, deepest=deepest) for at in places]
-        if read.message == slot.origin:
-            written = Base(read.node, Reason.WRITTEN_BEFORE, 1, (read.written,))
-            bases.append(written if read.written <= deepest else None)
         deep = deep or None in bases
         found += [one for one in bases if one is not None]
     if not found:
@@ -116,8 +124,14 @@ def _follow(pieces: Sequence[Piece], index: int, read: Read, at: int, *, blocks:
         size = count if isinstance(mine, Content) else size
         if not blocks:
             break
-    reason = Reason.SAME_HISTORY if history else Reason.READ_BEFORE
+    written = at == len(read.prompt)
+    reason = Reason.SAME_HISTORY if history else Reason.WRITTEN_BEFORE if written else Reason.READ_BEFORE
     return Base(read.node, reason, size, read.depths[at : at + size]) if size else None
+
+
+def _begins(pieces: Sequence[Piece], lead: Sequence[Piece]) -> bool:
+    """Whether a prompt goes on from another one."""
+    return len(pieces) > len(lead) and all(map(_same, pieces, lead))
 
 
 def _same(one: Piece, other: Piece) -> bool:

@@ -37,7 +37,7 @@ from agentmesh.prompt import Content, Prompt, Reader, neutral_header
 from agentmesh.sharing.tier.disk import DiskStore
 
 RUNS_A_CORE = 8
-"""Runs at once that a core serves: on two cores sixteen sequences decode as one full group of rows (docs/method.md)."""
+"""Runs at once that a core serves: on two cores sixteen sequences are one full group of rows (docs/figures.md)."""
 
 SHORT_TOKENS = 512
 """Tokens of a prompt for which the budget has room in each run at once; where they are longer, runs wait."""

@@ -24,7 +24,7 @@ class EndpointUsage(Frozen):
 
 
 class Audit(Frozen):
-    """One reusing call checked against a dense prefill of the same prompt (METHOD 6.3).
+    """One reusing call checked against a dense prefill of the same prompt (docs/method.md, 6.3).
 
     ``kl`` of the next-token distributions, dense against reuse, in nats; ``flip`` says whether the most likely token
     differs; ``opened`` names slots whose breaker the audit opened.

@@ -75,6 +75,10 @@ class Reason(Choice):
         "observing",
         "Another slot of the call is not warm: the whole call is computed, so that what is observed is exact.",
     )
+    ALL_OR_NONE = (
+        "all-or-none",
+        "Another slot of the call has nothing that it could be placed from, and `kvcomm` places all or none.",
+    )
     PREDICTED_ERROR = "predicted-error", "The realigner expects an error above `max_kl`."
     BREAKER_OPEN = (
         "breaker-open",
@@ -105,6 +109,7 @@ FALLBACKS = frozenset(
         Reason.EVICTED,
         Reason.NOT_WARM,
         Reason.OBSERVING,
+        Reason.ALL_OR_NONE,
         Reason.PREDICTED_ERROR,
         Reason.BREAKER_OPEN,
         Reason.TOO_DEEP,

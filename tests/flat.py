@@ -1,6 +1,6 @@
 """Many questions through one mesh with the embedded model: memory stays flat, and whoever can share shares.
 
-    make flat                                  # or: python tests/flat.py --data gsm8k-dev.jsonl --limit 300
+    make flat DATA=gsm8k-dev.jsonl             # or: python tests/flat.py --data gsm8k-dev.jsonl --limit 300
 
 Messages have 8 tokens, so most of the time goes into reading, keeping and learning. A line every 20 questions; what is
 wrong ends it with a message that says what, and exit code 1.
@@ -40,7 +40,7 @@ OVERRIDES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all questions; 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "gsm8k-dev.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="a JSONL file with a question on each line")
     parser.add_argument("--limit", type=int, default=300)
     given = parser.parse_args(arguments)
     if given.limit <= SETTLED:

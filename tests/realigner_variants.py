@@ -1,4 +1,4 @@
-"""What the linear realigner owes to its parts: KL of simpler ones and of other choices of computed tokens (issue 3).
+"""What the linear realigner owes to its parts: KL of simpler ones and of other choices of computed tokens.
 
     python tests/realigner_variants.py math-fully-connected --data questions.jsonl --warmup 20 --limit 20
 

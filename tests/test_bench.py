@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from agentmesh import Mesh
 from agentmesh.bench import session, ttft
-from agentmesh.bench.data import Question, read_questions
+from agentmesh.bench.data import GivenPassages, Passages, Question, dense_runs, read_questions
 from agentmesh.bench.fidelity import _Unrotated
 from agentmesh.bench.figures import Fidelity, ScalingPoint, Throughput
 from agentmesh.bench.rig import Rig, observe
@@ -37,6 +37,7 @@ from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
 from agentmesh.engine.probe import probe
 from agentmesh.engine.slices import at_once
+from agentmesh.errors import InputError
 from agentmesh.metering import Audit
 from agentmesh.reasons import Reason
 from agentmesh.tables import fidelity_table, throughput_table
@@ -428,14 +429,26 @@ def test_on_the_real_model_linear_is_near_dense_and_the_controls_are_not(tmp_pat
     assert found.controls["nothing_computed"] >= 1.6 * linear.kl_mean
 
 
-def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for layout in Layout:
-        calls = round_of_calls(ByteTokenizer(), Setting(3, 100, 50, 40, layout), layout, 1)
-        again = round_of_calls(ByteTokenizer(), Setting(3, 100, 50, 40, layout), layout, 1)
-        assert [call.prompt.tokens for call in calls] == [call.prompt.tokens for call in again]
-        assert all(len(call.message) == 40 for call in calls)
-        assert [len(call.prompt.segments) for call in calls] == [4, 6, 8]
-    assert ttft.COMMON_PREFIX < 50
+@pytest.mark.parametrize("layout", Layout)
+def test_a_round_of_calls_has_the_asked_sizes_in_both_layouts(layout: Layout) -> None:
+    calls = round_of_calls(ByteTokenizer(), Setting(3, 100, 50, 40, layout), layout, 1)
+    again = round_of_calls(ByteTokenizer(), Setting(3, 100, 50, 40, layout), layout, 1)
+    other = round_of_calls(ByteTokenizer(), Setting(3, 100, 50, 40, layout), layout, 2)
+
+    assert [call.prompt.tokens for call in calls] == [call.prompt.tokens for call in again]
+    assert all(len(call.message) == 40 for call in calls)
+    for number, call in enumerate(calls):
+        sizes = [len(segment.tokens) for segment in call.prompt.segments if segment.content is not None]
+        assert sizes == [100] + [40] * number, "the question and the messages before"
+    first, last = [{call.prompt.segments[place].tokens for call in calls} for place in (0, -1)]
+    if layout is Layout.ROLE_FIRST:
+        assert [len(lead) for lead in first] == [50, 50, 50]
+        assert [len(end) for end in last] == [len("\n\nAnswer the question.\n")]
+    else:
+        assert [len(lead) for lead in first] == [ttft.COMMON_PREFIX]
+        assert len(last) == 3
+    assert [one.prompt.segments[0] for one in calls] == [one.prompt.segments[0] for one in other]
+    assert calls[0].prompt.segments[2].tokens != other[0].prompt.segments[2].tokens, "another question"
 
 
 @pytest.mark.parametrize(
@@ -546,6 +559,16 @@ def test_ttft_of_passages_as_a_block_and_from_the_corpus(tmp_path: Path, corpus:
     assert (epic["placed"][0] > 60) == corpus  # two passages of 50, less the 16 first tokens of each
     assert epic["placed"][1] > 60
     assert (epic["ingest_ms"] > 0) == corpus
+
+
+def test_a_question_that_is_there_twice_with_other_passages_is_refused() -> None:
+    asked = [Question("Which pier?", (f"Pier {number} holds boats. " * 4,)) for number in (1, 2)]
+    recording: Any = SimpleNamespace(tokenizer=ByteTokenizer())
+    given = {"finder": GivenPassages("question")}
+    mesh: Any = None
+
+    with pytest.raises(InputError, match="the question 'Which pier\\?' is there twice"):
+        next(dense_runs(mesh, recording, asked, given, Passages(2, 20)))
 
 
 def test_scaling_gives_the_documented_figures_a_fit_and_a_plot(tmp_path: Path) -> None:

@@ -115,18 +115,21 @@ def test_the_advice_is_what_the_role_last_layout_gives(root: Path, preset: str) 
 
 
 TEXTS = "{{ question }}\n{% for m in inbox %}\n{{ m.role }}:\n{{ m }}\n{% endfor %}\nGo on."
+GOES_ON = "{% if round == 0 %}{{ question }}\n{% endif %}" + TEXTS.partition("\n")[2]
 WIDE_OPEN = {"cost_gate": False, "max_kl": 1e6, "warmup": 2, "audit": 0.0, "anchors": {"gamma": 50.0}}
 
 
-def tiny(preset: str, topology: Mapping[str, Any], *, last: bool, **communicator: Any) -> Mesh:
+def tiny(preset: str, topology: Mapping[str, Any], *, last: bool, memory: str = "none", **communicator: Any) -> Mesh:
     """Agents on a tiny random model whose gates let everything pass."""
 
     def agent(name: str) -> dict[str, Any]:
         system, prompt = (
-            (f"You are a team. {'Work. ' * 12}", f"{TEXTS} As {name}.") if last else (f"You are {name}. " * 5, TEXTS)
+            (f"You are a team. {'Work. ' * 12}", f"{texts} As {name}.") if last else (f"You are {name}. " * 5, texts)
         )
-        return {"role": name, "system": system, "prompt": prompt, "generate": {"max_tokens": 36, "temperature": 1.0}}
+        written = {"role": name, "system": system, "prompt": prompt, "memory": memory}
+        return {**written, "generate": {"max_tokens": 36, "temperature": 1.0}}
 
+    texts = TEXTS if memory == "none" else GOES_ON
     team = [f"agent.{number + 1}" for number in range(topology.get("agents", 0))]
     names = team or ["judge", "debater.1", "debater.2"]
     communicator = {"preset": preset, **WIDE_OPEN, **communicator}
@@ -143,27 +146,16 @@ def happened(call: CallRecord) -> dict[str, tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize(
-    ("preset", "topology", "changes"),
-    [
-        ("rotate", {"use": "fully-connected", "agents": 5}, {"max_depth": 2}),
-        ("rotate", {"use": "fully-connected", "agents": 5}, {"max_depth": 0}),
-        ("rotate", {"use": "debate", "debaters": 2, "rounds": 2}, {}),
-        ("linear", {"use": "fully-connected", "agents": 5}, {}),
-        ("linear", {"use": "debate", "debaters": 2, "rounds": 2}, {}),
-        ("kvcomm", {"use": "fully-connected", "agents": 4}, {}),
-        ("kvcomm", {"use": "debate", "debaters": 2, "rounds": 2}, {}),
-    ],
-)
-def test_a_warm_run_with_open_gates_does_what_the_forecast_says(
-    preset: str, topology: dict[str, Any], changes: dict[str, Any], last: bool
-) -> None:
-    with tiny(preset, topology, last=last, **changes) as mesh:
-        told = forecast(mesh.blueprint)
-        for number in (*range(10, 17), 1):
-            result = mesh.run(question=f"Question {number}: " + " ".join(f"word{number * 7 + i}" for i in range(12)))
+FULL5, DEBATE = {"use": "fully-connected", "agents": 5}, {"use": "debate", "debaters": 2, "rounds": 2}
 
+
+def check_a_warm_run(mesh: Mesh) -> None:
+    """Run until all is warm, and compare the last run with what was said ahead."""
+    told = forecast(mesh.blueprint)
+    for number in (*range(10, 17), 1):
+        result = mesh.run(question=f"Question {number}: " + " ".join(f"word{number * 7 + i}" for i in range(12)))
+
+    assert len(told.visits) == len(result.calls)
     for visit in told.visits:
         call = next(call for call in result.calls if (call.node, call.round) == (visit.node, visit.round))
         wanted = {
@@ -171,6 +163,44 @@ def test_a_warm_run_with_open_gates_does_what_the_forecast_says(
             for slot in visit.slots
         }
         assert happened(call) == wanted, (visit.node, visit.round)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("preset", "topology", "changes"),
+    [
+        ("rotate", FULL5, {"max_depth": 2}),
+        ("rotate", FULL5, {"max_depth": 0}),
+        ("rotate", DEBATE, {}),
+        ("linear", FULL5, {}),
+        ("linear", DEBATE, {}),
+        ("kvcomm", {"use": "fully-connected", "agents": 4}, {}),
+        ("kvcomm", DEBATE, {}),
+    ],
+)
+def test_a_warm_run_with_open_gates_does_what_the_forecast_says(
+    preset: str, topology: dict[str, Any], changes: dict[str, Any], last: bool
+) -> None:
+    with tiny(preset, topology, last=last, **changes) as mesh:
+        check_a_warm_run(mesh)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("preset", ["prefix", "rotate", "linear", "kvcomm"])
+def test_agents_with_a_memory_go_on_from_what_they_have_read_and_said(preset: str, last: bool) -> None:
+    with tiny(preset, {**DEBATE, "rounds": 3}, last=last, memory="conversation") as mesh:
+        check_a_warm_run(mesh)
+
+
+def test_a_debater_with_a_memory_has_its_own_earlier_turn_in_its_prompt(root: Path) -> None:
+    found = of(root, "debate", "communicator.preset=linear")
+    later = next(visit for visit in found.visits if (visit.node, visit.round) == ("debater.1", 1))
+
+    assert [(slot.slot, slot.source, slot.reason) for slot in later.slots] == [
+        ("question", "debater.1", Reason.IDENTICAL_PREFIX),
+        ("message debater.1@0", "debater.1", Reason.SAME_HISTORY),
+        ("message debater.2@0", "debater.2", Reason.WRITTEN_BEFORE),
+    ]
 
 
 def test_where_the_depth_decides_and_a_run_may_differ_the_forecast_says_so(root: Path) -> None:
@@ -192,8 +222,8 @@ def test_anchors_place_all_slots_of_a_call_or_none(root: Path) -> None:
     found = of(root, "code-fix", "communicator.preset=kvcomm")
 
     assert slots(found, "reporter") == [
-        ("question", "", Reason.OBSERVING),
-        ("message coder@0", "", Reason.OBSERVING),
+        ("question", "", Reason.ALL_OR_NONE),
+        ("message coder@0", "", Reason.ALL_OR_NONE),
         ("message runner@0", "", Reason.FIRST_READER),
     ]
 

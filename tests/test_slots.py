@@ -20,7 +20,7 @@ from agentmesh.backend import Completion
 from agentmesh.communicator import make
 from agentmesh.communicator.kvcomm import KVComm, Slot
 from agentmesh.communicator.learner import LEARNED_SHARE, Learner
-from agentmesh.communicator.linkstate import Audited, LinkState, Observed, split_link
+from agentmesh.communicator.linkstate import Audited, Checked, LinkState, Observed, split_link
 from agentmesh.communicator.measures import Costs
 from agentmesh.communicator.picks import Picker
 from agentmesh.communicator.pools import NewAnchor
@@ -36,15 +36,15 @@ from agentmesh.events import CallRecord, Event, ModelFinished, NodeFinished, Nod
 from agentmesh.kv.arena import Arena, KVShape
 from agentmesh.kv.values import KV, Frame
 from agentmesh.local import LocalBackend
-from agentmesh.prompt import Content, ContentKind, Reader
+from agentmesh.prompt import FIXED, Content, ContentKind, Reader
 from agentmesh.prompt.segments import Prompt, Segment
-from agentmesh.reasons import Reason, Treatment
+from agentmesh.reasons import SHAREABLE, Reason, Treatment
 from agentmesh.results import RunResult
 from agentmesh.sharing.anchors import Weighing
 from agentmesh.sharing.budget import Budget, Worth
 from agentmesh.sharing.ledger import Ledger
 from agentmesh.sharing.linear import Linear
-from agentmesh.sharing.matching import Match, Relation
+from agentmesh.sharing.matching import REASONS, Match, Relation
 from agentmesh.sharing.prefix import PrefixStore
 from agentmesh.sharing.realigner import NoOffset
 from agentmesh.sharing.segments import Reading
@@ -113,15 +113,21 @@ def reasons(call: CallRecord) -> set[Reason]:
 
 
 @pytest.mark.parametrize("preset", SHARING)
-def test_every_plan_adds_up_and_every_computed_slot_token_has_its_reason(preset: str) -> None:
+def test_every_plan_adds_up_and_says_of_every_shareable_token_why_it_was_placed_or_computed(preset: str) -> None:
     with mesh({"preset": preset, "budget": "64MiB"}) as one:
         results = ask(one, range(8))
+    placing = {*REASONS.values(), Reason.IDENTICAL_PREFIX, Reason.ANCHORED}
 
     for call in (call for result in results for call in result.calls):
         assert call.placed_exact + call.placed_realigned + call.computed == call.prompt_tokens
         assert sum(row.tokens for row in call.plan) == call.prompt_tokens
         assert 0 <= call.placed_slots <= call.slot_tokens <= call.prompt_tokens
         assert call.computed >= 1
+        slots = [row for row in call.plan if row.segment != FIXED and row.reason in SHAREABLE]
+        assert sum(row.tokens for row in slots) == call.slot_tokens
+        for row in call.plan:
+            assert (row.kind is not Treatment.COMPUTED) == (row.reason in placing), row
+            assert bool(row.source) == (row.kind is not Treatment.COMPUTED), row
         assert set(call.parts_ms) == {"plan", "match", "realign", "compose", "forward"}
 
 
@@ -689,7 +695,7 @@ def test_agents_with_one_beginning_share_what_they_all_read_as_an_exact_prefix(p
 
 
 def test_what_was_decoded_never_becomes_part_of_an_exact_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is exact to rounding only (METHOD 3), also where an agent goes on from its own message."""
+    """It is exact to rounding only (docs/method.md, 3), also where an agent goes on from its own message."""
     kept: dict[tuple[int, ...], int] = {}
     insert = PrefixStore.insert
 
@@ -762,6 +768,62 @@ def test_a_breaker_opens_on_bad_audits_and_closes_after_new_observations() -> No
     assert learner.verdict(Reader("run 15", 15, consumer="b"), match).reason is None
 
 
+@pytest.mark.parametrize(
+    ("exact", "deep", "warmup", "chosen"),
+    [
+        (20, 0, 5, 20),
+        (20, 9, 5, 20),
+        (20, 10, 5, 10),
+        (5, 5, 5, 5),
+        (5, 4, 5, 5),
+        (2, 3, 5, 3),
+        (25, 12, 20, 25),
+    ],
+)
+def test_what_is_known_of_approximate_bases_serves_them_from_ten_observations_on(
+    exact: int, deep: int, warmup: int, chosen: int
+) -> None:
+    state = LinkState(NoOffset(exact), NoOffset(deep))
+
+    assert state.realigner(1, warmup).observations == chosen
+    mirrored = LinkState(NoOffset(deep), NoOffset(exact))
+    assert mirrored.realigner(0, warmup).observations == chosen
+
+
+def test_audits_of_what_was_unlearned_do_not_judge_what_was_learned_anew() -> None:
+    """Runs that overlap commit their audits late: here 22 of the link as it was before the tenth of them."""
+    learner = Learner(CommunicatorSpec(preset="rotate"), NoOffset, Budget(1000))
+    match, name = a_match(), "b read input"
+    for order in range(6):
+        learner.begin(Reader(f"early {order}", order, consumer="b"))
+        learner.ledger.note(f"early {order}", name, Observed(deep=False, finding=None))
+        learner.end(f"early {order}")
+    readers = [Reader(f"run {order}", order, consumer="b") for order in range(6, 28)]
+    for reader in readers:
+        learner.begin(reader)
+    for reader in readers:
+        learner.audited(reader, [(match, learner.fresh.exact)], 0.5, flip=True)
+        learner.ledger.note(reader.run, name, Observed(deep=False, finding=None))
+    for reader in readers:
+        learner.end(reader.run)
+
+    state = learner.ledger.states[name]
+    assert isinstance(state, LinkState)
+    assert (state.exact.observations, state.wait, state.opened) == (13, 0, 1), "the tenth audit opens it"
+    assert state.audits == ()
+
+
+def test_a_link_that_learns_nothing_any_more_opens_no_breaker() -> None:
+    learner = Learner(CommunicatorSpec(preset="rotate"), NoOffset, Budget(1000))
+    learner.freeze()
+    reader = Reader("run", 0, consumer="b")
+    learner.begin(reader)
+    audits = [learner.audited(reader, [(a_match(), learner.fresh.exact)], 0.5, flip=True) for _ in range(12)]
+
+    assert not any(audit.opened for audit in audits)
+    assert learner.verdict(reader, a_match()).reason is None
+
+
 @pytest.mark.parametrize(("flips", "opens"), [(1, False), (2, True)])
 def test_one_flip_opens_no_breaker_and_two_in_ten_audits_do(flips: int, opens: bool) -> None:
     learner = Learner(CommunicatorSpec(preset="rotate"), NoOffset, Budget(1000))
@@ -829,7 +891,7 @@ def test_findings_make_room_for_a_request_that_has_none_otherwise() -> None:
         learner.begin(Reader(run, order, consumer="b"))
         base = KV(*torch.randn(2, 2, 2, 40, 8, generator=torch.Generator().manual_seed(order)), Frame.FREE)
         learner.ledger.note(run, "b read input", Observed(deep=False, finding=empty().study(base, base, range(40))))
-        learner.ledger.note(run, "b wrote message", Audited(0.1, flip=False, residual=0.1))
+        learner.ledger.note(run, "b wrote message", Checked(0, Audited(0.1, flip=False, residual=0.1)))
     assert learner.nbytes == 2 * one
 
     assert not budget.room(3 * one, Worth.AWAITED), "nobody is kept from learning for what is kept for later"
@@ -909,6 +971,20 @@ def test_where_placing_does_not_pay_a_run_says_so(monkeypatch: pytest.MonkeyPatc
     assert Reason.NOT_WORTH_IT in reasons(result.calls[1])
     assert not any(call.placed_slots for call in result.calls)
     assert other.calls[1].placed_slots > 0, "deterministic runs never ask"
+
+
+@pytest.mark.parametrize(("strict", "deliver"), [(True, "auto"), (False, "kv")])
+def test_no_clock_decides_where_computing_would_be_a_failure(
+    strict: bool, deliver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Costs, "placing_pays", lambda _costs, _tokens: False)
+    agents = {"a": member("A"), "b": member("B")}
+    nodes = {"nodes": {"a": {}, "b": {}}, "edges": [{"from": "a", "to": "b", "deliver": deliver}], "output": "b"}
+    communicator = {"preset": "rotate", "strict": strict}
+    with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator=communicator) as one:
+        (result,) = ask(one, [1])
+
+    assert result.calls[1].placed_slots > 0
 
 
 def test_many_runs_at_once_learn_and_later_ones_share() -> None:

@@ -147,12 +147,20 @@ def dense_runs(
     given: Mapping[str, GivenPassages],
     passages: Passages | None,
 ) -> Iterator[Sequence[Call]]:
-    """Run a mesh on all questions, several at once, and give the model calls that each one made."""
+    """Run a mesh on all questions, several at once, and give the model calls that each one made.
+
+    Raises:
+        InputError: two questions with one text have different passages.
+    """
     if passages is not None:
         for question in questions:
             contents = passages.cut(question, recording.tokenizer)
             for agent in given.values():
-                agent.passages[question.text] = contents
+                if agent.passages.setdefault(question.text, contents) != contents:
+                    raise InputError(
+                        f"the question {question.text[:60]!r} is there twice, with other passages each time, and "
+                        "passages are handed out by question; leave one of them out"
+                    )
     for low in range(0, len(questions), mesh.width):
         group = questions[low : low + mesh.width]
         asyncio.run(mesh.arun_all(question.inputs(mesh.blueprint) for question in group))

@@ -1,4 +1,4 @@
-"""How far the presets' answers are from dense: KL of next-token distributions, teacher-forced (METHOD 5, 6.7).
+"""How far the presets' answers are from dense: KL of next-token distributions, teacher-forced (docs/method.md, 6.7).
 
 For each question a dense run gives prompts and messages. Every preset prefills the same prompts and says the same
 messages, twice: with the dense run's KV as bases (``kl_mean``), and with what it made itself, as in use

@@ -1,4 +1,4 @@
-"""Time to first token against the length of the prompt, and against how much of it is placed (issue 4).
+"""Time to first token against the length of the prompt, and against how much of it is placed.
 
 Two agents read the same text, each behind fixed text of its own. The first one computes it; for the second one it is
 one realigned block, and the rest of its prompt is computed. Prompts of the same lengths without a block are computed

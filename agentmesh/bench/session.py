@@ -93,7 +93,8 @@ def ttft(
     try:
         longest = max(
             len(call.prompt.tokens) + len(call.message)
-            for call in ttft_bench.round_of_calls(backend.tokenizer, setting, setting.layout, 0)
+            for layout in {ttft_bench.layout_of(name, setting) for name in names}
+            for call in ttft_bench.round_of_calls(backend.tokenizer, setting, layout, 0)
         )
         backend.engine.check(longest)
         return ttft_bench.measure(

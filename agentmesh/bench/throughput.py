@@ -1,4 +1,4 @@
-"""Whole runs of a mesh under load: presets and concurrencies against one call at a time (issue 4).
+"""Whole runs of a mesh under load: presets and concurrencies against one call at a time.
 
 Every measurement is the same questions through the same mesh. Its warm-up questions come first and are not timed;
 without them nothing could be shared. The baseline answers the same calls with transformers' ``generate``.

@@ -2,8 +2,8 @@
 
 Fully connected agents, each with a fixed prefix of its own, read the same question and all earlier messages. Everything
 between the prompt and its first token counts: planning, matching, realigning, copying, the forward. Learning is outside
-and reported by itself. Passages of documents may stand before the question (METHOD 5). Messages are text of the asked
-length, prefilled in their sender's context, so that a measurement takes minutes.
+and reported by itself. Passages of documents may stand before the question (docs/method.md, 5). Messages are text of
+the asked length, prefilled in their sender's context, so that a measurement takes minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMMON_PREFIX = 32
 
 
 class Layout(Choice):
-    """Where an agent's own fixed text stands: before what the agents share, or behind it (METHOD 5, layout)."""
+    """Where an agent's own fixed text stands: before what the agents share, or behind it (docs/method.md, 5)."""
 
     ROLE_FIRST = "role-first"
     ROLE_LAST = "role-last"
@@ -58,6 +58,12 @@ class Setting:
     layout: Layout
     passages: Passages | None = None
     corpus: bool = False
+
+
+def layout_of(name: str, setting: Setting) -> Layout:
+    """The layout that a preset is measured in: its own (``NAME@role-last``), or the setting's."""
+    _, _, layout = name.partition("@")
+    return Layout(layout) if layout else setting.layout
 
 
 @dataclass
@@ -98,7 +104,8 @@ def measure(
     rig = Rig(support.runner)
     chosen = specs(base, [name.partition("@")[0] for name in names])
     subjects = [
-        _Subject(name, make(chosen[name.partition("@")[0]], support, loaded), _layout(name, setting)) for name in names
+        _Subject(name, make(chosen[name.partition("@")[0]], support, loaded), layout_of(name, setting))
+        for name in names
     ]
     for number in range(warmup + repeat):
         turn = number % len(subjects)
@@ -181,11 +188,6 @@ def _ingest(preset: Preset, call: Call, header: tuple[int, ...]) -> float:
     begun = time.perf_counter()
     at_once(preset.ingest(documents(call.prompt), header))
     return (time.perf_counter() - begun) * 1e3
-
-
-def _layout(name: str, setting: Setting) -> Layout:
-    _, _, layout = name.partition("@")
-    return Layout(layout) if layout else setting.layout
 
 
 def _summary(subject: _Subject, agents: int) -> PresetTimes:

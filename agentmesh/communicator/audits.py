@@ -1,4 +1,4 @@
-"""What a call teaches when its message is out, and how calls that reuse KV are checked (METHOD 6.3).
+"""What a call teaches when its message is out, and how calls that reuse KV are checked (docs/method.md, 6.3).
 
 A call that was computed whole is an observation of every block that might have been placed. A call that reused KV is
 checked against a dense prefill, which is an observation, too. While a mesh is calibrated nothing is reused, so the
@@ -54,7 +54,11 @@ class Auditor:
     picker: Picker
 
     def observe(self, prompt: Prompt, decisions: Sequence[Decision], apart: frozenset[int], arena: Arena) -> None:
-        """Learn from every match whose truth is in an exact arena, but for positions that are placed from elsewhere."""
+        """Learn from every match whose truth is in an exact arena, but for positions that are placed from elsewhere.
+
+        Where that is all of a match, its last token teaches alone, so that its link gets warm as well: what little it
+        says of others is shrunk away (``sharing/linear.py``).
+        """
         for decision in decisions:
             match = decision.match
             if shares(match.relation) and match.tokens >= self.spec.min_tokens:

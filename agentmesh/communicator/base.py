@@ -59,10 +59,10 @@ class Preset(ABC):
 
     Everything that it keeps counts in ``budget``, and so do live sequences.
 
-    ``begin`` is called when a run begins and ``release`` when it ends. For each call ``plan``, ``placed``,
-    ``prefilled``, ``finished`` and ``checked`` are called in this order, and ``closed`` at last, whatever happened. A
-    call that is no part of its run (``Reader.aside``) is planned and closed only: it is shared as any other, and leaves
-    no trace.
+    ``begin`` is called when a run begins (its first call begins it, too) and ``release`` when it ends. For each call
+    ``plan``, ``placed``, ``prefilled``, ``finished`` and ``checked`` are called in this order, and ``closed`` at last,
+    whatever happened. A call that is no part of its run (``Reader.aside``) is planned and closed only: it is shared as
+    any other, and leaves no trace.
     """
 
     budget: Budget

@@ -6,9 +6,9 @@ used among the oldest ``window`` anchors, and all or nothing: one slot that cann
 
 Deviations, each in its favour or needed to be correct:
 
-- Keys, offsets and distances are position-free (METHOD 2); the reference adds offsets in a rotated frame.
-- Bases are free (METHOD 3): the first reader's KV of a question, the sender's decode KV of a message. The reference
-  pays a prefill of its own for each question; here the first reader is dense.
+- Keys, offsets and distances are position-free (docs/method.md, 2); the reference adds offsets in a rotated frame.
+- Bases are free (docs/method.md, 3): the first reader's KV of a question, the sender's decode KV of a message. The
+  reference pays a prefill of its own for each question; here the first reader is dense.
 - The base of fixed text is its KV in the consumer's first prompt, instead of a prefill with literal markers.
 - The fixed text behind a slot takes offsets of the last tokens of longer anchors, which lie next to it; slots take the
   first ones. Nothing is audited, and no slot is too short: the criterion alone decides.
@@ -130,10 +130,11 @@ class KVComm(Preset):
             slots = tuple(self._weighed(prompt, match, pools) for match in found.matches)
         with self._spans.part(Part.PLAN), parts.timed("plan"):
             labels = Labels(prompt, found.missing, at)
-            blocked = bool(found.missing) or any(isinstance(slot.weighing, Reason) for slot in slots)
+            learns = any(isinstance(slot.weighing, Reason) for slot in slots)
+            blocked = Reason.OBSERVING if learns else Reason.ALL_OR_NONE if found.missing else None
             placed = list(lead)
             for number, slot in enumerate(slots):
-                why = self._refusal(prompt, slot, blocked=blocked)
+                why = self._refusal(prompt, slot, blocked)
                 if why is not None:
                     labels.paint(slot.match.start, slot.match.stop, computed(why, number))
                     continue
@@ -220,12 +221,13 @@ class KVComm(Preset):
         return Slot(match, pool, pool.weigh(match.cut(match.start, match.stop), self._spec.anchors.gamma))
 
     @staticmethod
-    def _refusal(prompt: Prompt, slot: Slot, *, blocked: bool) -> Reason | None:
+    def _refusal(prompt: Prompt, slot: Slot, blocked: Reason | None) -> Reason | None:
+        """Why a slot is not placed: its own reason, or that of all slots of the call."""
         if prompt.reader.exact:
             return Reason.READS_EXACTLY
         if isinstance(slot.weighing, Reason):
             return slot.weighing
-        return Reason.OBSERVING if blocked else None
+        return blocked
 
     @staticmethod
     def _sources(prompt: Prompt, slot: Slot) -> list[tuple[int, KVSource, Reason]]:

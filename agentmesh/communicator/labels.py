@@ -73,7 +73,7 @@ class Labels:
         return tuple(found)
 
     def slot_tokens(self) -> tuple[int, int]:
-        """Shareable slot tokens, and how many of them are placed (METHOD 6.4)."""
+        """Shareable slot tokens, and how many of them are placed (docs/method.md, 6.4)."""
         shareable = placed = 0
         for segment, start in zip(self.prompt.segments, self.prompt.starts, strict=True):
             for low, high, label in self.runs(start, start + len(segment.tokens)):

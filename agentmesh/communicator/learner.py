@@ -1,4 +1,4 @@
-"""What was learned of each link, whether a slot may be shared, and the breaker that stops it (METHOD 6.2, 6.3).
+"""What was learned of each link, whether a slot may be shared, and the breaker that stops it (docs/method.md, 6).
 
 What is known of links are frozen values in a ledger, so a run sees one version of them.
 """
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from agentmesh.communicator.linkstate import (
     AUDITS_KEPT,
     Audited,
+    Checked,
     Finding,
     LinkState,
     Observed,
@@ -185,7 +186,10 @@ class Learner:
     def audited(
         self, reader: Reader, placed: Iterable[tuple[Match, Realigner[Any]]], kl: float, *, flip: bool
     ) -> Audit:
-        """Note an audit for every slot that was placed, with its realigner; names those whose breaker it opens."""
+        """Note an audit for every slot that was placed, with its realigner; names those whose breaker it opens.
+
+        Once nothing is learned any more, no breaker opens.
+        """
         residuals: dict[str, float] = {}
         for match, realigner in placed:
             name = link(reader, match)
@@ -193,8 +197,9 @@ class Learner:
         opened = []
         for name, residual in sorted(residuals.items()):
             state, found = self._state(reader, name), Audited(kl, flip, residual)
-            if not self.frozen:
-                self.ledger.note(reader.run, name, found)
+            if self.frozen:
+                continue
+            self.ledger.note(reader.run, name, Checked(state.opened, found))
             if not state.wait and too_far((*state.audits, found), self._spec):
                 opened.append(name)
         return Audit(kl=kl, flip=flip, opened=tuple(opened))
@@ -270,11 +275,13 @@ class Learner:
 
     def _learn(self, name: str, state: LinkState | None, finding: Finding) -> LinkState | None:
         state = state or self._at_first(name)
-        if isinstance(finding, Audited):
-            audits = (*state.audits, finding)[-AUDITS_KEPT:]
+        if isinstance(finding, Checked):
+            if finding.opened != state.opened:
+                return state  # it is of what was known before the breaker opened
+            audits = (*state.audits, finding.audited)[-AUDITS_KEPT:]
             if state.wait or not too_far(audits, self._spec):
                 return replace(state, audits=audits)
-            return replace(self.fresh, wait=self._spec.warmup)
+            return replace(self.fresh, wait=self._spec.warmup, opened=state.opened + 1)
         old = state.deep if finding.deep else state.exact
         fits = bool(old.observations) or self._holds(old.nbytes)
         if self._grows(name, old) and not (fits and self._budget.room(old.nbytes, most=Worth.LATER)):

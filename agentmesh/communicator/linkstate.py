@@ -16,7 +16,10 @@ from agentmesh.sharing.matching import Match, Relation
 from agentmesh.sharing.realigner import Realigner
 
 KL_PER_RESIDUAL = 0.1
-"""Nats for each unit of relative residual, before audits or a calibration have measured it; see docs/method.md."""
+"""Nats for each unit of relative residual, before audits or a calibration have measured it; see docs/figures.md."""
+
+SETTLED = 10
+"""So many observations of bases of one depth predict them as well as twenty of the other depth (docs/figures.md)."""
 
 AUDITS_KEPT = 50
 AUDITS_NEEDED = 10
@@ -58,18 +61,19 @@ class LinkState:
         deep: the realigner for bases that are approximate themselves.
         audits: the last ones.
         wait: observations that an opened breaker still waits for; 0 where it is closed.
+        opened: how often the breaker has opened in this process.
     """
 
     exact: Realigner[Any]
     deep: Realigner[Any]
     audits: tuple[Audited, ...] = ()
     wait: int = 0
+    opened: int = 0
 
     def realigner(self, depth: int, warmup: int) -> Realigner[Any]:
-        """The one for bases of a depth; the other where that has seen less than it needs."""
+        """The one for bases of a depth; the other one where that has seen more, until this has seen enough itself."""
         first, second = (self.deep, self.exact) if depth else (self.exact, self.deep)
-        enough = first.observations >= warmup or first.observations >= second.observations
-        return first if enough else second
+        return first if first.observations >= min(second.observations, max(warmup, SETTLED)) else second
 
     def shown(self, warmup: int, *, sums: bool) -> LinkState:
         """What a run sees of it: of a realigner that is not warm yet the outline, of others what realigns.
@@ -112,7 +116,15 @@ class Observed:
     finding: Any
 
 
-Finding = Observed | Audited
+@dataclass(frozen=True)
+class Checked:
+    """A finding of one audit; ``opened``: how often its link's breaker had opened when the call shared."""
+
+    opened: int
+    audited: Audited
+
+
+Finding = Observed | Checked
 
 Taught = tuple[str, Finding]
 """A link's name, and a finding about it."""

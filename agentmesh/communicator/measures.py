@@ -55,7 +55,7 @@ class Line:
 
 
 class Costs:
-    """What computing and placing tokens takes on this machine, as measured (METHOD 6.2).
+    """What computing and placing tokens takes on this machine, as measured (docs/method.md, 6.2).
 
     Placing has a price of its own however few tokens it is, so short prompts may be cheaper computed. Lines through the
     last prefills, so that one slow moment of the machine decides nothing; where placing does not pay, some call now and

@@ -238,12 +238,17 @@ class Slots(Preset):
         if any(decision.verdict.cold for decision in decisions) and not self.learner.frozen:
             calm = Verdict(None, Reason.OBSERVING)
             return tuple(Decision(one.match, calm) if one.placed else one for one in decisions)
-        asks = self._spec.cost_gate and prompt.reader.sees is None and not self.learner.frozen and not self._rehearses
+        asks = self._spec.cost_gate and not self.learner.frozen and not self._rehearses and self._may_compute(prompt)
         shared = [one.match for one in decisions if one.shared]
         if asks and shared and not self._costs.placing_pays(self._left(shared)):
             dear = Verdict(None, Reason.NOT_WORTH_IT)
             return tuple(Decision(one.match, dear) if one.shared else one for one in decisions)
         return decisions
+
+    def _may_compute(self, prompt: Prompt) -> bool:
+        """Whether a clock may decide what is computed: not in deterministic runs, nor where computing is a failure."""
+        demanded = (one.content is not None and one.content.deliver == "kv" for one in prompt.segments)
+        return prompt.reader.sees is None and not self._spec.strict and not any(demanded)
 
     def _left(self, matches: Sequence[Match]) -> int:
         """About how many tokens of matches are placed: not their heads, and not what is picked of the others."""
@@ -251,7 +256,7 @@ class Slots(Preset):
         return sum(tokens for _, tokens in behind) - self._picker.about(behind)
 
     def _gate(self, prompt: Prompt, match: Match) -> Verdict:
-        """Whether a match may be placed, whatever it costs (METHOD 6.2)."""
+        """Whether a match may be placed, whatever it costs (docs/method.md, 6.2)."""
         if prompt.reader.exact:
             return Verdict(None, Reason.READS_EXACTLY)
         if match.tokens < self._spec.min_tokens:

@@ -1,12 +1,14 @@
-"""Communicator presets as data: what each places, how it realigns, what it computes (METHOD 1).
+"""Communicator presets as data: what each places, how it realigns, what it computes (docs/method.md, 1).
 
-A preset is three choices, and a mesh file may change any of them:
+A preset is made of these choices, and a mesh file may change any of them:
 
 | choice                 | variants                                                                            |
 |------------------------|-------------------------------------------------------------------------------------|
 | ``share``              | nothing, exact prefixes, or prefixes and slots                                       |
 | ``realigner``          | none (position only), linear (learned), anchors (the paper's, with its own gate)     |
 | ``recompute``          | the first tokens of each placed block, and a share of its tokens that is picked      |
+| ``blocks``             | whether several segments that were read in one go are placed in one piece            |
+| ``repeats``            | whether copied words are placed from where their writer had read them                |
 """
 
 from __future__ import annotations
@@ -70,10 +72,10 @@ class Picking(Choice):
     """By how far their keys are off in the second layer (CacheBlend)."""
 
     ATTENTION = "attention"
-    """By the attention that the text behind them pays them (METHOD 5, documents)."""
+    """By the attention that the text behind them pays them (docs/method.md, 5)."""
 
     LEVERAGE = "leverage"
-    """By how unlike everything they are that the realigner has seen (METHOD 4); takes no look."""
+    """By how unlike everything they are that the realigner has seen (docs/method.md, 4); takes no look."""
 
     OFFSET = "offset"
     """By how far the realigner would move them: what moves far is placed worst; takes no look."""
@@ -87,7 +89,7 @@ class Recompute(Frozen):
     """Which tokens of a placed block are computed all the same.
 
     ``first`` tokens of each block, at most a share ``most_first`` of it; its last ``breaks`` tokens with a line break,
-    at most a share ``most_breaks`` of it, whose offsets are the largest and the least predictable (docs/method.md); and
+    at most a share ``most_breaks`` of it, whose offsets are the largest and least predictable (docs/figures.md); and
     ``ratio`` of the others, at most ``most_picked`` times the number of blocks, picked ``by`` a look at the cache, or
     by what the realigner knows. Of passages that are known from the corpus alone it is ``documents_first`` tokens, and
     a share ``documents`` that their own later text and the prompt's words make most of (``communicator.picks``).
@@ -195,9 +197,10 @@ class CommunicatorSpec(Frozen):
         max_kl: predicted error, in nats a token, above which a slot is computed; also the audits' limit.
         max_flips: share of audits whose most likely token may differ before a slot's breaker opens.
         audit: share of reusing calls that are checked against a dense prefill.
-        max_depth: how often placed KV may be placed again (METHOD 3).
-        cost_gate: whether slots are computed where placing them takes longer, as measured on this machine.
-            Deterministic runs and evaluations never ask: there, what is fast must not decide what is answered.
+        max_depth: how often placed KV may be placed again (docs/method.md, 3).
+        cost_gate: whether a call's slots are computed where placing them takes longer, as measured on this machine.
+            Deterministic runs and evaluations never ask: there, what is fast must not decide what is answered. Nor
+            is it asked where computing would be a failure (``strict``, ``deliver: kv``).
         strict: fail instead of computing what could not be shared.
         realigners: a file made by ``agentmesh calibrate``.
         store: a folder that keeps KV and what was learned beyond this process.

@@ -17,7 +17,7 @@ from agentmesh.kv.values import KVSource
 AT_ONCE = {"cpu": 1024, "cuda": 4096}
 """Tokens of a prompt that one forward computes at most, by type of device, so that others can get their turn behind it.
 
-On a fast CUDA device launching a forward's kernels takes as long as computing a thousand tokens (docs/method.md).
+On a fast CUDA device launching a forward's kernels takes as long as computing a thousand tokens (docs/figures.md).
 """
 
 
@@ -36,7 +36,7 @@ class Placement:
 
 @dataclass
 class Parts:
-    """Where the time before a first token went, in milliseconds (METHOD 6.5).
+    """Where the time before a first token went, in milliseconds (docs/method.md, 6.5).
 
     ``plan``: deciding, without the next; ``match``: looking into stores and at the cache; ``realign``: making placed
     rows; ``compose``: rotating and copying them; ``forward``: the model.
@@ -60,7 +60,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Composition:
-    """One prompt's prefill: every token is placed or computed (METHOD 1).
+    """One prompt's prefill: every token is placed or computed (docs/method.md, 1).
 
     Args:
         tokens: the whole prompt's token ids.

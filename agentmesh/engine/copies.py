@@ -11,21 +11,21 @@ from torch.nn import functional
 from agentmesh.config.mesh import Decode
 
 FULL_ROWS = 16
-"""Rows that MKL multiplies together; nine to fifteen of them take up to twice as long (see docs/method.md)."""
+"""Rows that MKL multiplies together; nine to fifteen of them take up to twice as long (see docs/figures.md)."""
 
 PACKED_ROWS = FULL_ROWS
 """Rows of a product over packed copies."""
 
 LEAST_PACKED = 5
-"""Rows from which packed copies are faster; see docs/method.md."""
+"""Rows from which packed copies are faster; see docs/figures.md."""
 
 INT8_ROWS = 4
-"""Rows up to which int8 copies are faster; see docs/method.md."""
+"""Rows up to which int8 copies are faster; see docs/figures.md."""
 
 LEVELS = 127
 
 INT4_ROWS = 8
-"""Rows up to which int4 copies are faster; see docs/method.md."""
+"""Rows up to which int4 copies are faster; see docs/figures.md."""
 
 GROUP = 32
 """Weights of one output that share a scale and a middle in int4 copies, as in files quantised to four bits."""

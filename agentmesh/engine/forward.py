@@ -188,7 +188,7 @@ class ArenaRunner:
 
     @torch.inference_mode()
     def begin(self, cache: ArenaCache, composition: Composition, parts: Parts | None = None) -> Prefill:
-        """Begin to fill an arena with a prompt: placed tokens are copied now, the others are to compute (METHOD 1).
+        """Begin to fill an arena with a prompt: placed tokens are copied now (docs/method.md, 1).
 
         Args:
             cache: one whose rows nobody needs.

@@ -14,7 +14,7 @@ from agentmesh.kv.arena import Arena
 
 WASTE = 1.5
 """Tokens, padding included, that arenas may attend over together for each that they would attend over one by one.
-Together they use all cores for every token, in one call; see docs/method.md."""
+Together they use all cores for every token, in one call; see docs/figures.md."""
 
 
 @dataclass(frozen=True)

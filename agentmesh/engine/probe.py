@@ -1,4 +1,4 @@
-"""What a model supports, established when it is loaded and never assumed (METHOD 6.1).
+"""What a model supports, established when it is loaded and never assumed (docs/method.md, 6.1).
 
 First the configuration is read: recurrent, latent or chunked attention keeps KV that cannot be sliced. Then the model
 is run: keys of the same tokens at two positions must differ by a rotation, a prefill from placed and computed tokens

@@ -24,7 +24,7 @@ from agentmesh.config.mesh import Decode
 from agentmesh.engine.copies import COPIES, FULL_ROWS, filled
 
 SPLIT_ROWS = 64
-"""Rows up to which cutting a product into pieces is faster; see docs/method.md."""
+"""Rows up to which cutting a product into pieces is faster; see docs/figures.md."""
 
 
 class Way(Choice):

@@ -25,7 +25,7 @@ SINKS = 4
 ASKING = 28
 """Queries of a look at the attention: more of them, of a long question, take time and pick nearly the same tokens.
 
-With the sinks they are 32 rows, which a CPU multiplies in three quarters of the time of 36 (docs/method.md).
+With the sinks they are 32 rows, which a CPU multiplies in three quarters of the time of 36 (docs/figures.md).
 """
 
 
@@ -102,8 +102,9 @@ class Scout:
     def attention(self, composition: Composition, queries: Sequence[int]) -> Look:
         """What the last tokens at ``queries`` take from every position: attention times its value's norm, summed.
 
-        Only placed tokens are there to be seen, besides the queries themselves (METHOD 5, documents), and the prompt's
-        first tokens, which models attend to whenever nothing else fits: without them everything else gets too much.
+        Placed tokens are there to be seen, the queries themselves, and the prompt's first tokens, which models attend
+        to whenever nothing else fits: without them everything else gets too much. Rows of other tokens are zero: they
+        have no value to give, but take a little of the attention.
         """
         queries = queries[-ASKING:]
         covered = {position for piece in composition.placed[:1] for position in range(piece.start, piece.stop)}

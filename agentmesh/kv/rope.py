@@ -2,8 +2,8 @@
 
 Rotation is done in fp32 with the *unscaled* cos and sin of the model's inverse frequencies, then cast back to the
 keys' dtype. A scaling factor that a rope type applies to cos and sin (YaRN) therefore stays inside the key and is
-never applied twice (METHOD 2). A layer without rotation (NoPE) has inverse frequencies of zero, which makes both
-directions the identity, bit for bit.
+never applied twice (docs/method.md, 2). A layer without rotation (NoPE) has inverse frequencies of zero, which makes
+both directions the identity, bit for bit.
 """
 
 from __future__ import annotations

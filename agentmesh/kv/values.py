@@ -16,7 +16,7 @@ ALL = slice(None)
 
 
 class Frame(Enum):
-    """In which frame keys are kept (METHOD 2)."""
+    """In which frame keys are kept (docs/method.md, 2)."""
 
     ABSOLUTE = "absolute"
     """Exactly as the cache held them, rotated to the position they were computed at."""

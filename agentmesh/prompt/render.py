@@ -1,4 +1,4 @@
-"""From a role's template to token ids: one renderer for every preset (DESIGN, "one renderer for every mode").
+"""From a role's template to token ids: one renderer for every preset.
 
 The role's template and then the model's own chat template are rendered with sentinels in the slots' places; the text is
 split at the sentinels and every segment is tokenised by itself. So all presets run on identical token ids, slot borders
@@ -131,7 +131,7 @@ class PromptRenderer:
         """Declared reuse points: where identical beginnings of other prompts end, and the leading fixed text.
 
         Where another agent has the same leading text, its prompt may go on with the same slots (role-last layout,
-        METHOD 5), so each slot's end is a point, too.
+        docs/method.md, 5), so each slot's end is a point, too.
         """
         total = sum(len(segment.tokens) for segment in segments)
         candidates = set(ends)
@@ -170,7 +170,7 @@ def neutral_header(tokenizer: ChatTokenizer) -> tuple[int, ...]:
 
 
 def shared_beginnings(leads: Sequence[Sequence[int]], own: Sequence[int]) -> tuple[int, ...]:
-    """Lengths at which other agents' leading tokens stop being identical to ``own`` (METHOD 5, layout)."""
+    """Lengths at which other agents' leading tokens stop being identical to ``own`` (docs/method.md, 5)."""
     lengths = set()
     for lead in leads:
         same = 0

@@ -10,7 +10,7 @@ from agentmesh.config.base import Choice
 
 
 class ContentKind(Choice):
-    """Where a slot's text comes from, which decides where its base KV comes from (METHOD 3)."""
+    """Where a slot's text comes from, which decides where its base KV comes from (docs/method.md, 3)."""
 
     INPUT = "input"
     MESSAGE = "message"

@@ -1,4 +1,4 @@
-"""The linear realigner: predicts how a token's KV changes when its context does (METHOD 4).
+"""The linear realigner: predicts how a token's KV changes when its context does (docs/method.md, 4).
 
 For each layer and kv head a ridge regression maps the base KV of a token, and where it stands in its block, to the
 offset of its KV in the consumer's context, both position-free:
@@ -47,7 +47,7 @@ def robust_weights(offsets: torch.Tensor) -> torch.Tensor:
     """Weights ``[L·H, T]`` of tokens with offsets ``[L·H, T, 2D]``: small where an offset is large for its head.
 
     A few tokens (line breaks, sentence ends) have offsets many times larger than all others; unweighted, the
-    regression and its prequential error would be about them alone (docs/method.md).
+    regression and its prequential error would be about them alone (docs/figures.md).
     """
     parts = offsets.view(*offsets.shape[:2], 2, -1).square().sum(dim=3)
     relative = (parts / parts.mean(dim=1, keepdim=True).clamp_min(1e-12)).mean(dim=2)
@@ -260,7 +260,7 @@ class Linear(Realigner[LinearFinding]):
     def residual(self) -> float:
         """Expected error after realigning, relative to the KV itself: mean over layers, keys and values alike.
 
-        It is that of the whole regression; the directions that the map leaves out hold little of it (docs/method.md).
+        It is that of the whole regression; the directions that the map leaves out hold little of it (docs/figures.md).
         """
         left = self.trial.errors.min(dim=0).values[self.heads :]
         scale = self.trial.scale[self.heads :].clamp_min(1e-30)

@@ -12,7 +12,7 @@ from agentmesh.kv.values import ALL, KV
 POSITION_FEATURES = 4
 POSITION_SCALE = 3.0
 RANK = 16
-"""Directions of a head's key offsets, and of its value offsets, that are kept (docs/method.md)."""
+"""Directions of a head's key offsets, and of its value offsets, that are kept (docs/figures.md)."""
 
 
 def position_features(numbers: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Finding what a prompt can be placed from: blocks that one earlier agent has read as they stand, then single pieces.
 
 A match begins at a slot and goes on for as long as the reading it was found in continues with the prompt's own tokens,
-fixed text included (METHOD 5). Of several readings the one that carries furthest is taken; among equals, one that holds
-this very content before one that holds the same text from elsewhere (a small model that repeats its colleague).
+fixed text included (docs/method.md, 5). Of several readings the one that carries furthest is taken; among equals, one
+that holds this very content before one that holds the same text from elsewhere (a small model that repeats its
+colleague).
 """
 
 from __future__ import annotations

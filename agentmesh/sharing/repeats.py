@@ -1,7 +1,7 @@
 """Words that stand in two texts, of which a sender and its reader have not seen the same ones.
 
 The KV of a word says whether it stood further ahead already, and no learned offset changes that. So where the two
-contexts do not agree about it, what the sender made is a poor base (docs/method.md):
+contexts do not agree about it, what the sender made is a poor base (docs/figures.md):
 
 - *Copies.* An agent that hands on what it was handed writes the same words again; its reader sees them for the first
   time. The rows of an agent that *read* those words are the nearer base: it, too, saw them for the first time then.

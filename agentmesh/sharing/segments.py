@@ -2,16 +2,17 @@
 
 It keeps *readings*: the tokens of one call's prompt and message with the KV of the part that others may read. A content
 (a question, a message, a passage) is found in it by its token ids, which are compared on every hit. Because neighbours
-stay together, a run of segments that one agent has read in the same order can be placed as one block (METHOD 5).
+stay together, a run of segments that one agent has read in the same order can be placed as one block
+(docs/method.md, 5).
 
 Every token carries its depth: 0 where a model computed it after nothing but exact KV, 1 where it was computed after
 realigned KV, and one more for every time it was placed since. Exact and approximate contents are indexed apart, so a
 reader that asks for exact KV never sees the others.
 
 Exact here means exact to rounding. KV that a message got while it was decoded (``Span.written``), and all that was
-turned to another position and back, differ from a prefill of the same tokens in the last bits: METHOD's
-``exact_decoded``. They have depth 0 as well, and may stand before the truth of an observation; bit for bit the same is
-what the prefix store holds alone, and nothing that was decoded or placed from here ever enters it.
+turned to another position and back, differ from a prefill of the same tokens in the last bits. They have depth 0 as
+well, and may stand before the truth of an observation; bit for bit the same is what the prefix store holds alone, and
+nothing that was decoded or placed from here ever enters it.
 
 One owner (a communicator) uses a store from one thread.
 """

@@ -144,6 +144,20 @@ def test_linear_observes_five_runs_and_shares_from_then_on() -> None:
     assert Reason.FIRST_READER in reasons(results[-1].calls[0])
 
 
+def test_where_agents_are_many_all_links_are_warm_after_five_runs() -> None:
+    """From the sixth agent on blocks get too deep, and messages that others read are a link of their own."""
+    agents = {f"agent.{number}": member(f"Role {number}") for number in range(1, 9)}
+    communicator = {"preset": "linear", "max_kl": 1e6, "cost_gate": False, "audit": 0.0}
+    topology = {"use": "fully-connected", "agents": 8}
+    with Mesh(agents=agents, topology=topology, model="random:tiny-llama", communicator=communicator) as one:
+        results = ask(one, range(7))
+
+    for number, result in enumerate(results):
+        assert [call.placed_slots > 0 for call in result.calls[1:]] == [number >= 5] * 7, number
+    sources = [row.source for row in results[-1].calls[-1].plan if row.reason is Reason.READ_BEFORE]
+    assert len(set(sources)) > 1, "the last agent's slots do not come from one reading"
+
+
 def test_while_it_observes_linear_runs_on_the_tokens_of_dense() -> None:
     found = {}
     for preset in ("dense", "prefix", "linear", "kvcomm"):

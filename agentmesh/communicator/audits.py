@@ -7,7 +7,7 @@ check goes the other way: the prompt is composed once more as it would be, and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -28,6 +28,7 @@ from agentmesh.kv.arena import Arena
 from agentmesh.kv.rope import Rope
 from agentmesh.metering import Audit
 from agentmesh.prompt.segments import Prompt
+from agentmesh.sharing.matching import Match, Relation
 
 
 @final
@@ -59,9 +60,8 @@ class Auditor:
         Where that is all of a match, its last token teaches alone, so that its link gets warm as well: what little it
         says of others is shrunk away (``sharing/linear.py``).
         """
-        for decision in decisions:
-            match = decision.match
-            if shares(match.relation) and match.tokens >= self.spec.min_tokens:
+        for match in (taught for decision in decisions for taught in self._taught(prompt, decision.match)):
+            if match.tokens >= self.spec.min_tokens:
                 begin = match.start + min(head(self.choice.recompute, match), match.tokens - 1)
                 base = match.cut(begin, match.stop)
                 truth = arena.read_free(begin, match.stop, self.rope)
@@ -69,6 +69,19 @@ class Auditor:
                 index = torch.tensor(own, device=truth.keys.device) - begin
                 numbers = [position - match.start for position in own]
                 self.learner.observe(prompt.reader, match, base.take(index), truth.take(index), numbers)
+
+    def _taught(self, prompt: Prompt, match: Match) -> Iterator[Match]:
+        """What a match teaches: its own link, and that of its later contents where these will be found apart.
+
+        Along a line of agents each places once more what the one before it has placed. In a warm run the first contents
+        of a long block are then too deep in its last reading and come from an earlier one, and the rest makes a block
+        of its own, of another kind. While all is computed nothing is deep, so only this tells that link what it needs.
+        """
+        if shares(match.relation):
+            yield match
+        rest = match.behind(prompt, self.spec.max_depth + 1) if match.relation is Relation.READ else None
+        if rest is not None and rest.kind is not match.kind:
+            yield rest
 
     def audit(
         self,

@@ -9,7 +9,7 @@ colleague).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agentmesh.config.base import Choice
 from agentmesh.kv.values import KV
@@ -81,6 +81,17 @@ class Match:
     def depths(self, low: int, high: int) -> bytes:
         """Depths of the stored KV of the prompt's tokens ``low`` to ``high``."""
         return self.reading.depths[low - self.start + self.at : high - self.start + self.at]
+
+    def behind(self, prompt: Prompt, contents: int) -> Match | None:
+        """What is left of it in a prompt behind its first so many contents; ``None`` where it has no more."""
+        slots = [at for at in range(self.first, self.last + 1) if prompt.segments[at].content is not None]
+        content = prompt.segments[slots[contents]].content if len(slots) > contents else None
+        if content is None:
+            return None
+        start = prompt.starts[slots[contents]]
+        at = self.at + start - self.start
+        depth = self.reading.depth(at, self.at + self.tokens)
+        return replace(self, start=start, first=slots[contents], at=at, depth=depth, kind=content.kind)
 
     @property
     def source(self) -> str:

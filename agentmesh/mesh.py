@@ -9,9 +9,7 @@ It loads its model at its first run, and frees it when it is closed::
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -20,32 +18,15 @@ import networkx as nx
 from agentmesh.agents.base import Agent
 from agentmesh.backend import Backend
 from agentmesh.blueprint import Blueprint, draft
-from agentmesh.calls import Caller
-from agentmesh.checks import Checks
 from agentmesh.config.load import LoadedMesh, load_mesh, mesh_from_dict
-from agentmesh.config.mesh import AnswerSpec, LlmAgentSpec
-from agentmesh.errors import RecordError, RunError, TemplateError, UsageError
-from agentmesh.events import Event, RunCancelled, RunFailed, RunFinished, RunStarted
+from agentmesh.config.mesh import AnswerSpec
+from agentmesh.events import Event
 from agentmesh.models import Models, Progress
-from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate, Scope
-from agentmesh.results import Gathered, RunResult
-from agentmesh.scheduler import Walk
-from agentmesh.stream import EventStream, Sink
+from agentmesh.results import RunResult
+from agentmesh.runner import Asked, Runner
+from agentmesh.stream import Sink
 from agentmesh.topology import Topology
 from agentmesh.turns import LAG, Turns, refuse_inside_loop, together
-from agentmesh.workers import make_workers, predicates
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What one run is asked to do, as ``Mesh.arun`` says, and who reads for it."""
-
-    inputs: Mapping[str, str]
-    seed: int
-    sample: str
-    reader: Reader
-    check: bool
-    answer: AnswerSpec | None
 
 
 @final
@@ -131,10 +112,8 @@ class Mesh:
 
     def _setup(self, blueprint: Blueprint, backend: Any) -> None:
         self.blueprint = blueprint
-        self._workers = make_workers(blueprint)
-        self._predicates = predicates(blueprint)
         self._models = Models(blueprint, backend)
-        self._leads: tuple[tuple[int, ...], ...] | None = None
+        self._runner = Runner(blueprint, self._models)
         store = blueprint.communicator.store
         tenant = store.tenant if store is not None else ""
         self._turns = Turns(lambda: self.width, deterministic=blueprint.run.deterministic, tenant=tenant)
@@ -191,7 +170,7 @@ class Mesh:
         refuse_inside_loop("`await asyncio.to_thread(mesh.ingest)` instead of `mesh.ingest()`")
         tenant = self._turns.tenant(tenant)
         backend = self.load()
-        contents = [content for worker in self._workers.values() for content in worker.agent.corpus()]
+        contents = self._runner.corpus()
 
         async def keep() -> int:
             kept = 0
@@ -242,7 +221,8 @@ class Mesh:
         given = self.blueprint.all_inputs({**(inputs or {}), **named})
         run_seed = self.blueprint.run.seed if seed is None else seed
         async with self._turns.turn(tenant) as reader:
-            return await self._run(_Asked(given, run_seed, sample, reader, check_judges, answer), sinks)
+            asked = Asked(given, run_seed, sample, reader, check_judges, answer)
+            return await self._runner.run(self.load(), asked, sinks)
 
     @property
     def width(self) -> int:
@@ -255,36 +235,6 @@ class Mesh:
         wanted = run.concurrency
         width = min(backend.width for backend in self._models.all()) if wanted == "auto" else wanted
         return min(width, LAG) if run.deterministic else width
-
-    async def _run(self, asked: _Asked, sinks: Sequence[Sink]) -> RunResult:
-        """One run from its first event to its result."""
-        backend, gathered = self.load(), Gathered()
-        stream = EventStream((gathered.take, *sinks), asked.sample)
-        begun = time.perf_counter()
-        stream.emit(self._started(backend, asked.inputs))
-        finished = False
-        try:
-            await self._models.begin(asked.reader)
-            walk = self._walk(backend, stream, asked, streams=bool(sinks))
-            messages = await walk.run()
-            answer = self._answer(messages)
-            wall = time.perf_counter() - begun
-            await walk.check_judges()
-            finished = True
-            stream.emit(RunFinished(answer=answer, wall_s=wall))
-        except RecordError:
-            finished = True  # no record can be written, so none of the failure either
-            raise
-        except (RunError, UsageError) as error:
-            finished = True
-            wall = time.perf_counter() - begun
-            stream.emit(RunFailed(error_type=type(error).__name__, error=str(error), wall_s=wall))
-            raise
-        finally:
-            await self._models.release(asked.reader.run)
-            if not finished:
-                stream.emit(RunCancelled(wall_s=time.perf_counter() - begun))
-        return gathered.result(answer, ((message.node, message.round) for message in messages), wall)
 
     async def arun_all(
         self, samples: Iterable[Mapping[str, str]], tick: Callable[[], None] = lambda: None
@@ -319,67 +269,6 @@ class Mesh:
         finally:
             task.cancel()
             await asyncio.wait({task})
-
-    def _walk(self, backend: Backend, stream: EventStream, asked: _Asked, *, streams: bool) -> Walk:
-        inputs = {name: Content(text, ContentKind.INPUT, name) for name, text in asked.inputs.items()}
-        min_tokens, output = self.blueprint.communicator.min_tokens, self.blueprint.topology.output
-        if self._leads is None:
-            self._leads = self._find_leads(PromptRenderer(backend.tokenizer, min_tokens))
-        caller = Caller(
-            self._models.of, min_tokens, stream.emit, asked.seed, self._leads, output, asked.answer, streams
-        )
-        checks = None
-        if asked.check:
-            checks = Checks(lambda hear: replace(caller, emit=hear, streams=False), f"{stream.sample}\0{asked.seed}")
-        return Walk(
-            self.blueprint.topology,
-            self._workers,
-            inputs,
-            caller,
-            stream.emit,
-            self._predicates,
-            lambda text: len(backend.tokenizer.encode(text, control=False)),
-            asked.reader,
-            checks,
-        )
-
-    def _find_leads(self, renderer: PromptRenderer) -> tuple[tuple[int, ...], ...]:
-        """How the prompt of every agent with the mesh's own model begins, up to its first slot."""
-        leads = []
-        for member in self.blueprint.members.values():
-            if not isinstance(member.spec, LlmAgentSpec) or member.remote is not None:
-                continue
-            inputs = {name: Content("", ContentKind.INPUT, name) for name in self.blueprint.inputs}
-            rounds = self.blueprint.topology.rounds
-            scope = Scope(inputs, (), role=member.role, node=member.node, round=0, rounds=rounds)
-            try:
-                prompt, _ = renderer.render(RoleTemplate(member.spec.system, member.spec.prompt), scope)
-            except TemplateError:
-                continue  # a template that needs an inbox to render has no beginning known ahead
-            if prompt.segments[0].content is None:
-                leads.append(prompt.segments[0].tokens)
-        return tuple(leads)
-
-    def _started(self, backend: Backend, given: Mapping[str, str]) -> RunStarted:
-        topology = self.blueprint.topology
-        return RunStarted(
-            mesh=self.blueprint.name,
-            preset=backend.preset,
-            model=backend.name,
-            nodes=tuple(node.name for node in topology.nodes),
-            rounds=topology.rounds,
-            inputs=dict(given),
-        )
-
-    def _answer(self, messages: Sequence[Message]) -> str:
-        output = self.blueprint.topology.output
-        said = [message for message in messages if message.node == output]
-        if not said:
-            raise RunError(f"the output node {output} never ran: no message reached it (see the edges' conditions)")
-        answer = said[-1].text.strip()
-        if not answer:
-            raise RunError(f"the output node {output} wrote an empty answer; look at its prompt and max_tokens")
-        return answer
 
 
 def _as_topology(topology: Any) -> Topology | None:

@@ -35,10 +35,12 @@ FLOORS: tuple[frozenset[str], ...] = (
             "executors",
             "mesh",
             "models",
+            "named",
             "parts",
             "planned",
             "remote",
             "record",
+            "runner",
             "testing",
         }
     ),

@@ -106,7 +106,10 @@ def base(
         return Base("", Reason.TOO_DEEP if deep else Reason.FIRST_READER)
     if oldest:
         return found[0]
-    ranks = [(one.reason is Reason.SAME_HISTORY, one.size, -max(one.depths), place) for place, one in enumerate(found)]
+    ranks = [
+        (one.reason is Reason.SAME_HISTORY, one.size, -max(one.depths), one.reason is Reason.WRITTEN_BEFORE, place)
+        for place, one in enumerate(found)
+    ]
     return found[max(ranks)[-1]]
 
 

@@ -235,6 +235,18 @@ def test_among_readings_that_carry_as_far_the_shallowest_is_taken() -> None:
     assert found.matches[0].source == "exact"
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_of_equals_what_its_sender_wrote_is_taken_as_it_is_in_a_warm_run(depth: int) -> None:
+    """A later reading of a message is one deeper once it was placed, and as deep while all is computed."""
+    kept, q, m = store(), content("q", 40), content("m", 30)
+    kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="a"), m, depth=depth), {"q": 1, "m": 1})
+    kept.add(reading(kept, prompt(fixed(2), m, fixed(9), consumer="b"), depth=2 * depth), {"m": 1})
+
+    (found,) = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), m, fixed(7)), 0).matches
+
+    assert (found.source, found.relation) == ("a", Relation.WROTE)
+
+
 def test_a_reader_of_exact_kv_never_sees_the_approximate_namespace() -> None:
     kept, q = store(), content("q", 40)
     kept.add(reading(kept, prompt(fixed(1), q, fixed(9), consumer="a"), depth=1), {"q": 1})

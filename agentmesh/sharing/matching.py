@@ -175,11 +175,16 @@ class Matcher:
         return max(usable, key=self._rank), Reason.FIRST_READER
 
     def _rank(self, match: Match) -> tuple[int, ...]:
-        """By what the best of several matches of a slot is told."""
+        """By what the best of several matches of a slot is told.
+
+        Where all is exact, what its sender wrote is as shallow as what somebody read since; in a warm run it is
+        shallower. Taking it in both teaches the links that warm runs ask.
+        """
         if self.oldest:
             return match.own, -match.number
         history = match.relation is Relation.HISTORY
-        return history, match.last, match.own, -match.depth, match.stop, match.number
+        written = match.relation is Relation.WROTE
+        return history, match.last, match.own, -match.depth, written, match.stop, match.number
 
     def _follow(self, prompt: Prompt, index: int, number: int, reading: Reading, span: Span) -> Match | Reason:
         """How far a reading carries from a slot on, or whether its KV there is too deep or missing."""

@@ -157,7 +157,7 @@ def forecast(blueprint: Blueprint) -> Forecast:
         if not isinstance(member.spec, LlmAgentSpec):
             continue
         try:
-            pieces = prompts.visit(visit, member, member.spec)
+            pieces = prompts.next(visit, member, member.spec)
         except TemplateError as error:
             visits.append(VisitForecast(node=visit.node, round=visit.round, slots=(), note=f"not known ahead: {error}"))
             continue

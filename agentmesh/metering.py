@@ -27,12 +27,14 @@ class Audit(Frozen):
     """One reusing call checked against a dense prefill of the same prompt (docs/method.md, 6.3).
 
     ``kl`` of the next-token distributions, dense against reuse, in nats; ``flip`` says whether the most likely token
-    differs; ``opened`` names slots whose breaker the audit opened.
+    differs; ``above`` names links whose audits pass the limits with this one, ``opened`` those of them whose breaker it
+    opened: none where nothing is learned any more, as in evaluations.
     """
 
     kl: float
     flip: bool
     opened: tuple[str, ...] = ()
+    above: tuple[str, ...] = ()
 
 
 class CheckRecord(Frozen):

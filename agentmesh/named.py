@@ -26,20 +26,29 @@ class NamedPrompts:
     Args:
         blueprint: the mesh.
         histories: what agents with a memory have read and said so far, each with what ends a turn.
+        unknown: agents with a memory of whose turns one could not be rendered.
     """
 
     blueprint: Blueprint
     histories: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    unknown: set[str] = field(default_factory=set)
 
-    def visit(self, visit: Visit, member: Member, spec: LlmAgentSpec) -> tuple[Piece, ...]:
+    def next(self, visit: Visit, member: Member, spec: LlmAgentSpec) -> tuple[Piece, ...]:
         """The prompt of the next visit; an agent with a memory goes on from its earlier ones.
 
         Raises:
-            TemplateError: it cannot be rendered without texts.
+            TemplateError: it cannot be rendered without texts, or an earlier one of the same agent could not.
         """
-        system, turn = self._rendered(member, spec, visit.inbox, visit.round)
+        remembers = spec.memory is Memory.CONVERSATION
+        if visit.node in self.unknown:
+            raise TemplateError(f"{visit.node} goes on from a turn that is not known ahead")
+        try:
+            system, turn = self._rendered(member, spec, visit.inbox, visit.round)
+        except TemplateError:
+            self.unknown |= {visit.node} if remembers else set()
+            raise
         history = self.histories.get(visit.node, ())
-        if spec.memory is Memory.CONVERSATION:
+        if remembers:
             self.histories[visit.node] = (*history, *turn, reply(visit), "\n")
         return _joined((*system, *history, *turn))
 

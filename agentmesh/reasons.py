@@ -77,7 +77,7 @@ class Reason(Choice):
     )
     ALL_OR_NONE = (
         "all-or-none",
-        "Another slot of the call has nothing that it could be placed from, and `kvcomm` places all or none.",
+        "Another slot is not placed (nobody has read it, or its edge wants text), and `kvcomm` places all or none.",
     )
     PREDICTED_ERROR = "predicted-error", "The realigner expects an error above `max_kl`."
     BREAKER_OPEN = (

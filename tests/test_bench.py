@@ -35,9 +35,10 @@ from agentmesh.config.presets import CommunicatorSpec
 from agentmesh.engine.composition import Placement
 from agentmesh.engine.forward import ArenaRunner
 from agentmesh.engine.loading import LoadedModel, load
+from agentmesh.engine.loop import Engine
 from agentmesh.engine.probe import probe
 from agentmesh.engine.slices import at_once
-from agentmesh.errors import InputError
+from agentmesh.errors import InputError, RequestTooLongError
 from agentmesh.metering import Audit
 from agentmesh.reasons import Reason
 from agentmesh.tables import fidelity_table, throughput_table
@@ -559,6 +560,32 @@ def test_ttft_of_passages_as_a_block_and_from_the_corpus(tmp_path: Path, corpus:
     assert (epic["placed"][0] > 60) == corpus  # two passages of 50, less the 16 first tokens of each
     assert epic["placed"][1] > 60
     assert (epic["ingest_ms"] > 0) == corpus
+
+
+def test_ttft_checks_every_layout_against_the_models_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Role-last prompts begin with 32 tokens that role-first ones do not have."""
+    checked: list[int] = []
+
+    def check(_engine: Engine, tokens: int) -> None:
+        checked.append(tokens)
+        raise RequestTooLongError("far too long")
+
+    monkeypatch.setattr(Engine, "check", check)
+    setting = Setting(2, 100, 50, 40, Layout.ROLE_FIRST)
+    for names in (("dense",), ("dense", "prefix@role-last")):
+        with pytest.raises(RequestTooLongError):
+            session.ttft(
+                ModelSpec(name="random:tiny-llama"),
+                names,
+                setting,
+                1,
+                1,
+                base=CommunicatorSpec(),
+                progress=None,
+                tick=lambda: None,
+            )
+
+    assert checked[1] - checked[0] == ttft.COMMON_PREFIX
 
 
 def test_a_question_that_is_there_twice_with_other_passages_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -233,6 +234,25 @@ def test_among_readings_that_carry_as_far_the_shallowest_is_taken() -> None:
     found = Matcher(kept, blocks=True, max_depth=2).match(prompt(fixed(3), q, fixed(7)), 0)
 
     assert found.matches[0].source == "exact"
+
+
+@pytest.mark.parametrize(("messages", "left"), [(1, 3), (2, 2), (3, 0)])
+def test_what_is_left_behind_some_messages_of_a_block_begins_at_the_next_one(messages: int, left: int) -> None:
+    """Neither the question nor a passage counts, and a single message is left to its writer."""
+    kept, q, said = store(), content("q", 40, kind=ContentKind.INPUT), [content(name, 30) for name in "efgh"]
+    paper = content("d", 20, kind=ContentKind.DOCUMENT)
+    parts = [part for one in (paper, q, *said) for part in (fixed(5), one)]
+    kept.add(reading(kept, prompt(*parts, fixed(9), consumer="a")), {"q": 1})
+    later = prompt(fixed(3), *parts[1:], fixed(7), consumer="b")
+    (block,) = Matcher(kept, blocks=True, max_depth=2).match(later, 0).matches
+
+    rest = block.behind(later, messages)
+
+    assert (rest is not None) == (left > 0)
+    if rest is not None:
+        assert later.segments[rest.first] == said[messages]
+        assert (rest.stop, rest.kind) == (block.stop, ContentKind.MESSAGE)
+        assert rest.cut(rest.start, rest.stop).keys[0, 0, :, 0].tolist() == list(later.tokens[rest.start : rest.stop])
 
 
 @pytest.mark.parametrize("depth", [0, 1])

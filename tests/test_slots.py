@@ -145,7 +145,7 @@ def test_linear_observes_five_runs_and_shares_from_then_on() -> None:
 
 
 def test_where_agents_are_many_all_links_are_warm_after_five_runs() -> None:
-    """From the sixth agent on blocks get too deep, and messages that others read are a link of their own."""
+    """From the seventh agent on blocks get too deep, and messages that others read are a link of their own."""
     agents = {f"agent.{number}": member(f"Role {number}") for number in range(1, 9)}
     communicator = {"preset": "linear", "max_kl": 1e6, "cost_gate": False, "audit": 0.0}
     topology = {"use": "fully-connected", "agents": 8}
@@ -431,6 +431,23 @@ def test_a_slot_whose_statistics_do_not_fit_the_budget_is_computed(deterministic
     assert (row.reason, row.kind) == (Reason.NO_ROOM, Treatment.COMPUTED)
     assert short_of.placed_slots == 0
     assert short_of.computed == short_of.prompt_tokens
+
+
+def test_kvcomm_says_that_it_places_all_slots_of_a_call_or_none() -> None:
+    agents = {name: member(name.title()) for name in ("a", "b", "c")}
+    edges = [{"from": "a", "to": "b"}, {"from": "a", "to": "c"}, {"from": "b", "to": "c", "deliver": "text"}]
+    nodes = {"nodes": {name: {} for name in agents}, "edges": edges, "output": "c"}
+    communicator = {"preset": "kvcomm", "anchors": {"gamma": 50.0}}
+    with Mesh(agents=agents, topology=nodes, model="random:tiny-llama", communicator=communicator) as one:
+        (*_, last) = ask(one, [*range(10, 17), 1])
+
+    found = {row.segment: row.reason for row in last.calls[-1].plan if row.segment != FIXED and row.tokens > 1}
+    assert found == {
+        "question": Reason.ALL_OR_NONE,
+        "message a@0": Reason.ALL_OR_NONE,
+        "message b@0": Reason.DELIVERED_AS_TEXT,
+    }
+    assert last.calls[1].placed_slots > 0, "b reads no text"
 
 
 def test_deliver_kv_fails_where_nothing_is_warm() -> None:
@@ -834,8 +851,14 @@ def test_a_link_that_learns_nothing_any_more_opens_no_breaker() -> None:
     learner.begin(reader)
     audits = [learner.audited(reader, [(a_match(), learner.fresh.exact)], 0.5, flip=True) for _ in range(12)]
 
-    assert not any(audit.opened for audit in audits)
+    assert not any(audit.opened or audit.above for audit in audits), "each is one more than none"
     assert learner.verdict(reader, a_match()).reason is None
+    given = Audited(0.5, flip=True, residual=0.1)
+    learner.ledger.states["b read input"] = LinkState(NoOffset(5), NoOffset(), (given,) * 9)
+    later = Reader("later", 1, consumer="b")
+    learner.begin(later)
+    audit = learner.audited(later, [(a_match(), learner.fresh.exact)], 0.5, flip=True)
+    assert (audit.above, audit.opened) == (("b read input",), ())
 
 
 @pytest.mark.parametrize(("flips", "opens"), [(1, False), (2, True)])

@@ -71,15 +71,16 @@ class Auditor:
                 self.learner.observe(prompt.reader, match, base.take(index), truth.take(index), numbers)
 
     def _taught(self, prompt: Prompt, match: Match) -> Iterator[Match]:
-        """What a match teaches: its own link, and that of its later contents where these will be found apart.
+        """What a match teaches: its own link, and that of its later messages where these will be found apart.
 
-        Along a line of agents each places once more what the one before it has placed. In a warm run the first contents
-        of a long block are then too deep in its last reading and come from an earlier one, and the rest makes a block
-        of its own, of another kind. While all is computed nothing is deep, so only this tells that link what it needs.
+        Along a line of agents each places once more what the one before it has placed. In a warm run the beginning of a
+        long block, up to its message number ``max_depth``, is too deep in its last reading and comes from an earlier
+        one; the messages behind it make a block of their own, or come from their writer where there is but one. While
+        all is computed nothing is deep, so only this tells that block's link what it needs.
         """
         if shares(match.relation):
             yield match
-        rest = match.behind(prompt, self.spec.max_depth + 1) if match.relation is Relation.READ else None
+        rest = match.behind(prompt, self.spec.max_depth) if match.relation is Relation.READ else None
         if rest is not None and rest.kind is not match.kind:
             yield rest
 

@@ -186,23 +186,23 @@ class Learner:
     def audited(
         self, reader: Reader, placed: Iterable[tuple[Match, Realigner[Any]]], kl: float, *, flip: bool
     ) -> Audit:
-        """Note an audit for every slot that was placed, with its realigner; names those whose breaker it opens.
+        """Note an audit for every slot that was placed, with its realigner, unless nothing is learned any more.
 
-        Once nothing is learned any more, no breaker opens.
+        Returns:
+            What it found, links whose audits pass the limits with it, and those whose breaker it opens.
         """
         residuals: dict[str, float] = {}
         for match, realigner in placed:
             name = link(reader, match)
             residuals[name] = max(residuals.get(name, 0.0), realigner.residual)
-        opened = []
+        above = []
         for name, residual in sorted(residuals.items()):
             state, found = self._state(reader, name), Audited(kl, flip, residual)
-            if self.frozen:
-                continue
-            self.ledger.note(reader.run, name, Checked(state.opened, found))
+            if not self.frozen:
+                self.ledger.note(reader.run, name, Checked(state.opened, found))
             if not state.wait and too_far((*state.audits, found), self._spec):
-                opened.append(name)
-        return Audit(kl=kl, flip=flip, opened=tuple(opened))
+                above.append(name)
+        return Audit(kl=kl, flip=flip, opened=() if self.frozen else tuple(above), above=tuple(above))
 
     def collect(self) -> list[Taught]:
         """Learn nothing from now on, but note what would be learned in the list that is returned, run by run."""

@@ -238,14 +238,14 @@ class Slots(Preset):
         if any(decision.verdict.cold for decision in decisions) and not self.learner.frozen:
             calm = Verdict(None, Reason.OBSERVING)
             return tuple(Decision(one.match, calm) if one.placed else one for one in decisions)
-        asks = self._spec.cost_gate and not self.learner.frozen and not self._rehearses and self._may_compute(prompt)
+        asks = self._spec.cost_gate and not self.learner.frozen and not self._rehearses and self._clock_decides(prompt)
         shared = [one.match for one in decisions if one.shared]
         if asks and shared and not self._costs.placing_pays(self._left(shared)):
             dear = Verdict(None, Reason.NOT_WORTH_IT)
             return tuple(Decision(one.match, dear) if one.shared else one for one in decisions)
         return decisions
 
-    def _may_compute(self, prompt: Prompt) -> bool:
+    def _clock_decides(self, prompt: Prompt) -> bool:
         """Whether a clock may decide what is computed: not in deterministic runs, nor where computing is a failure."""
         demanded = (one.content is not None and one.content.deliver == "kv" for one in prompt.segments)
         return prompt.reader.sees is None and not self._spec.strict and not any(demanded)

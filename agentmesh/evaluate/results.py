@@ -27,7 +27,8 @@ class PresetResult(Frozen):
     ``calls_shared`` of ``calls_shareable`` calls shared a slot; ``placed_slots`` of ``slot_tokens`` shareable tokens
     were placed, ``tokens_placed`` and ``tokens_computed`` count whole prompts. ``reasons``: shareable tokens that were
     computed, by reason. ``wall_s`` counts time in which at least one sample ran. ``order_stable``: share of the samples
-    whose judges were asked once more in which they chose the same candidates both times.
+    whose judges were asked once more in which they chose the same candidates both times. ``links_above``: links whose
+    audits pass the limits; an evaluation learns nothing, so they stay shared.
     """
 
     n: int
@@ -45,7 +46,7 @@ class PresetResult(Frozen):
     audits: int
     audit_kl: float | None
     audit_flips: int = 0
-    breakers_opened: tuple[str, ...] = ()
+    links_above: tuple[str, ...] = ()
     ttft_ms: Percentiles
     tokens_per_s: float
     wall_s: float
@@ -179,7 +180,7 @@ def _preset(rows: Sequence[Row]) -> PresetResult:
         audits=len(audits),
         audit_kl=mean(audit.kl for audit in audits) if audits else None,
         audit_flips=sum(audit.flip for audit in audits),
-        breakers_opened=tuple(sorted({name for audit in audits for name in audit.opened})),
+        links_above=tuple(sorted({name for audit in audits for name in audit.above})),
         ttft_ms=Percentiles.of([call.ttft_ms for call in calls]),
         tokens_per_s=output / wall if wall else 0.0,
         wall_s=wall,

@@ -110,9 +110,9 @@ def audited(results: Results) -> str:
     told = []
     for name, one in results.presets.items():
         if one.audit_kl is not None:
-            opened = f", opened {', '.join(one.breakers_opened)}" if one.breakers_opened else ""
+            above = f", above the limits: {', '.join(one.links_above)}" if one.links_above else ""
             told.append(
-                f"{name} {one.audits} call(s), mean KL {one.audit_kl:.4f} nats, {one.audit_flips} flip(s){opened}"
+                f"{name} {one.audits} call(s), mean KL {one.audit_kl:.4f} nats, {one.audit_flips} flip(s){above}"
             )
     return f"checked against dense, by preset: {'; '.join(told)}" if told else ""
 

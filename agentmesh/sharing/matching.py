@@ -32,6 +32,9 @@ class Relation(Choice):
     """It wrote these words after reading them in a text that is not in the prompt; placed from there (``repeats``)."""
 
 
+GIVEN = (ContentKind.INPUT, ContentKind.DOCUMENT)
+"""Kinds of contents that no agent of the run has written."""
+
 REASONS = {
     Relation.HISTORY: Reason.SAME_HISTORY,
     Relation.READ: Reason.READ_BEFORE,
@@ -82,16 +85,17 @@ class Match:
         """Depths of the stored KV of the prompt's tokens ``low`` to ``high``."""
         return self.reading.depths[low - self.start + self.at : high - self.start + self.at]
 
-    def behind(self, prompt: Prompt, contents: int) -> Match | None:
-        """What is left of it in a prompt behind its first so many contents; ``None`` where it has no more."""
-        slots = [at for at in range(self.first, self.last + 1) if prompt.segments[at].content is not None]
-        content = prompt.segments[slots[contents]].content if len(slots) > contents else None
-        if content is None:
+    def behind(self, prompt: Prompt, messages: int) -> Match | None:
+        """What is left of it in a prompt behind its first so many messages; ``None`` where that is not two or more."""
+        contents = [(at, prompt.segments[at].content) for at in range(self.first, self.last + 1)]
+        said = [(at, one.kind) for at, one in contents if one is not None and one.kind not in GIVEN]
+        if len(said) < messages + 2:
             return None
-        start = prompt.starts[slots[contents]]
+        first, kind = said[messages]
+        start = prompt.starts[first]
         at = self.at + start - self.start
         depth = self.reading.depth(at, self.at + self.tokens)
-        return replace(self, start=start, first=slots[contents], at=at, depth=depth, kind=content.kind)
+        return replace(self, start=start, first=first, at=at, depth=depth, kind=kind)
 
     @property
     def source(self) -> str:

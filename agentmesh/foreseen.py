@@ -69,13 +69,8 @@ def beginning(pieces: Sequence[Piece], earlier: Sequence[Read]) -> Base:
 
 def resumed(pieces: Sequence[Piece], earlier: Sequence[Read], node: str) -> Base:
     """The whole of the longest prompt of a node's own that this one goes on from, where it was read exactly."""
-    own = [read.prompt for read in earlier if read.node == node and read.exact >= len(read.prompt)]
-    begun = [prompt for prompt in own if _begins(pieces, prompt)]
-    sizes = [
-        max((at for at, piece in enumerate(prompt, 1) if isinstance(piece, Content)), default=0) for prompt in begun
-    ]
-    size = max(sizes, default=0)
-    return Base(node, Reason.IDENTICAL_PREFIX, size, (0,) * size) if size else Base("", Reason.FIRST_READER, 0)
+    own = [read for read in earlier if read.node == node and read.exact >= len(read.prompt)]
+    return beginning(pieces, [read for read in own if _begins(pieces, read.prompt)])
 
 
 def base(

@@ -60,10 +60,8 @@ class NamedPrompts:
         Raises:
             TemplateError: it cannot be rendered without texts.
         """
-        inputs = {name: Content("", ContentKind.INPUT, name) for name in self.blueprint.inputs}
-        rounds = self.blueprint.topology.rounds
         messages = [self._message(delivery) for delivery in inbox]
-        scope = Scope(inputs, messages, role=member.role, node=member.node, round=round_, rounds=rounds)
+        scope = named_scope(self.blueprint, member, messages, round_)
         system, user = RoleTemplate(spec.system, spec.prompt).render(scope)
         return tuple(scope.split(f"{system}\n")), (*scope.split(user), TURN_ENDS)
 
@@ -85,6 +83,13 @@ class NamedPrompts:
         origin = said(kind, delivery.source, 0 if kind is ContentKind.DOCUMENT else delivery.source_round)
         content = Content("", kind, origin, deliver=deliver)
         return Message(delivery.source, member.role, delivery.source_round, (content,))
+
+
+def named_scope(blueprint: Blueprint, member: Member, messages: Sequence[Message] = (), round_: int = 0) -> Scope:
+    """What a member's templates see, with inputs by name."""
+    inputs = {name: Content("", ContentKind.INPUT, name) for name in blueprint.inputs}
+    rounds = blueprint.topology.rounds
+    return Scope(inputs, messages, role=member.role, node=member.node, round=round_, rounds=rounds)
 
 
 def reply(visit: Visit) -> Content:

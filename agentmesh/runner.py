@@ -15,7 +15,8 @@ from agentmesh.config.mesh import AnswerSpec, LlmAgentSpec
 from agentmesh.errors import RecordError, RunError, TemplateError, UsageError
 from agentmesh.events import RunCancelled, RunFailed, RunFinished, RunStarted
 from agentmesh.models import Models
-from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate, Scope
+from agentmesh.named import named_scope
+from agentmesh.prompt import Content, ContentKind, Message, PromptRenderer, Reader, RoleTemplate
 from agentmesh.results import Gathered, RunResult
 from agentmesh.scheduler import Walk
 from agentmesh.stream import EventStream, Sink
@@ -123,11 +124,9 @@ class Runner:
         for member in self._blueprint.members.values():
             if not isinstance(member.spec, LlmAgentSpec) or member.remote is not None:
                 continue
-            inputs = {name: Content("", ContentKind.INPUT, name) for name in self._blueprint.inputs}
-            rounds = self._blueprint.topology.rounds
-            scope = Scope(inputs, (), role=member.role, node=member.node, round=0, rounds=rounds)
+            template = RoleTemplate(member.spec.system, member.spec.prompt)
             try:
-                prompt, _ = renderer.render(RoleTemplate(member.spec.system, member.spec.prompt), scope)
+                prompt, _ = renderer.render(template, named_scope(self._blueprint, member))
             except TemplateError:
                 continue  # a template that needs an inbox to render has no beginning known ahead
             if prompt.segments[0].content is None:

@@ -196,7 +196,7 @@ def demand_kv(prompt: Prompt, reason: Reason) -> None:
         SharingError: an edge says ``deliver: kv``, and the reason is the model.
     """
     for segment in prompt.segments if reason is Reason.MODEL_UNSUPPORTED else ():
-        if segment.content is not None and segment.content.deliver == "kv":
+        if segment.comes_as_kv:
             raise SharingError(
                 f"{prompt.reader.consumer or 'this prompt'} cannot share {segment.label}: {reason}, and its edge says "
                 "`deliver: kv`. Take another model, or `deliver: auto`"

@@ -105,7 +105,7 @@ class Labels:
             SharingError: a slot falls back although the mesh is strict or its edge says ``deliver: kv``.
         """
         for segment, start in zip(self.prompt.segments, self.prompt.starts, strict=True):
-            must = segment.content is not None and segment.content.deliver == "kv"
+            must = segment.comes_as_kv
             for _, _, label in self.runs(start, start + len(segment.tokens)):
                 refused = label.reason in FALLBACKS if strict and not must else must and _is_lost(label)
                 if segment.content is not None and refused:

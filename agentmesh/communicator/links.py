@@ -65,8 +65,7 @@ class KeptLinks:
             if state is None:
                 self._store.reject(entry)
             elif record.about.get("mesh") == self._scope.mesh and split_link(name)[1] == tenant and name not in found:
-                self._store.counts.hits += 1
-                self._writer.touch(entry)
+                self._writer.hit(entry)
                 found[name] = state
                 self._generations[name], self._marks[name] = record.generation, _Mark.of(state)
         return found

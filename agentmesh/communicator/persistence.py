@@ -92,7 +92,7 @@ class Persistence:
                 continue
             kv = self._kv(record, Frame.ABSOLUTE, len(tokens) - start)
             if kv is not None:
-                self._hit(entry)
+                self.writer.hit(entry)
                 return kv
             self.store.reject(entry)
         self.store.counts.misses += 1
@@ -122,7 +122,7 @@ class Persistence:
                 if reading is None:
                     self.store.reject(entry)
                 elif self._holds(reading, tokens, whose, record) and segments.add(reading, {}) is not None:
-                    self._hit(entry)
+                    self.writer.hit(entry)
                     return True
         self.store.counts.misses += 1
         return False
@@ -235,10 +235,6 @@ class Persistence:
         now = time.monotonic()
         self._seen.update({(record.tenant, key): now for key in record.keys})
         self.writer.submit(lambda store: store.put(record), nbytes)
-
-    def _hit(self, entry: Entry) -> None:
-        self.store.counts.hits += 1
-        self.writer.touch(entry)
 
 
 def _ints(record: Record, name: str) -> tuple[int, ...]:

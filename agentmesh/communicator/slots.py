@@ -247,8 +247,8 @@ class Slots(Preset):
 
     def _clock_decides(self, prompt: Prompt) -> bool:
         """Whether a clock may decide what is computed: not in deterministic runs, nor where computing is a failure."""
-        demanded = (one.content is not None and one.content.deliver == "kv" for one in prompt.segments)
-        return prompt.reader.sees is None and not self._spec.strict and not any(demanded)
+        demanded = any(segment.comes_as_kv for segment in prompt.segments)
+        return prompt.reader.sees is None and not self._spec.strict and not demanded
 
     def _left(self, matches: Sequence[Match]) -> int:
         """About how many tokens of matches are placed: not their heads, and not what is picked of the others."""

@@ -71,6 +71,11 @@ class Segment:
     tokens: tuple[int, ...]
     content: Content | None = None
 
+    @property
+    def comes_as_kv(self) -> bool:
+        """Whether its edge demands that it is shared: computing it is a failure."""
+        return self.content is not None and self.content.deliver == "kv"
+
 
 @dataclass(frozen=True)
 class Reader:

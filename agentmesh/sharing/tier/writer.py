@@ -77,8 +77,13 @@ class Writer:
             self._waiting += nbytes
             self._changed.notify_all()
 
+    def hit(self, entry: Entry) -> None:
+        """Count that an entry was found and used, and note it in the folder."""
+        self._store.counts.hits += 1
+        self.touch(entry)
+
     def touch(self, entry: Entry) -> None:
-        """Note that an entry was used."""
+        """Note in the folder that an entry is of use."""
         self.submit(lambda store: store.touch([(entry.tenant, entry.digest)]))
 
     def drain(self, timeout: float | None = None) -> bool:
